@@ -1,0 +1,393 @@
+// The vector layer: everything in csrc/cpu that depends on the instruction set stands here and in
+// tile.h. A `vf` holds W floats (GCC/Clang vector extension, so + - * and comparisons are native;
+// a*b+c contracts to a fused multiply-add). Loads widen bf16 and f16 to float, stores round to
+// nearest even. `exp` is a base-2 range reduction with a minimax polynomial (our own fit,
+// relative error 2e-9 before rounding); every function lets NaN through.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "params/common.h"
+
+#if !defined(FT_ISA)
+#  error "vec.h is compiled once per instruction set; define FT_ISA"
+#endif
+#if defined(__AVX2__)
+#  include <immintrin.h>
+#endif
+
+#define FT_INLINE inline __attribute__((always_inline))
+
+namespace ft::FT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// ---- scalars ----------------------------------------------------------------------------------
+
+template <class To, class From>
+FT_INLINE To bit_copy(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+FT_INLINE float to_float(float x) { return x; }
+FT_INLINE float to_float(bf16 x) { return bit_copy<float>(uint32_t{x.bits} << 16); }
+FT_INLINE float to_float(f16 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_copy<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // Scaling by 2^112 moves the exponent's bias over and makes half subnormals normal.
+  return bit_copy<float>(sign | bit_copy<uint32_t>(bit_copy<float>(rest << 13) * 0x1p112f));
+}
+
+template <class T>
+FT_INLINE T from_float(float x);
+template <>
+FT_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <>
+FT_INLINE bf16 from_float<bf16>(float x) {
+  const uint32_t bits = bit_copy<uint32_t>(x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+FT_INLINE f16 from_float<f16>(float x) {
+  const uint32_t bits = bit_copy<uint32_t>(x);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (rest >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
+  if (rest < 0x38800000u) {  // subnormal half: the float adder rounds for us
+    const float shifted = bit_copy<float>(rest) + 0.5f;
+    return {static_cast<uint16_t>(sign | (bit_copy<uint32_t>(shifted) - 0x3f000000u))};
+  }
+  const uint32_t rounded = rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+// ---- vectors ----------------------------------------------------------------------------------
+
+FT_INLINE vf splat(float x) { return vf{} + x; }
+FT_INLINE vi splat_int(int32_t x) { return vi{} + x; }
+FT_INLINE vf zero() { return vf{}; }
+
+// The index of each lane, 0 … W−1.
+FT_INLINE vi lanes() {
+  vi out;
+  for (int i = 0; i < W; ++i) out[i] = i;
+  return out;
+}
+
+template <class T>
+FT_INLINE vf load(const T* p);
+template <class T>
+FT_INLINE void store(T* p, vf x);
+
+#if defined(__AVX512F__)
+
+FT_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+template <>
+FT_INLINE vf load<float>(const float* p) {
+  return (vf)_mm512_loadu_ps(p);
+}
+FT_INLINE vf widen(__m256i x, bf16) {
+  return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+FT_INLINE vf widen(__m256i x, f16) { return (vf)_mm512_cvtph_ps(x); }
+template <>
+FT_INLINE vf load<bf16>(const bf16* p) {
+  return widen(_mm256_loadu_si256((const __m256i*)p), bf16{});
+}
+template <>
+FT_INLINE vf load<f16>(const f16* p) {
+  return widen(_mm256_loadu_si256((const __m256i*)p), f16{});
+}
+FT_INLINE vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first(n), p); }
+FT_INLINE vf load(const bf16* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(first(n), p), bf16{});
+}
+FT_INLINE vf load(const f16* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(first(n), p), f16{});
+}
+
+FT_INLINE __m256i narrow(vf x, bf16) {
+#  if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh((__m512)x);
+#  else
+  const __m512i bits = _mm512_castps_si512((__m512)x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i out = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  out = _mm512_mask_or_epi32(out, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16));
+#  endif
+}
+FT_INLINE __m256i narrow(vf x, f16) {
+  return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+template <>
+FT_INLINE void store<float>(float* p, vf x) {
+  _mm512_storeu_ps(p, (__m512)x);
+}
+template <>
+FT_INLINE void store<bf16>(bf16* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, narrow(x, bf16{}));
+}
+template <>
+FT_INLINE void store<f16>(f16* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, narrow(x, f16{}));
+}
+FT_INLINE void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)x); }
+template <class T>
+FT_INLINE void store(T* p, vf x, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow(x, T{}));
+}
+
+// max(a, b) and min(a, b) give b where either is NaN.
+FT_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+FT_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+FT_INLINE vf fma(vf a, vf b, vf c) {
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FT_INLINE vf select(vi mask, vf a, vf b) {
+  return (vf)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)b, (__m512)a);
+}
+FT_INLINE vf round_even(vf x) {
+  return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FT_INLINE float reduce_add(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+FT_INLINE float reduce_max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+FT_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
+// x * 2^n for an integral n; n below −200 gives 0, above 200 infinity.
+FT_INLINE vf scale_by_power(vf x, vf n) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)n); }
+
+#elif defined(__AVX2__)
+
+FT_INLINE __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+template <>
+FT_INLINE vf load<float>(const float* p) {
+  return (vf)_mm256_loadu_ps(p);
+}
+FT_INLINE vf widen(__m128i x, bf16) {
+  return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+FT_INLINE vf widen(__m128i x, f16) { return (vf)_mm256_cvtph_ps(x); }
+template <>
+FT_INLINE vf load<bf16>(const bf16* p) {
+  return widen(_mm_loadu_si128((const __m128i*)p), bf16{});
+}
+template <>
+FT_INLINE vf load<f16>(const f16* p) {
+  return widen(_mm_loadu_si128((const __m128i*)p), f16{});
+}
+FT_INLINE vf load(const float* p, int n) { return (vf)_mm256_maskload_ps(p, first(n)); }
+template <class T>
+FT_INLINE vf load(const T* p, int n) {
+  alignas(16) T lane[W] = {};
+  std::memcpy(lane, p, static_cast<size_t>(n) * sizeof(T));
+  return load(lane);
+}
+
+FT_INLINE __m128i narrow(vf x, bf16) {
+  const __m256i bits = _mm256_castps_si256((__m256)x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i out = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256 nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);
+  out = _mm256_blendv_epi8(out, quiet, _mm256_castps_si256(nan));
+  out = _mm256_srli_epi32(out, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
+}
+FT_INLINE __m128i narrow(vf x, f16) {
+  return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+template <>
+FT_INLINE void store<float>(float* p, vf x) {
+  _mm256_storeu_ps(p, (__m256)x);
+}
+template <>
+FT_INLINE void store<bf16>(bf16* p, vf x) {
+  _mm_storeu_si128((__m128i*)p, narrow(x, bf16{}));
+}
+template <>
+FT_INLINE void store<f16>(f16* p, vf x) {
+  _mm_storeu_si128((__m128i*)p, narrow(x, f16{}));
+}
+FT_INLINE void store(float* p, vf x, int n) { _mm256_maskstore_ps(p, first(n), (__m256)x); }
+template <class T>
+FT_INLINE void store(T* p, vf x, int n) {
+  alignas(16) T lane[W];
+  store(lane, x);
+  std::memcpy(p, lane, static_cast<size_t>(n) * sizeof(T));
+}
+
+FT_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+FT_INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+FT_INLINE vf fma(vf a, vf b, vf c) {
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+FT_INLINE vf select(vi mask, vf a, vf b) {
+  return (vf)_mm256_blendv_ps((__m256)b, (__m256)a, _mm256_castsi256_ps((__m256i)mask));
+}
+FT_INLINE vf round_even(vf x) {
+  return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FT_INLINE float reduce_add(vf x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+FT_INLINE float reduce_max(vf x) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+FT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
+// In two steps, so that the result may be subnormal or infinite; n is clamped to ±252.
+FT_INLINE vf scale_by_power(vf x, vf n) {
+  const __m256 clamped = (__m256)min(splat(252.f), max(splat(-252.f), n));
+  const __m256i whole = _mm256_cvtps_epi32(clamped);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const __m256i rest = _mm256_sub_epi32(whole, half);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+  return (vf)_mm256_mul_ps(_mm256_mul_ps((__m256)x, a), b);
+}
+
+#else  // portable: plain loops over the vector extension; the compiler maps them to NEON or SSE2
+
+template <class T>
+FT_INLINE vf load(const T* p) {
+  vf out;
+  for (int i = 0; i < W; ++i) out[i] = to_float(p[i]);
+  return out;
+}
+template <class T>
+FT_INLINE vf load(const T* p, int n) {
+  vf out = zero();
+  for (int i = 0; i < n; ++i) out[i] = to_float(p[i]);
+  return out;
+}
+template <class T>
+FT_INLINE void store(T* p, vf x) {
+  for (int i = 0; i < W; ++i) p[i] = from_float<T>(x[i]);
+}
+template <class T>
+FT_INLINE void store(T* p, vf x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
+}
+FT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+FT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+FT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+FT_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+FT_INLINE vf round_even(vf x) {
+  // Adding and taking away 1.5·2^23 rounds to an integer for |x| < 2^22; beyond, x goes through.
+  const vf magic = splat(12582912.f);
+  vf shifted = x + magic;
+  __asm__ volatile("" : "+m"(shifted));  // keeps the compiler from folding the pair away
+  const vf rounded = shifted - magic;
+  return select((x < splat(4194304.f)) & (x > splat(-4194304.f)), rounded, x);
+}
+FT_INLINE float reduce_add(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+FT_INLINE float reduce_max(vf x) {
+  const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
+}
+FT_INLINE vf sqrt(vf x) {
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+FT_INLINE vf scale_by_power(vf x, vf n) {
+  const vi whole = __builtin_convertvector(min(splat(252.f), max(splat(-252.f), n)), vi);
+  const vi half = whole >> 1;
+  const vi rest = whole - half;
+  return x * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+}
+
+#endif
+
+// ---- functions --------------------------------------------------------------------------------
+
+// 2^x. Cody–Waite reduction to [−1/2, 1/2]; the clamp keeps NaN (it is the second operand).
+FT_INLINE vf exp2(vf x) {
+  x = min(splat(200.f), max(splat(-200.f), x));
+  const vf n = round_even(x);
+  const vf f = x - n;
+  vf p = splat(1.5345808e-4f);
+  p = fma(p, f, splat(1.33999309e-3f));
+  p = fma(p, f, splat(9.61848907e-3f));
+  p = fma(p, f, splat(5.55032864e-2f));
+  p = fma(p, f, splat(2.40226462e-1f));
+  p = fma(p, f, splat(6.93147182e-1f));
+  p = fma(p, f, splat(1.f));
+  return scale_by_power(p, n);
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+
+// e^x: n·ln2 is taken off in two parts, so the reduced argument is exact to float.
+FT_INLINE vf exp(vf x) {
+  x = min(splat(130.f), max(splat(-130.f), x));
+  const vf n = round_even(x * splat(kLog2E));
+  vf f = fma(n, splat(-0.693145751953125f), x);
+  f = fma(n, splat(-1.42860682030941723e-6f), f);
+  f = f * splat(kLog2E);
+  vf p = splat(1.5345808e-4f);
+  p = fma(p, f, splat(1.33999309e-3f));
+  p = fma(p, f, splat(9.61848907e-3f));
+  p = fma(p, f, splat(5.55032864e-2f));
+  p = fma(p, f, splat(2.40226462e-1f));
+  p = fma(p, f, splat(6.93147182e-1f));
+  p = fma(p, f, splat(1.f));
+  return scale_by_power(p, n);
+}
+
+// ---- element types ----------------------------------------------------------------------------
+
+// Calls f.template operator()<T>() with the C++ type of a DType.
+template <class F>
+FT_INLINE void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f.template operator()<float>();
+    case DType::bf16: return f.template operator()<bf16>();
+    case DType::f16: return f.template operator()<f16>();
+  }
+}
+
+// Reads a vector of `n` elements of any float type into float scratch.
+inline void widen_vector(const VectorArg& in, int64_t n, float* out) {
+  with_type(in.dtype, [&]<class T>() {
+    const T* p = static_cast<const T*>(in.data);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(p + i));
+    if (i < n) store(out + i, load(p + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  });
+}
+
+}  // namespace ft::FT_ISA

@@ -1,0 +1,82 @@
+// Every operator's schema, in one place. Implementations register themselves in
+// csrc/bindings/<op>.cpp; what each operator may rely on is written in csrc/README.md.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace {
+
+std::string cpu_isa() { return ft::isa_name(ft::isa()); }
+
+// For tests and benchmarks: run the kernels of a lower instruction set. False if this CPU can't.
+bool set_cpu_isa(std::string name) { return ft::set_isa(name.c_str()); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fasttransformer, m) {
+  m.def("cpu_isa() -> str");
+  m.def("set_cpu_isa(str name) -> bool");
+
+  m.def("softmax(Tensor input, float scale, Tensor? mask, bool is_causal, bool log) -> Tensor");
+  m.def("softmax_backward(Tensor grad, Tensor output, float scale, bool log) -> Tensor");
+
+  m.def(
+      "layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor out, Tensor "
+      "mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor rstd, "
+      "bool weight_grad, bool bias_grad) -> (Tensor d_input, Tensor d_weight, Tensor d_bias)");
+  m.def("rms_norm(Tensor input, Tensor? weight, float eps) -> (Tensor out, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor rstd, bool weight_grad) "
+      "-> (Tensor d_input, Tensor d_weight)");
+
+  m.def(
+      "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, float eps, float "
+      "dropout_p, Tensor? seed) -> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? "
+      "weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, bool weight_grad, bool "
+      "bias_grad) -> (Tensor d_residual, Tensor d_input, Tensor d_weight, Tensor d_bias)");
+  m.def(
+      "add_rms_norm(Tensor input, Tensor residual, Tensor? weight, float eps, float dropout_p, "
+      "Tensor? seed) -> (Tensor normed, Tensor summed, Tensor rstd)");
+  m.def(
+      "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? "
+      "weight, Tensor rstd, float dropout_p, Tensor? seed, bool weight_grad) -> (Tensor d_residual, "
+      "Tensor d_input, Tensor d_weight)");
+
+  m.def(
+      "linear_add(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation) -> "
+      "Tensor");
+  m.def(
+      "linear_add_backward(Tensor grad, Tensor input, Tensor weight, bool input_grad, bool "
+      "weight_grad, bool bias_grad) -> (Tensor d_input, Tensor d_weight, Tensor d_bias)");
+  m.def(
+      "linear_add_layer_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
+      "norm_weight, Tensor? norm_bias, float eps) -> (Tensor normed, Tensor summed, Tensor mean, "
+      "Tensor rstd)");
+  m.def(
+      "linear_add_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
+      "norm_weight, float eps) -> (Tensor normed, Tensor summed, Tensor rstd)");
+
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, bool "
+      "is_causal, bool bottom_right, int window_left, int window_right, float softcap, Tensor? "
+      "alibi_slopes, Tensor? sinks, Tensor? key_lengths, float scale, float dropout_p, Tensor? "
+      "seed) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
+      "value, Tensor out, Tensor lse, Tensor? mask, Tensor? bias, bool is_causal, bool "
+      "bottom_right, int window_left, int window_right, float softcap, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor? key_lengths, float scale, float dropout_p, Tensor? seed, bool "
+      "bias_grad, bool sinks_grad) -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor "
+      "d_bias, Tensor d_sinks)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fasttransformer, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+}

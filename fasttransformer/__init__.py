@@ -1,0 +1,12 @@
+"""Fused Transformer kernels for CPUs and GPUs, as functions and drop-in ``nn.Module``s.
+
+>>> import torch, fasttransformer as ft
+>>> q = k = v = torch.randn(1, 2, 5, 8)
+>>> ft.softmax(q @ k.mT, is_causal=True).shape
+torch.Size([1, 2, 5, 5])
+"""
+
+from .backends import backends, explain, use_backend
+from .ops import *  # noqa: F403
+
+__version__ = "0.1.0"

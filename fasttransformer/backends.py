@@ -1,0 +1,396 @@
+"""One table says which backend can run which operation; everything that chooses reads it.
+
+``TABLE[op][backend]`` is a :class:`Kernel`: what the backend's kernel for this operation covers,
+and the two operators (forward, backward) that run it. :func:`choose` looks at metadata only
+(device, dtype, sizes, options in use), so under ``torch.compile`` the choice is made while tracing
+and leaves no code behind. ``torch`` is the reference: it has no operators and always works.
+
+To add a case to a kernel, widen its row; to add a backend or an operation, add a row. A reason is
+text that a user can act on: it is what :func:`explain` prints and what a forced backend raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "torch")
+F32_AND_16_BIT = (torch.float32, torch.float16, torch.bfloat16)
+
+#: The order in which backends are tried, by device type.
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "torch"),
+    "cuda": ("cuda", "triton", "torch"),  # ROCm's device is called cuda too; it has no CUDA library
+    "xpu": ("triton", "torch"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """What one backend's kernel for one operation covers.
+
+    ``limits`` holds the largest value of a named size (``head_dim``); ``lacks`` names the options
+    of the operation that the kernel does not do yet (``window``); ``no_backward`` names those that
+    it does forward only.
+    """
+
+    backend: str
+    dtypes: tuple[torch.dtype, ...] = F32_AND_16_BIT
+    limits: Mapping[str, int] = field(default_factory=dict)
+    lacks: frozenset[str] = frozenset()
+    no_backward: frozenset[str] = frozenset()
+    forward: Any = None  # torch.ops overloads, bound when the backend's library has been loaded
+    backward: Any = None
+
+    def unsupported(
+        self, dtype: torch.dtype, options: frozenset[str], sizes: tuple[tuple[str, int], ...]
+    ) -> str | None:
+        """Why this kernel can't do a case, or None."""
+        if self.backend == "torch":
+            return None
+        if dtype not in self.dtypes:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"dtype {str(dtype).removeprefix('torch.')} (it has {allowed})"
+        missing = sorted(options & self.lacks)
+        if missing:
+            return f"no {' or '.join(missing)} in this kernel yet"
+        if "grad" in options:
+            missing = sorted(options & self.no_backward)
+            if missing:
+                return f"no backward with {' or '.join(missing)} in this kernel yet"
+        for name, size in sizes:
+            if size > self.limits.get(name, size):
+                return f"{name} {size} (at most {self.limits[name]})"
+        return None
+
+
+def _lacks(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_ATTENTION_LACKS = _lacks("window", "softcap", "alibi_slopes", "sinks", "key_lengths", "dropout")
+
+#: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
+TABLE: dict[str, dict[str, Kernel]] = {
+    "softmax": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "layer_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "add_layer_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "linear_add": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "linear_add_layer_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "attention": {
+        "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
+        "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
+    },
+    **{
+        op: {}
+        for op in (
+            "attention_varlen",
+            "attention_decode",
+            "merge_attention",
+            "feed_forward",
+            "cross_entropy",
+            "linear_cross_entropy",
+            "linear_softmax",
+            "linear_topk",
+            "embedding",
+            "rotary_embedding",
+        )
+    },
+}
+for _row in TABLE.values():
+    _row["torch"] = Kernel("torch")
+
+#: Operations whose kernels are found in another's file (same schema family, same row of the table).
+ALIASES = {"log_softmax": "softmax", "scaled_dot_product_attention": "attention"}
+
+
+# ---- libraries ----------------------------------------------------------------------------------
+
+_NAMESPACES = {"cpu": "fasttransformer", "cuda": "fasttransformer", "triton": "fasttransformer_triton"}  # fmt: skip
+#: Why a backend is not available in this process; absent = available.
+_unavailable: dict[str, str] = {}
+
+
+def _library(name: str) -> Path:
+    return Path(__file__).with_name(f"_{name}.abi3.so")
+
+
+def _load_cpu() -> str | None:
+    path = _library("cpu")
+    if not path.exists():
+        return "the C++ library was not built (install with a C++ compiler and without FASTTRANSFORMER_NO_BUILD)"  # noqa: E501
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the C++ library does not load: {error}"
+    return None
+
+
+def _load_cuda() -> str | None:
+    path = _library("cuda")
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    if not path.exists():
+        return "the CUDA library was not built (needs nvcc and a CUDA build of torch; see `fasttransformer info`)"  # noqa: E501
+    if "cpu" in _unavailable:
+        return f"it needs the C++ library's schemas: {_unavailable['cpu']}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if not interpreted() and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return "no GPU is available (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    importlib.import_module("fasttransformer.kernels")
+    return None
+
+
+def _bind() -> None:
+    """Loads what there is and puts each kernel's operators into the table."""
+    for name, load in (("cpu", _load_cpu), ("cuda", _load_cuda), ("triton", _load_triton)):
+        problem = load()
+        if problem is not None:
+            _unavailable[name] = problem
+    for op, row in TABLE.items():
+        for backend, kernel in row.items():
+            if backend == "torch" or backend in _unavailable:
+                continue
+            namespace = getattr(torch.ops, _NAMESPACES[backend])
+            object.__setattr__(kernel, "forward", getattr(namespace, op).default)
+            # linear_add_layer_norm and its like have no backward of their own: they join others'.
+            if hasattr(namespace, f"{op}_backward"):
+                object.__setattr__(
+                    kernel, "backward", getattr(namespace, f"{op}_backward").default
+                )
+
+
+def operator_namespaces() -> list[str]:
+    """The ``torch.ops`` namespaces that are defined in this process (for fake kernels)."""
+    found = []
+    if "cpu" not in _unavailable:
+        found.append("fasttransformer")
+    if "triton" not in _unavailable:
+        found.append("fasttransformer_triton")
+    return found
+
+
+# ---- choosing -----------------------------------------------------------------------------------
+
+
+def _environment() -> str | None:
+    name = os.environ.get("FASTTRANSFORMER_BACKEND") or None
+    if name is not None and name not in NAMES:
+        raise ValueError(f"FASTTRANSFORMER_BACKEND: {name!r} is not one of {', '.join(NAMES)}")
+    return name
+
+
+_forced: str | None = _environment()
+
+
+def _check_name(backend: str) -> None:
+    if backend not in NAMES:
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(NAMES)}")
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Forces one backend within a ``with`` block, for every operation of the process.
+
+    A forced backend that can't do a case raises with its reason; it never falls back in silence.
+
+    >>> import torch, fasttransformer as ft
+    >>> with ft.use_backend("torch"):
+    ...     ft.softmax(torch.zeros(2))
+    tensor([0.5000, 0.5000])
+    """
+    global _forced
+    _check_name(backend)
+    before = _forced
+    _forced = backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced_backend() -> str | None:
+    return _forced
+
+
+def _device_reason(backend: str, device_type: str) -> str | None:
+    if backend == "torch":
+        return None
+    if backend in _unavailable:
+        return _unavailable[backend]
+    if device_type == "cpu" and backend == "triton" and interpreted():
+        return None
+    if backend not in ORDER.get(device_type, ()):
+        return f"it does not run on {device_type} tensors"
+    return None
+
+
+#: (op, device type, dtype, options, sizes, forced) → kernel. Metadata repeats from call to call, and
+#: a look-up costs a tenth of a decision.
+_chosen: dict[tuple, Kernel] = {}
+
+
+def choose(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    options: frozenset[str] = frozenset(),
+    sizes: tuple[tuple[str, int], ...] = (),
+    backend: str | None = None,
+) -> Kernel:
+    """The kernel that runs a case.
+
+    ``options`` names what of the operation's optional parts is in use, with ``"grad"`` among them
+    when a gradient is needed; ``sizes`` names the sizes that kernels limit.
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name.
+        RuntimeError: a forced backend can't do the case; the message has its reason.
+    """
+    forced = backend if backend is not None else _forced
+    key = (op, device_type, dtype, options, sizes, forced)
+    if _probing:
+        raise _Probe(*key)
+    kernel = _chosen.get(key)
+    if kernel is None:
+        kernel = _decide(op, device_type, dtype, options, sizes, forced)
+        _chosen[key] = kernel
+    return kernel
+
+
+def _decide(op, device_type, dtype, options, sizes, forced) -> Kernel:
+    if forced is not None:
+        _check_name(forced)
+    for name, kernel, reason in considered(op, device_type, dtype, options, sizes, forced):
+        if reason is None:
+            return kernel
+        if forced is not None:
+            raise RuntimeError(f"{op}: backend {name!r} was asked for but can't do this: {reason}")
+    raise AssertionError("the torch backend does every case")
+
+
+def considered(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    options: frozenset[str] = frozenset(),
+    sizes: tuple[tuple[str, int], ...] = (),
+    forced: str | None = None,
+) -> Iterator[tuple[str, Kernel, str | None]]:
+    """(backend, kernel, reason or None) in the order in which backends are tried."""
+    row = TABLE[ALIASES.get(op, op)]
+    names = (forced,) if forced is not None else ORDER.get(device_type, ("torch",))
+    for name in names:
+        kernel = row.get(name)
+        if kernel is None:
+            yield name, row["torch"], "it has no kernel for this operation yet"
+        else:
+            reason = _device_reason(name, device_type)
+            yield name, kernel, reason or kernel.unsupported(dtype, options, sizes)
+
+
+# ---- looking ------------------------------------------------------------------------------------
+
+
+def backends() -> dict[str, str | None]:
+    """Backend → None if it can run in this process, else why not.
+
+    >>> import fasttransformer as ft
+    >>> ft.backends()["torch"] is None
+    True
+    """
+    return {name: _unavailable.get(name) for name in NAMES}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: the backend that runs and why the ones before it don't."""
+
+    op: str
+    case: str
+    backend: str
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}({self.case}) runs on: {self.backend}"]
+        lines += [f"  {name}: no, {reason}" for name, reason in self.rejected]
+        return "\n".join(lines)
+
+
+class _Probe(Exception):  # noqa: N818  (not an error: how explain() leaves an operation's front)
+    def __init__(self, *case: Any) -> None:
+        self.case = case
+
+
+_probing = False
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind}[{', '.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend ``ft.<op>(*args, **kwargs)`` would run on, and why not the ones before it.
+
+    The arguments are checked as in a call; nothing is computed.
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.explain("softmax", torch.zeros(2, 3), backend="torch").backend
+    'torch'
+    """
+    global _probing
+    from . import ops
+
+    if op not in TABLE and op not in ALIASES:
+        raise ValueError(f"explain: {op!r} is not an operation; it is one of {', '.join(TABLE)}")
+    function = getattr(ops, op)
+    _probing = True
+    try:
+        function(*args, **kwargs)
+    except _Probe as probe:
+        case = probe.case
+    else:
+        raise AssertionError(f"{op} never asked for a backend")
+    finally:
+        _probing = False
+    words = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
+    rejected: list[tuple[str, str]] = []
+    for name, _, reason in considered(*case):
+        if reason is None:
+            return Explanation(op, ", ".join(words), name, tuple(rejected))
+        rejected.append((name, reason))
+    return Explanation(op, ", ".join(words), "none", tuple(rejected))
+
+
+_bind()

@@ -1,0 +1,97 @@
+"""What the fronts of the operations share: checks whose messages name the argument, the value and
+the rule; autocast; and how fake kernels and vmap rules are registered for every backend at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import operator_namespaces
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_float(op: str, **tensors: Tensor | None) -> None:
+    """TypeError unless each given argument is a floating-point tensor."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: {name} has dtype {tensor.dtype}; it must be float64, float32, float16 "
+                "or bfloat16"
+            )
+
+
+def same_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
+    """ValueError unless each given tensor lies on ``first``'s device."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, but the first argument is on {first.device}"
+            )
+
+
+def same_dtype(op: str, first: Tensor, **tensors: Tensor | None) -> None:
+    """TypeError unless each given tensor has ``first``'s dtype."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name} has dtype {tensor.dtype}, but the first argument has {first.dtype}"
+            )
+
+
+def probability(op: str, dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}; it must be in [0, 1)")
+
+
+def positive_eps(op: str, eps: float) -> None:
+    if not (eps >= 0.0 and math.isfinite(eps)):
+        raise ValueError(f"{op}: eps is {eps}; it must be a finite number, 0 or more")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks of matmul-like operations here, or None when it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A float32 or 16-bit tensor in ``dtype``; float64, like in torch's autocast, stays."""
+    if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A dropout seed drawn from torch's generator of the device: one int64."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a fake kernel (shapes, strides and dtypes only) for ``op`` on every backend."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for namespace in operator_namespaces():
+            if hasattr(getattr(torch.ops, namespace), op):
+                torch.library.register_fake(f"{namespace}::{op}", function)
+        return function
+
+    return register

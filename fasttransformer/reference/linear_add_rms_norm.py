@@ -1,0 +1,36 @@
+r"""Output projection, residual and root-mean-square normalization.
+
+    summed = input @ weight.T + bias + residual
+    normed = rms_norm(summed) * norm_weight
+
+Shapes: input (..., in_features) or attention's output (B,H,S,E) with H*E = in_features, weight
+(out_features, in_features), bias and norm_weight (out_features,), residual, normed and summed
+(..., out_features). `summed` is rounded to the input's dtype, and the mean square is that of the
+rounded values.
+
+Sources: Vaswani et al., 2017 (arXiv:1706.03762); Zhang, Sennrich, 2019 (1910.07467).
+
+>>> x, weight = torch.tensor([[2.0, 3.0]]), torch.eye(2)
+>>> normed, summed = linear_add_rms_norm(x, weight, None, torch.ones(1, 2), None)
+>>> summed
+tensor([[3., 4.]])
+"""
+
+import torch  # noqa: F401  (the example above uses it)
+from torch import Tensor
+
+from fasttransformer.reference.linear_add import linear_add
+from fasttransformer.reference.rms_norm import rms_norm
+
+
+def linear_add_rms_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(normed, summed)."""
+    summed = linear_add(input, weight, bias, residual)
+    return rms_norm(summed, summed.shape[-1:], norm_weight, eps), summed

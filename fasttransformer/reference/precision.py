@@ -1,0 +1,20 @@
+"""The precision that the reference computes in.
+
+16-bit inputs are widened to float32, worked on there, and rounded once at the end; float32 and
+float64 stay what they are. So the reference in float64 is exact to about 1e-15, and a 16-bit
+matmul on a CPU without 16-bit instructions runs at float32's speed.
+"""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 for float64, float32 for everything narrower.
+
+    >>> compute_dtype(torch.zeros(1, dtype=torch.bfloat16))
+    torch.float32
+    >>> compute_dtype(torch.zeros(1, dtype=torch.float64))
+    torch.float64
+    """
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation, registered as ``fasttransformer_triton::<op>``."""

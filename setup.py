@@ -1,0 +1,210 @@
+"""Builds the C++ (and, where asked for or possible, CUDA) libraries and the package around them.
+
+ninja runs the build graph that `build_graph` writes. What can't be built is left out with a line
+that says what is missing, what works without it and how to get it; the package then still runs on
+its Triton and torch backends. Environment variables:
+
+  FASTTRANSFORMER_NO_BUILD=1     no compiled code at all: a pure-Python package
+  FASTTRANSFORMER_CUDA=1|0       build the CUDA library though torch has no CUDA / don't build it
+  FASTTRANSFORMER_CUDA_ARCHS     default "80;90a" (plus PTX of the last one that has a portable form)
+  CXX, NVCC, MAX_JOBS            compiler, CUDA compiler, parallel jobs
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+# Each CPU kernel file is compiled once per row; csrc/cpu/isa.cpp picks one at run time.
+X86_ISAS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+               "-mprefer-vector-width=512"],
+}  # fmt: skip
+X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
+ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
+
+COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# No -ffast-math: NaN, Inf and −0 keep their meaning. Contraction gives a*b+c one rounding.
+KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi",
+          "-Wno-unused-function", "-Wno-ignored-attributes",
+          "-Wno-maybe-uninitialized"]  # fmt: skip
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CUDA_ARCHS = os.environ.get("FASTTRANSFORMER_CUDA_ARCHS", "80;90a").split(";")
+
+
+def say(line: str) -> None:
+    print(f"fasttransformer build: {line}", file=sys.stderr, flush=True)
+
+
+def compiler_problem(compiler: str) -> str | None:
+    """Why `compiler` can't build this package, or None."""
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) was found"
+    out = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True).stdout
+    major = int((re.match(r"\d+", version.strip()) or re.match("0", "0")).group())
+    least = 15 if "clang" in out.lower() else 11
+    if major < least:
+        return f"{compiler} {version.strip()} is too old (GCC 11 or Clang 15 at least)"
+    return None
+
+
+def torch_problem() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed in the environment that builds (see README: Install)"
+    parts = torch.__version__.split("+")[0].split(".")
+    if (int(parts[0]), int(parts[1])) < (2, 11):
+        return f"torch {torch.__version__} is too old (2.11 at least)"
+    return None
+
+
+def wants_cuda() -> bool:
+    asked = os.environ.get("FASTTRANSFORMER_CUDA")
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if asked == "0":
+        return False
+    if asked == "1" and nvcc is None:
+        raise SystemExit("fasttransformer build: FASTTRANSFORMER_CUDA=1, but nvcc was not found")
+    if asked == "1":
+        return True
+    import torch
+
+    if torch.version.cuda is None:
+        say("the installed torch has no CUDA: the CUDA kernels are left out (CPU kernels and Triton "
+            "work; FASTTRANSFORMER_CUDA=1 builds them all the same)")  # fmt: skip
+        return False
+    if nvcc is None:
+        say("nvcc was not found: the CUDA kernels are left out (Triton serves the GPU; install the "
+            "CUDA toolkit 12.4 or later and build again to have them)")  # fmt: skip
+        return False
+    return True
+
+
+def torch_paths() -> tuple[list[str], Path]:
+    import torch
+
+    base = Path(torch.__file__).resolve().parent
+    return [str(base / "include"), str(base / "include/torch/csrc/api/include")], base / "lib"
+
+
+def gencode() -> list[str]:
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+    portable = [a for a in CUDA_ARCHS if a.isdigit()]
+    if portable:  # PTX for GPUs that come later
+        flags.append(f"-gencode=arch=compute_{portable[-1]},code=compute_{portable[-1]}")
+    return flags
+
+
+def build_graph(library: str, output: Path, work: Path) -> str:
+    """The ninja file for one library: "cpu" or "cuda"."""
+    includes, torch_lib = torch_paths()
+    flags = [*COMMON, f"-I{CSRC}", *[f"-isystem {p}" for p in includes]]
+    cuda = library == "cuda"
+    defines = ["-DFT_CUDA", "-DUSE_CUDA"] if cuda else []
+    nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DFT_CUDA",
+                  "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *gencode()]  # fmt: skip
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"nvcc = {os.environ.get('NVCC', 'nvcc')}",
+        "rule cxx",
+        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule nvcc",
+        "  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        "  command = $cxx -shared -o $out $in $flags",
+        "  description = $out",
+    ]
+    objects: list[str] = []
+
+    def compile_step(source: Path, name: str, step_flags: list[str], rule: str = "cxx") -> None:
+        target = f"{work}/{name}.o"
+        objects.append(target)
+        lines.extend([f"build {target}: {rule} {source}", f"  flags = {' '.join(step_flags)}"])
+
+    for source in sorted((CSRC / "bindings").glob("*.cpp")):
+        if cuda and not (CSRC / "cuda" / f"{source.stem}.cu").exists():
+            continue  # the operation has no CUDA kernel yet
+        compile_step(source, f"bindings.{source.stem}", [*flags, *STABLE_ABI, *defines])
+    if cuda:
+        for source in sorted((CSRC / "cuda").glob("**/*.cu")):
+            compile_step(source, f"cuda.{source.stem}", nvcc_flags, "nvcc")
+        link = ["-Wl,--no-as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-lcudart_static",
+                f"-L{cuda_library_dir()}", "-lpthread", "-ldl", "-lrt"]  # fmt: skip
+    else:
+        for name in ("registration.cpp", "cpu/isa.cpp", "cpu/parallel.cpp"):
+            compile_step(CSRC / name, name.replace("/", ".")[:-4], [*flags, *STABLE_ABI])
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            if source.stem in ("isa", "parallel"):
+                continue
+            for isa, isa_flags in ISAS.items():
+                compile_step(source, f"cpu.{source.stem}.{isa}",
+                             [*flags, *KERNEL, *isa_flags, f"-DFT_ISA={isa}"])  # fmt: skip
+        link = [f"-L{torch_lib}", "-ltorch_cpu"]
+    lines.extend([f"build {output}: link {' '.join(objects)}", f"  flags = {' '.join(link)}"])
+    return "\n".join(lines) + "\n"
+
+
+def cuda_library_dir() -> Path:
+    nvcc = Path(shutil.which(os.environ.get("NVCC", "nvcc")) or "nvcc").resolve()
+    for base in (nvcc.parent.parent, Path("/usr/local/cuda")):
+        for name in ("lib64", "lib", "targets/x86_64-linux/lib"):
+            if (base / name / "libcudart_static.a").exists():
+                return base / name
+    raise SystemExit("fasttransformer build: libcudart_static.a was not found beside nvcc")
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve() / ext.name
+        work.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text(build_graph(ext.name.rsplit("_", 1)[-1], output, work))
+        command = [sys.executable, "-m", "ninja", "-C", str(work), "-f", "build.ninja"]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
+        subprocess.run(command, check=True)
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("FASTTRANSFORMER_NO_BUILD") == "1":
+        say("FASTTRANSFORMER_NO_BUILD=1: no compiled kernels; the Triton and torch backends work")
+        return []
+    problem = torch_problem() or compiler_problem(os.environ.get("CXX", "g++"))
+    if problem:
+        say(f"{problem}: the compiled kernels are left out. The Triton and torch backends work; "
+            "mend this and install again with --no-build-isolation to have them")  # fmt: skip
+        return []
+    built = [Extension("fasttransformer._cpu", sources=[], py_limited_api=True)]
+    if wants_cuda():
+        built.append(Extension("fasttransformer._cuda", sources=[], py_limited_api=True))
+    return built
+
+
+EXTENSIONS = extensions()
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": NinjaBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+)

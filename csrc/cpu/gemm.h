@@ -43,8 +43,9 @@ struct Gemm {
   const void* context = nullptr;
 };
 
-// Up to this many columns, `whole_rows` can be asked for.
-constexpr int64_t kWholeRowColumns = 4096;
+// Whether `whole_rows` may be set: the rows are not too wide for a tile, and not so few that the
+// product is better computed with the roles of A and B exchanged.
+bool can_own_whole_rows(const Gemm&);
 
 void gemm(const Gemm&);
 

@@ -1,8 +1,10 @@
 // linear_add_layer_norm and linear_add_rms_norm: summed = input · weightᵀ + bias + residual, and
 // normed = norm(summed), in one pass: tasks of the product own whole rows, so a row is normed while
-// its sum is in L1. Rows wider than kWholeRowColumns are summed first and normed in a second pass.
+// its sum is in L1. Rows too wide or too few for
+// that are summed first and normed in a second pass.
 #include "cpu/linear_epilogue.h"
 #include "cpu/parallel.h"
+#include "cpu/tile.h"
 #include "params/linear_add.h"
 
 namespace ft::FT_ISA {
@@ -118,8 +120,6 @@ void linear_add_norm(const LinearAddNormParams& p) {
   context.weight = widened(p.norm_weight, 1);
   context.shift = widened(p.norm_bias, 2);
 
-  // With few rows, tasks of whole rows would leave threads idle: split columns, norm afterwards.
-  const bool whole_rows = n <= kWholeRowColumns && l.rows >= 16 * num_threads();
   Gemm g;
   g.dtype = l.dtype;
   g.rows = l.rows;
@@ -127,6 +127,8 @@ void linear_add_norm(const LinearAddNormParams& p) {
   g.depth = l.in_features;
   g.a = input_of(l);
   g.b = {l.weight, true, l.in_features};
+  // With few rows, tasks of whole rows would leave threads idle: split columns, norm afterwards.
+  const bool whole_rows = can_own_whole_rows(g) && l.rows >= 2 * kBlockRows * num_threads() / 3;
   g.whole_rows = whole_rows;
   g.context = &context;
   with_type(l.dtype, [&]<class T>() {

@@ -183,32 +183,32 @@ inline void pack_panel(const T* b, int64_t row_stride, int64_t columns, int64_t 
 
 // ---- micro-kernel -----------------------------------------------------------------------------
 
-// C[rows × NR] (+)= A[rows × units] · panel. A's element (i, k) stands at a[i * kRowUnits + k], or,
-// when `transposed`, at a[k * kBlockRows + i].
-template <class Unit, int rows, bool transposed>
+// C[rows × nv·W] (+)= A[rows × units] · panel, of which nv vectors are used. A's element (i, k) stands
+// at a[i * kRowUnits + k], or, when `transposed`, at a[k * kBlockRows + i].
+template <class Unit, int rows, bool transposed, int nv = NV>
 FT_INLINE void micro(int64_t units, const float* a, const float* panel, float* c, int64_t c_stride,
                      bool accumulate) {
-  vf acc[rows][NV];
+  vf acc[rows][nv];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+    for (int v = 0; v < nv; ++v) acc[i][v] = zero();
   }
   for (int64_t k = 0; k < units; ++k) {
-    vf b[NV];
+    vf b[nv];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) b[v] = load(panel + k * NR + v * W);
+    for (int v = 0; v < nv; ++v) b[v] = load(panel + k * NR + v * W);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const vf x = splat(transposed ? a[k * kBlockRows + i] : a[i * kRowUnits + k]);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[i][v] = Unit::fma(x, b[v], acc[i][v]);
+      for (int v = 0; v < nv; ++v) acc[i][v] = Unit::fma(x, b[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
+    for (int v = 0; v < nv; ++v) {
       float* at = c + i * c_stride + v * W;
       store(at, accumulate ? acc[i][v] + load(at) : acc[i][v]);
     }
@@ -216,12 +216,12 @@ FT_INLINE void micro(int64_t units, const float* a, const float* panel, float* c
 }
 
 // The same for any number of rows up to MR.
-template <class Unit, bool transposed, int rows = MR>
+template <class Unit, bool transposed, int nv, int rows = MR>
 FT_INLINE void micro_rows(int n, int64_t units, const float* a, const float* panel, float* c,
                           int64_t c_stride, bool accumulate) {
   if constexpr (rows > 0) {
-    if (n == rows) return micro<Unit, rows, transposed>(units, a, panel, c, c_stride, accumulate);
-    micro_rows<Unit, transposed, rows - 1>(n, units, a, panel, c, c_stride, accumulate);
+    if (n == rows) return micro<Unit, rows, transposed, nv>(units, a, panel, c, c_stride, accumulate);
+    micro_rows<Unit, transposed, nv, rows - 1>(n, units, a, panel, c, c_stride, accumulate);
   }
 }
 

@@ -180,6 +180,8 @@ def _bind() -> None:
             if backend == "torch" or backend in _unavailable:
                 continue
             namespace = getattr(torch.ops, _NAMESPACES[backend])
+            if not hasattr(namespace, op):
+                continue
             object.__setattr__(kernel, "forward", getattr(namespace, op).default)
             # linear_add_layer_norm and its like have no backward of their own: they join others'.
             if hasattr(namespace, f"{op}_backward"):

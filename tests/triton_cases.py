@@ -1,7 +1,6 @@
 """The calls whose kernels test_triton.py compiles: one per kernel and interesting tile size."""
 
 import torch
-
 from fasttransformer.kernels import softmax as soft
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -5,4 +5,8 @@ the first call. ``_register`` defines operators, ``_device`` holds functions tha
 ``_norm`` and ``_matmul`` the kernels that several operations share.
 """
 
+from . import add_layer_norm as add_layer_norm
+from . import add_rms_norm as add_rms_norm
+from . import layer_norm as layer_norm
+from . import rms_norm as rms_norm
 from . import softmax as softmax

@@ -6,6 +6,7 @@
 torch.Size([1, 2, 5, 5])
 """
 
+from . import nn
 from .backends import backends, explain, use_backend
 from .ops import *  # noqa: F403
 

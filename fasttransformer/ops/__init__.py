@@ -1,14 +1,22 @@
 """The public functions: argument checks, autocast, the choice of a backend, and autograd."""
 
+from .add_layer_norm import add_layer_norm
+from .add_rms_norm import add_rms_norm
+from .layer_norm import layer_norm
 from .linear_add import linear_add
 from .linear_add_layer_norm import linear_add_layer_norm
 from .linear_add_rms_norm import linear_add_rms_norm
+from .rms_norm import rms_norm
 from .softmax import log_softmax, softmax
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "layer_norm",
     "linear_add",
     "linear_add_layer_norm",
     "linear_add_rms_norm",
     "log_softmax",
+    "rms_norm",
     "softmax",
 ]

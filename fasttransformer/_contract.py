@@ -1,4 +1,4 @@
-"""The number contract, which tests, ``fasttransformer check`` and ``report.verify`` hold results to:
+"""The number contract, which tests, ``fasttransformer check`` and ``report.verify`` are held to:
 
     max |out − ref64| ≤ 2 · max |peer − ref64| + one rounding step of the output's dtype
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far an output is from the truth and how far it may be; ``problem`` is None if it holds."""
+    """How far an output is from the truth, how far it may be, and what is wrong (None: nothing)."""
 
     error: float = 0.0
     allowed: float = 0.0
@@ -75,6 +76,52 @@ def compare(out: Tensor, ref64: Tensor, peer: Tensor) -> Comparison:
             f"error {error:.3g} > {allowed:.3g} (peer {peer_error:.3g}, rounding step {step:.3g})"
         )
     return Comparison(error, allowed, peer_error, problem)
+
+
+def compare_gradients(ours: Tensor | None, ref64: Tensor | None, peer: Tensor | None) -> Comparison:
+    """:func:`compare` for gradients, where None (nothing flows back) is as good as zero."""
+    if ours is None or ref64 is None or peer is None:
+        for who, gradient in (("ours", ours), ("the reference", ref64)):
+            if gradient is not None and gradient.any():
+                return Comparison(problem=f"only {who} has a gradient")
+        return Comparison()
+    return compare(ours, ref64, peer)
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    grads: bool = True,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The outputs of ``function(*inputs)`` and the gradient of every floating-point input.
+
+    Floating-point inputs are cast to ``dtype`` first if one is given. Gradients are those of a
+    weighted sum of the outputs, the same weights in every run (an output's entries that are not
+    finite, like the logarithm of 0, take no part).
+    """
+    args: list[Tensor | None] = []
+    for x in inputs:
+        if x is None or not x.is_floating_point():
+            args.append(None if x is None else x.to(device))
+        else:
+            args.append(x.detach().to(device, dtype).requires_grad_(grads))
+    out = function(*args)
+    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+    if not grads:
+        return outs, []
+    generator = torch.Generator().manual_seed(7)
+    terms = []
+    for o in outs:
+        if not o.requires_grad:
+            continue
+        weight = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
+        terms.append((torch.where(o.isfinite(), o, 0) * weight.to(o.device)).sum())
+    loss = torch.stack([term.to(torch.float64) for term in terms]).sum()
+    wanted = [a for a in args if a is not None and a.is_floating_point()]
+    return outs, list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def runnable() -> list[str]:

@@ -17,7 +17,9 @@ from torch import Tensor
 from fasttransformer._contract import (
     ISAS,
     compare,
+    compare_gradients,
     device_of,
+    outputs_and_gradients,
     rounding_step,
     runnable,
     running_on,
@@ -66,37 +68,12 @@ def check(
     ``peer`` defaults to ``reference`` run in the inputs' own dtype.
     """
     peer = peer or reference
-    device = device_of(on)
-
-    def run(f: Callable[..., Any], dtype: torch.dtype | None, where: str) -> tuple[list, list]:
-        args = []
-        for x in inputs:
-            if x is None or not x.is_floating_point():
-                args.append(None if x is None else x.to(where))
-                continue
-            y = x.detach().to(where) if dtype is None else x.detach().to(dtype)
-            args.append(y.requires_grad_(grads))
-        out = f(*args)
-        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
-        if not grads:
-            return outs, []
-        generator = torch.Generator().manual_seed(7)
-        loss = 0.0
-        for o in outs:
-            weight = torch.randn(o.shape, generator=generator, dtype=torch.float64)
-            # Entries that are ±inf by definition (log of 0) carry no gradient in any of the runs.
-            loss = loss + (torch.where(o.isfinite(), o, 0) * weight.to(o.dtype).to(o.device)).sum()
-        wanted = [a for a in args if a is not None and a.is_floating_point()]
-        return outs, list(torch.autograd.grad(loss, wanted, allow_unused=True))
-
     with running_on(on):
-        ours, our_grads = run(function, None, device)
-    wants, want_grads = run(reference, torch.float64, "cpu")
-    peers, peer_grads = run(peer, None, "cpu")
+        ours, our_grads = outputs_and_gradients(function, inputs, device=device_of(on), grads=grads)
+    wants, want_grads = outputs_and_gradients(reference, inputs, dtype=torch.float64, grads=grads)
+    peers, peer_grads = outputs_and_gradients(peer, inputs, grads=grads)
     for i, (a, b, c) in enumerate(zip(ours, wants, peers, strict=True)):
         assert_close(a, b, c, f"output {i}")
     for i, (a, b, c) in enumerate(zip(our_grads, want_grads, peer_grads, strict=True)):
-        if a is None or b is None:
-            assert a is None or not a.any(), f"gradient {i}: there should be none"
-            continue
-        assert_close(a, b, c, f"gradient {i}")
+        problem = compare_gradients(a, b, c).problem
+        assert problem is None, f"gradient {i}: {problem}"

@@ -55,6 +55,8 @@ class Kernel:
         """Why this kernel can't do a case, or None."""
         if self.backend == "torch":
             return None
+        if self.forward is None:
+            return "the library that is installed does not implement it"
         if dtype not in self.dtypes:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"dtype {str(dtype).removeprefix('torch.')} (it has {allowed})"
@@ -179,13 +181,22 @@ def _bind() -> None:
         for backend, kernel in row.items():
             if backend == "torch" or backend in _unavailable:
                 continue
-            namespace = getattr(torch.ops, _NAMESPACES[backend])
-            object.__setattr__(kernel, "forward", getattr(namespace, op).default)
             # linear_add_layer_norm and its like have no backward of their own: they join others'.
-            if hasattr(namespace, f"{op}_backward"):
-                object.__setattr__(
-                    kernel, "backward", getattr(namespace, f"{op}_backward").default
-                )
+            for part, name in (("forward", op), ("backward", f"{op}_backward")):
+                overload = _operator(backend, name)
+                if overload is not None:
+                    object.__setattr__(kernel, part, overload)
+
+
+def _operator(backend: str, name: str) -> Any:
+    """The operator, or None if the loaded library does not implement it for the backend."""
+    namespace = _NAMESPACES[backend]
+    key = "CPU" if backend == "cpu" or not torch.cuda.is_available() else "CUDA"
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    if packet is None:
+        return None
+    implemented = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
+    return packet.default if implemented else None
 
 
 def operator_namespaces() -> list[str]:

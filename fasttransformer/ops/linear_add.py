@@ -1,0 +1,199 @@
+"""Linear layer with bias, activation and residual added while the product is still in registers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import Kernel, choose
+from ._front import autocast_dtype, cast, fake, is_float, needs_grad, same_device, same_dtype
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+_NONE: frozenset[str] = frozenset()
+_GRAD = frozenset({"grad"})
+
+
+def linear_add(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""``activation(input @ weight.T + bias) + residual`` in one kernel.
+
+    .. math:: Y = \phi(X W^\top + b) + R
+
+    Args:
+        input: (\*, in_features), or attention's own output (batch, heads, q_len, head_dim) with
+            ``heads * head_dim == in_features``: the heads are then read in place, as if they had
+            been transposed and joined to (batch, q_len, in_features).
+        weight: (out_features, in_features), as in :class:`torch.nn.Linear`.
+        bias: (out_features,).
+        residual: broadcasts to the output's shape (\*, out_features).
+        activation: ``None``, ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"`` or ``"silu"``.
+        backend: forces one backend for this call.
+
+    Returns:
+        (\*, out_features) in ``input``'s dtype; sums are float32 for 16-bit types. Under autocast
+        the inputs are cast to its dtype, as for :func:`torch.nn.functional.linear`.
+
+    Raises:
+        TypeError: not floating point, or dtypes differ.
+        ValueError: shapes that don't fit, an unknown activation.
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.linear_add(torch.ones(2, 3), torch.ones(1, 3), residual=torch.ones(2, 1))
+    tensor([[4.],
+            [4.]])
+    """
+    op = "linear_add"
+    input, weight, bias, residual = autocast_linear(input, weight, bias, residual)
+    out_shape = check_linear(op, input, weight, bias, residual)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; it must be None or one of "
+                         f"{', '.join(ACTIVATIONS)}")  # fmt: skip
+    grad = needs_grad(input, weight, bias, residual)
+    options = _GRAD if grad else _NONE
+    kernel = choose(op, input.device.type, input.dtype, options, (), backend)
+    if kernel.forward is None:
+        return reference.linear_add(input, weight, bias, residual, activation=activation)
+    x, weight, rows = rows_of(input, weight, residual, out_shape)
+    if not grad:
+        out = kernel.forward(x, weight, bias, rows, activation or "")
+    elif activation is None:
+        out = LinearAdd.apply(x, weight, bias, rows, kernel)
+    else:  # the activation's derivative needs its input, so it is kept and not fused
+        out = activate(LinearAdd.apply(x, weight, bias, None, kernel), activation)
+        out = out if rows is None else out + rows
+    return out.view(out_shape)
+
+
+def autocast_linear(input: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The arguments in autocast's dtype, where autocast is on."""
+    dtype = autocast_dtype(input.device.type) if isinstance(input, Tensor) else None
+    if dtype is None:
+        return (input, *tensors)
+    return tuple(cast(t, dtype) for t in (input, *tensors))
+
+
+def check_linear(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[int, ...]:
+    """Raises unless the arguments fit; returns the output's shape."""
+    is_float(op, input=input, weight=weight, bias=bias, residual=residual)
+    same_device(op, input, weight=weight, bias=bias, residual=residual)
+    same_dtype(op, input, weight=weight, bias=bias, residual=residual)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight has {weight.dim()} dimensions; it must be (out_features, "
+                         "in_features)")  # fmt: skip
+    if input.dim() == 0:
+        raise ValueError(f"{op}: input has no dimensions; it must be (*, in_features)")
+    out_features, in_features = weight.shape
+    shape = input.shape
+    if shape[-1] == in_features:
+        out_shape = (*shape[:-1], out_features)
+    elif input.dim() == 4 and shape[1] * shape[3] == in_features:
+        out_shape = (shape[0], shape[2], out_features)
+    else:
+        raise ValueError(f"{op}: input of shape {tuple(shape)} does not fit weight's in_features "
+                         f"{in_features}: its last dimension must be {in_features}, or it must be "
+                         "(batch, heads, q_len, head_dim) with heads * head_dim equal to that")  # fmt: skip
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; weight's out_features make it "
+                         f"({out_features},)")  # fmt: skip
+    if residual is not None and residual.shape != out_shape:
+        try:
+            broadcasts = torch.broadcast_shapes(residual.shape, out_shape) == out_shape
+        except RuntimeError:
+            broadcasts = False
+        if not broadcasts:
+            raise ValueError(f"{op}: residual of shape {tuple(residual.shape)} does not broadcast "
+                             f"to the output's shape {out_shape}")  # fmt: skip
+    return out_shape
+
+
+def rows_of(
+    input: Tensor, weight: Tensor, residual: Tensor | None, out_shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(input, weight, residual) in the form that the operators take."""
+    in_features = weight.shape[1]
+    if input.shape[-1] == in_features:
+        x = input if input.dim() == 2 else input.reshape(-1, in_features)
+        if x.stride(1) != 1 and in_features != 1:
+            x = x.contiguous()
+    else:  # (batch, heads, q_len, head_dim)
+        merged = input.transpose(1, 2)
+        if merged.is_contiguous():  # as attention leaves it: the heads are already joined
+            x = merged.reshape(-1, in_features)
+        else:
+            x = input if input.stride(3) == 1 else input.contiguous()
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    if residual is not None:
+        if residual.shape != out_shape:
+            residual = residual.expand(out_shape)
+        if residual.dim() != 2:
+            residual = residual.reshape(-1, out_shape[-1])
+        if residual.stride(1) != 1 and residual.shape[1] != 1:
+            residual = residual.contiguous()
+    return x, weight, residual
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.relu(x)
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+class LinearAdd(torch.autograd.Function):
+    """``input @ weight.T + bias + residual`` on rows, joined with its backward operator."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, kernel: Kernel):
+        ctx.save_for_backward(x, weight)
+        ctx.kernel = kernel
+        return kernel.forward(x, weight, bias, residual, "")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        d_input, d_weight, d_bias = linear_gradients(ctx.kernel, grad, x, weight, needs)
+        return d_input, d_weight, d_bias, grad if needs[3] else None, None
+
+
+def linear_gradients(
+    kernel: Kernel, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the linear part; ``needs`` says which of (input, weight, bias) are wanted."""
+    if not (needs[0] or needs[1] or needs[2]):
+        return None, None, None
+    if grad.stride(1) != 1 and grad.shape[1] != 1:
+        grad = grad.contiguous()
+    grads = kernel.backward(grad, x, weight, needs[0], needs[1], needs[2])
+    return tuple(g if wanted else None for g, wanted in zip(grads, needs))
+
+
+def row_count(input: Tensor) -> int:
+    return input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[2]
+
+
+@fake("linear_add")
+def _(input, weight, bias, residual, activation):
+    return input.new_empty((row_count(input), weight.shape[0]))
+
+
+@fake("linear_add_backward")
+def _(grad, input, weight, input_grad, weight_grad, bias_grad):
+    return (
+        input.new_empty(input.shape if input_grad else (0,)),
+        weight.new_empty(weight.shape if weight_grad else (0,)),
+        weight.new_empty((weight.shape[0],) if bias_grad else (0,)),
+    )

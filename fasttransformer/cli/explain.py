@@ -179,7 +179,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"action": "store_true", "help": "query i sees keys (or columns) up to i"},
     "bottom_right": {"action": "store_true", "help": "the causal rule ends in the last key"},
     "mask": {"action": "store_true", "help": "with a bool mask"},
-    "bias": {"action": "store_true", "help": "with an additive bias (its gradient too, with --grad)"},
+    "bias": {"action": "store_true", "help": "with an additive bias (its gradient too if --grad)"},
     "window": {"type": int, "nargs": 2, "metavar": ("LEFT", "RIGHT"), "help": "sliding window"},
     "softcap": {"type": float, "metavar": "X", "help": "scores are capped to ±X"},
     "alibi": {"action": "store_true", "help": "with ALiBi slopes"},
@@ -187,7 +187,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "key_lengths": {"action": "store_true", "help": "with a length for each sample's keys"},
     "dropout": {"type": float, "metavar": "P", "help": "dropout probability"},
     "key_shape": {"type": shape_of, "metavar": "B,G,T,D", "help": "default: the query's shape"},
-    "value_dim": {"type": int, "metavar": "E", "help": "head size of the value; default: the key's"},
+    "value_dim": {"type": int, "metavar": "E", "help": "the value's head size; default: the key's"},
     "out_features": {"type": int, "metavar": "N", "help": "default: as many as come in"},
 }  # fmt: skip
 

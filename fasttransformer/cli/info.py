@@ -35,7 +35,7 @@ def hint(backend: str, reason: str) -> str | None:
     if backend == "cuda" and "not built" in reason:
         if torch.version.cuda is None:
             return (
-                f"it needs an NVIDIA GPU, the CUDA toolkit 12.4 or later (nvcc) and a CUDA build of "
+                "it needs an NVIDIA GPU, the CUDA toolkit 12.4 or later (nvcc) and a CUDA build of "
                 f"torch (this one, {torch.__version__}, has no CUDA); then, in the source folder: "
                 f"{_REBUILD}"
             )

@@ -87,8 +87,16 @@ FT_INLINE f16 from_float<f16>(float x) {
 
 // ---- vectors ----------------------------------------------------------------------------------
 
-FT_INLINE vf splat(float x) { return vf{} + x; }
-FT_INLINE vi splat_int(int32_t x) { return vi{} + x; }
+#if defined(__AVX512F__)
+FT_INLINE vf splat(float x) { return (vf)_mm512_set1_ps(x); }
+FT_INLINE vi splat_int(int32_t x) { return (vi)_mm512_set1_epi32(x); }
+#elif defined(__AVX2__)
+FT_INLINE vf splat(float x) { return (vf)_mm256_set1_ps(x); }
+FT_INLINE vi splat_int(int32_t x) { return (vi)_mm256_set1_epi32(x); }
+#else
+FT_INLINE vf splat(float x) { return vf{x, x, x, x}; }
+FT_INLINE vi splat_int(int32_t x) { return vi{x, x, x, x}; }
+#endif
 FT_INLINE vf zero() { return vf{}; }
 
 // The index of each lane, 0 … W−1.
@@ -367,6 +375,29 @@ FT_INLINE vf exp(vf x) {
   p = fma(p, f, splat(1.f));
   return scale_by_power(p, n);
 }
+
+// x·Φ(x), Φ the normal distribution: log2 of its tail is a polynomial (our own fit on [0, 5.5],
+// absolute error of the product 4e-8), which falls to −inf beyond, so one branch serves all x.
+FT_INLINE vf gelu(vf x) {
+  const vf a = select(x < zero(), zero() - x, x);
+  vf q = splat(-2.096443949994864e-06f);
+  q = fma(q, a, splat(3.0661038181278855e-05f));
+  q = fma(q, a, splat(-1.4548659964930266e-04f));
+  q = fma(q, a, splat(-2.3314969439525157e-04f));
+  q = fma(q, a, splat(7.185846101492643e-03f));
+  q = fma(q, a, splat(-5.2578240633010864e-02f));
+  q = fma(q, a, splat(-4.5918202400207520e-01f));
+  q = fma(q, a, splat(-1.1511082649230957f));
+  q = fma(q, a, splat(-9.999999403953552e-01f));
+  const vf tail = exp2(q);
+  return x * select(x < zero(), tail, splat(1.f) - tail);
+}
+FT_INLINE vf silu(vf x) { return x / (splat(1.f) + exp(zero() - x)); }
+FT_INLINE vf gelu_tanh(vf x) {  // ½x(1 + tanh u) = x / (1 + e^(−2u)), u = √(2/π)(x + 0.044715x³)
+  const vf u = fma(x * x, splat(0.044715f), splat(1.f)) * x;
+  return x / (splat(1.f) + exp(u * splat(-1.5957691216057308f)));
+}
+FT_INLINE vf relu(vf x) { return max(zero(), x); }
 
 // ---- element types ----------------------------------------------------------------------------
 

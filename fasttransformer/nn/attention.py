@@ -163,9 +163,10 @@ def heads_output(
         added += 1
 
     if is_causal and not need_weights and key_padding_mask is None:
-        attn_mask = None  # the hint stands for it, as in torch; beside padding it is merged
-    elif need_weights:
-        is_causal = False  # the mask itself says it
+        attn_mask = None  # the hint stands for it, as in torch
+    elif need_weights or added:
+        is_causal = False  # the mask says it, and leaves the added keys open
+    # else: the mask is merged with the padding, and the hint lets the kernel skip half the tiles
     mask = bias = None
     if attn_mask is not None or key_padding_mask is not None:
         mask, bias = attention_masks(

@@ -177,8 +177,17 @@ def linear_gradients(
         return None, None, None
     if grad.stride(1) != 1 and grad.shape[1] != 1:
         grad = grad.contiguous()
-    grads = kernel.backward(grad, x, weight, needs[0], needs[1], needs[2])
-    return tuple(g if wanted else None for g, wanted in zip(grads, needs))
+    heads = x.dim() == 4  # (batch, heads, q_len, head_dim): the operator takes rows only
+    rows = x.transpose(1, 2).reshape(-1, weight.shape[1]) if heads else x
+    d_input, d_weight, d_bias = kernel.backward(grad, rows, weight, needs[0], needs[1], needs[2])
+    if heads and needs[0]:
+        batch, num_heads, q_len, head_dim = x.shape
+        d_input = d_input.view(batch, q_len, num_heads, head_dim).transpose(1, 2)
+    return (
+        d_input if needs[0] else None,
+        d_weight if needs[1] else None,
+        d_bias if needs[2] else None,
+    )
 
 
 def row_count(input: Tensor) -> int:
@@ -193,7 +202,7 @@ def _(input, weight, bias, residual, activation):
 @fake("linear_add_backward")
 def _(grad, input, weight, input_grad, weight_grad, bias_grad):
     return (
-        input.new_empty(input.shape if input_grad else (0,)),
+        input.new_empty((grad.shape[0], weight.shape[1]) if input_grad else (0,)),
         weight.new_empty(weight.shape if weight_grad else (0,)),
         weight.new_empty((weight.shape[0],) if bias_grad else (0,)),
     )

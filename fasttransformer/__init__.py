@@ -6,7 +6,9 @@
 torch.Size([1, 2, 5, 5])
 """
 
+from . import nn
 from .backends import backends, explain, use_backend
 from .ops import *  # noqa: F403
+from .swap import restore, swap
 
 __version__ = "0.1.0"

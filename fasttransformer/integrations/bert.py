@@ -1,0 +1,309 @@
+"""transformers' BERT family: rows of the swap table, and the forwards that its classes get.
+
+A post-norm encoder layer is three projections, an attention core, and twice a linear layer with
+residual and LayerNorm (Vaswani et al., 2017, arXiv:1706.03762; Devlin et al., 2018, 1810.04805).
+transformers writes these five modules out again for each model of the family; here each forward
+stands once, as a mixin over whichever class it is swapped for, and :data:`FAMILIES` lists the
+classes. A forward that meets a case that it does not know (a cache, weights to be returned, another
+attention implementation, a submodule that was replaced or hooked after the swap) runs the original.
+
+The classes themselves (``bert.BertSelfOutput``) are made when they are first asked for, since their
+bases live in transformers' modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import linear as torch_linear
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
+
+from .. import patterns
+from ..ops.add_layer_norm import add_layer_norm
+from ..ops.attention import attention
+from ..ops.linear_add import linear_add
+from ..ops.linear_add_layer_norm import linear_add_layer_norm
+from ..patterns import KINDS, Pattern, activation_name
+
+LINEAR = frozenset(KINDS["Linear"])
+LAYER_NORM = frozenset(KINDS["LayerNorm"])
+DROPOUT = frozenset(KINDS["Dropout"])
+
+#: Keyword arguments of an attention module that do not change what a self-attention computes.
+_IGNORED = frozenset(
+    {"position_ids", "encoder_hidden_states", "output_hidden_states", "output_attentions",
+     "use_cache", "return_dict", "cache"}
+)  # fmt: skip
+#: Their implementations are attention as everyone knows it; others (flash, flex, a user's own) take
+#: other masks or do other maths.
+_IMPLEMENTATIONS = frozenset({"eager", "sdpa"})
+
+if TYPE_CHECKING:
+    Base = Any
+else:
+    Base = object
+
+
+def plain(module: Module, classes: frozenset[type[Module]]) -> bool:
+    """Whether a submodule may be bypassed: its class is known and nothing is hooked on to it."""
+    return type(module) in classes and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_global_hook()
+    )
+
+
+def linear(x: Tensor, layer: Module, activation: str | None = None) -> Tensor:
+    parameters = layer._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    if activation is None and not x.is_cpu:
+        return torch_linear(x, weight, bias)  # type: ignore[arg-type]  # see linear_is_faster
+    return linear_add(x, weight, bias, activation=activation)  # type: ignore[arg-type]
+
+
+def _own_hooks(module: Module) -> bool:
+    """Whether a forward hook of the user's, who may read the attention weights, is on a module."""
+    for hook in module._forward_hooks.values():
+        if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+            return True
+    return False
+
+
+def _wants_weights(module: Any, options: dict[str, Any]) -> bool:
+    """Whether somebody reads the attention weights that the eager implementation returns.
+
+    transformers collects them by a forward hook on the module, put there on the first request.
+    """
+    if options.get("output_attentions"):
+        return True
+    if not module._forward_hooks or module.config._attn_implementation != "eager":
+        return False
+    return bool(module.config.output_attentions) or _own_hooks(module)
+
+
+def _unknown(options: dict[str, Any]) -> bool:
+    for name, value in options.items():
+        if value is not None and name not in _IGNORED:
+            return True
+    return False
+
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, S, H·D) from projections of that shape; the heads are views, before and after."""
+    size = module.attention_head_size
+    batch, length, features = query.shape
+    query = query.view(batch, length, -1, size).transpose(1, 2)
+    key = key.view(batch, key.shape[1], -1, size).transpose(1, 2)
+    value = value.view(batch, value.shape[1], -1, size).transpose(1, 2)
+    dropout_p = module._modules["dropout"].p if module.training else 0.0
+    scale = module.scaling
+    if mask is None:
+        # As transformers has it: eager takes causality from its mask alone.
+        causal = module.is_causal and length > 1 and module.config._attn_implementation != "eager"
+        out = attention(query, key, value, is_causal=causal, scale=scale, dropout_p=dropout_p)
+    elif mask.dtype is torch.bool:
+        out = attention(query, key, value, mask=mask, scale=scale, dropout_p=dropout_p)
+    else:
+        out = attention(query, key, value, bias=mask, scale=scale, dropout_p=dropout_p)
+    return out.transpose(1, 2).reshape(batch, length, features)
+
+
+def known_case(
+    module: Any, hidden_states: Tensor, mask: Any, projections: tuple[str, ...], options: dict
+) -> bool:
+    modules = module._modules
+    for name in projections:
+        if not plain(modules[name], LINEAR):
+            return False
+    if hidden_states.dim() != 3 or (options and _unknown(options)):
+        return False
+    if mask is not None and not (
+        isinstance(mask, Tensor)
+        and mask.dim() == 4
+        and (mask.dtype is torch.bool or mask.is_floating_point())
+    ):
+        return False
+    return (
+        module.config._attn_implementation in _IMPLEMENTATIONS
+        and not _wants_weights(module, options)
+        and plain(modules["dropout"], DROPOUT)
+    )
+
+
+class SelfAttention(Base):
+    """Three projections and ``ft.attention``; children query, key, value, dropout."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any
+    ) -> Any:
+        if cache is not None or not known_case(self, hidden_states, attention_mask, _QKV, kwargs):
+            return super().forward(hidden_states, attention_mask, cache, **kwargs)
+        modules: Any = self._modules
+        query = linear(hidden_states, modules["query"])
+        key = linear(hidden_states, modules["key"])
+        value = linear(hidden_states, modules["value"])
+        return attend(self, query, key, value, attention_mask), None
+
+
+_QKV = ("query", "key", "value")
+
+
+class CrossAttention(Base):
+    """As :class:`SelfAttention`, with keys and values from the encoder; never causal."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            cache is not None
+            or encoder_hidden_states is None
+            or encoder_hidden_states.dim() != 3
+            or self.is_causal
+            or not known_case(self, hidden_states, attention_mask, _QKV, kwargs)
+        ):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, cache, **kwargs
+            )
+        modules: Any = self._modules
+        query = linear(hidden_states, modules["query"])
+        key = linear(encoder_hidden_states, modules["key"])
+        value = linear(encoder_hidden_states, modules["value"])
+        return attend(self, query, key, value, attention_mask), None
+
+
+class OutputNorm(Base):
+    """``LayerNorm(dropout(dense(x)) + residual)``; children dense, LayerNorm, dropout."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        modules: Any = self._modules
+        dense, norm, dropout = modules["dense"], modules["LayerNorm"], modules["dropout"]
+        if not (plain(dense, LINEAR) and plain(norm, LAYER_NORM) and plain(dropout, DROPOUT)):
+            return super().forward(hidden_states, input_tensor)
+        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        dropout_p = dropout.p if dropout.training else 0.0
+        if dropout_p == 0.0 and hidden_states.dtype is input_tensor.dtype:
+            parameters = dense._parameters
+            return linear_add_layer_norm(
+                hidden_states,
+                parameters["weight"],
+                parameters["bias"],
+                input_tensor,
+                weight,
+                bias,
+                norm.eps,
+            )[0]
+        # Under autocast the residual stream is float32 and the linear layer's output is not.
+        out = linear(hidden_states, dense).to(input_tensor.dtype)
+        return add_layer_norm(
+            out, input_tensor, norm.normalized_shape, weight, bias, norm.eps, dropout_p=dropout_p
+        )[0]
+
+
+class Intermediate(Base):
+    """``activation(dense(x))``; children dense, intermediate_act_fn."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dense: Any = self._modules["dense"]
+        activation = activation_name(self.intermediate_act_fn)
+        if activation is None or not plain(dense, LINEAR):
+            return super().forward(hidden_states)
+        return linear(hidden_states, dense, activation)
+
+
+# ---- which classes ------------------------------------------------------------------------------
+
+
+def attention_reason(module: Any, heads: int, features: int) -> str | None:
+    """What holds for every attention module of transformers' that has a config."""
+    implementation = module.config._attn_implementation
+    if implementation not in _IMPLEMENTATIONS:
+        return f"its attention implementation is {implementation!r}"
+    if _own_hooks(module) and implementation == "eager":
+        return "a forward hook on it may read the attention weights"
+    if heads * module.attention_head_size != features:
+        return "its heads do not make up its projections"
+    return None
+
+
+def _attention_accepts(module: Any) -> str | None:
+    return attention_reason(module, module.num_attention_heads, module.query.out_features)
+
+
+def _output_accepts(module: Any) -> str | None:
+    if tuple(module.LayerNorm.normalized_shape) != (module.dense.out_features,):
+        return "its LayerNorm does not span the output of its linear layer"
+    return None
+
+
+def _intermediate_accepts(module: Any) -> str | None:
+    if activation_name(module.intermediate_act_fn) is None:
+        return f"its activation, {module.intermediate_act_fn!r}, has no kernel"
+    return None
+
+
+_ATTENTION_CHILDREN = {"query": "Linear", "key": "Linear", "value": "Linear", "dropout": "Dropout"}
+_OUTPUT_CHILDREN = {"dense": "Linear", "LayerNorm": "LayerNorm", "dropout": "Dropout"}
+_INTERMEDIATE_CHILDREN = {"dense": "Linear", "intermediate_act_fn": "activation"}
+
+#: end of the class's name → (mixin, operation, bypassed children, accepts)
+PARTS: dict[str, tuple[type, str, dict[str, str], patterns.Reason]] = {
+    "SelfAttention": (SelfAttention, "attention", _ATTENTION_CHILDREN, _attention_accepts),
+    "CrossAttention": (CrossAttention, "attention", _ATTENTION_CHILDREN, _attention_accepts),
+    "SelfOutput": (OutputNorm, "linear_add_layer_norm", _OUTPUT_CHILDREN, _output_accepts),
+    "Intermediate": (Intermediate, "linear_add", _INTERMEDIATE_CHILDREN, _intermediate_accepts),
+    "Output": (OutputNorm, "linear_add_layer_norm", _OUTPUT_CHILDREN, _output_accepts),
+}
+
+_ATTENTION = ("SelfAttention", "CrossAttention")
+_FEED_FORWARD = ("Intermediate", "Output")
+_ALL = (*_ATTENTION, "SelfOutput", *_FEED_FORWARD)
+
+#: file under transformers.models → (prefix of its classes, the parts that are BERT's own forwards).
+#: tests/test_swap_bert.py compares the source of each with BERT's.
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bert.modeling_bert": ("Bert", _ALL),
+    "roberta.modeling_roberta": ("Roberta", _ALL),
+    "xlm_roberta.modeling_xlm_roberta": ("XLMRoberta", _ALL),
+    "camembert.modeling_camembert": ("Camembert", _ALL),
+    "electra.modeling_electra": ("Electra", _ALL),
+    "ernie.modeling_ernie": ("Ernie", _ALL),
+    "roc_bert.modeling_roc_bert": ("RoCBert", _ALL),
+    "data2vec.modeling_data2vec_text": ("Data2VecText", _ALL),
+    "bert_generation.modeling_bert_generation": ("BertGeneration", _ALL),
+    # Pre-norm: their outputs add no LayerNorm, so only what they share with BERT.
+    "xlm_roberta_xl.modeling_xlm_roberta_xl": ("XLMRobertaXL", (*_ATTENTION, "Intermediate")),
+    "xmod.modeling_xmod": ("Xmod", (*_ATTENTION, "Intermediate")),
+    "roberta_prelayernorm.modeling_roberta_prelayernorm": ("RobertaPreLayerNorm", _ATTENTION),
+    "megatron_bert.modeling_megatron_bert": ("MegatronBert", ("Intermediate",)),
+    # Their attention is of another kind.
+    "mpnet.modeling_mpnet": ("MPNet", _FEED_FORWARD),
+    "rembert.modeling_rembert": ("RemBert", ("SelfOutput", *_FEED_FORWARD)),
+    "layoutlm.modeling_layoutlm": ("LayoutLM", ("SelfOutput", *_FEED_FORWARD)),
+    "longformer.modeling_longformer": ("Longformer", ("SelfOutput", *_FEED_FORWARD)),
+    "big_bird.modeling_big_bird": ("BigBird", ("SelfOutput", *_FEED_FORWARD)),
+    "roformer.modeling_roformer": ("RoFormer", ("SelfOutput", *_FEED_FORWARD)),
+    "luke.modeling_luke": ("Luke", ("SelfOutput", *_FEED_FORWARD)),
+    "tapas.modeling_tapas": ("Tapas", ("SelfOutput", *_FEED_FORWARD)),
+}
+
+
+def _rows() -> Iterator[tuple[Pattern, type]]:
+    for file, (prefix, parts) in FAMILIES.items():
+        for part in parts:
+            mixin, op, children, accepts = PARTS[part]
+            source = f"transformers.models.{file}.{prefix}{part}"
+            yield Pattern(source, f"{__name__}.{prefix}{part}", op, children, accepts), mixin
+
+
+__getattr__ = patterns.targets(globals(), _rows())

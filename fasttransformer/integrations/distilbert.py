@@ -1,0 +1,123 @@
+"""transformers' DistilBERT: rows of the swap table, on the parts that bert.py has.
+
+Its layer is BERT's with the projection back inside the attention module and the residuals and norms
+inside the block (Sanh et al., 2019, arXiv:1910.01108).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import patterns
+from ..ops.add_layer_norm import add_layer_norm
+from ..patterns import Pattern, activation_name
+from .bert import LAYER_NORM, LINEAR, Base, attend, attention_reason, known_case, linear, plain
+
+_QKV = ("q_lin", "k_lin", "v_lin")
+
+
+class SelfAttention(Base):
+    """Projections, ``ft.attention``, projection back; children q_lin, k_lin, v_lin, out_lin."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        modules: Any = self._modules
+        if not plain(modules["out_lin"], LINEAR) or not known_case(
+            self, hidden_states, attention_mask, _QKV, kwargs
+        ):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        query, key, value = (linear(hidden_states, modules[name]) for name in _QKV)
+        out = attend(self, query, key, value, attention_mask)
+        return linear(out, modules["out_lin"]), None
+
+
+class FeedForward(Base):
+    """``dropout(lin2(activation(lin1(x))))``; transformers' ``forward`` cuts x into chunks."""
+
+    def ff_chunk(self, input: Tensor) -> Tensor:
+        modules: Any = self._modules
+        activation = activation_name(self.activation)
+        if activation is None or not (
+            plain(modules["lin1"], LINEAR) and plain(modules["lin2"], LINEAR)
+        ):
+            return super().ff_chunk(input)
+        x = linear(input, modules["lin1"], activation)
+        return modules["dropout"](linear(x, modules["lin2"]))
+
+
+class Block(Base):
+    """Attention and feed-forward, each followed by ``LayerNorm(x + residual)`` in one kernel."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        modules: Any = self._modules
+        norm1, norm2 = modules["sa_layer_norm"], modules["output_layer_norm"]
+        if not (plain(norm1, LAYER_NORM) and plain(norm2, LAYER_NORM)):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        out, _ = modules["attention"](hidden_states, attention_mask=attention_mask, **kwargs)
+        hidden_states = _add_norm(out, hidden_states, norm1)
+        return _add_norm(modules["ffn"](hidden_states), hidden_states, norm2)
+
+
+def _add_norm(x: Tensor, residual: Tensor, norm: Any) -> Tensor:
+    weights = norm._parameters
+    return add_layer_norm(
+        x.to(residual.dtype),
+        residual,
+        norm.normalized_shape,
+        weights["weight"],
+        weights["bias"],
+        norm.eps,
+    )[0]
+
+
+def _attention_accepts(module: Any) -> str | None:
+    return attention_reason(module, module.n_heads, module.q_lin.out_features)
+
+
+def _feed_forward_accepts(module: Any) -> str | None:
+    if activation_name(module.activation) is None:
+        return f"its activation, {module.activation!r}, has no kernel"
+    return None
+
+
+_LINEARS = dict.fromkeys((*_QKV, "out_lin"), "Linear")
+_PATH = "transformers.models.distilbert.modeling_distilbert"
+_ROWS = (
+    (
+        Pattern(
+            f"{_PATH}.DistilBertSelfAttention",
+            f"{__name__}.DistilBertSelfAttention",
+            "attention",
+            {**_LINEARS, "dropout": "Dropout"},
+            _attention_accepts,
+        ),
+        SelfAttention,
+    ),
+    (
+        Pattern(
+            f"{_PATH}.FFN",
+            f"{__name__}.FFN",
+            "linear_add",
+            {"lin1": "Linear", "lin2": "Linear", "dropout": "called", "activation": "activation"},
+            _feed_forward_accepts,
+        ),
+        FeedForward,
+    ),
+    (
+        Pattern(
+            f"{_PATH}.TransformerBlock",
+            f"{__name__}.TransformerBlock",
+            "add_layer_norm",
+            {
+                "attention": "called",
+                "sa_layer_norm": "LayerNorm",
+                "ffn": "called",
+                "output_layer_norm": "LayerNorm",
+            },
+        ),
+        Block,
+    ),
+)
+
+__getattr__ = patterns.targets(globals(), _ROWS)

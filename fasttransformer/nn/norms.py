@@ -1,0 +1,124 @@
+"""LayerNorm and RMSNorm on our kernels, alone and behind a residual sum."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.add_layer_norm import add_layer_norm
+from ..ops.add_rms_norm import add_rms_norm
+from ..ops.layer_norm import layer_norm
+from ..ops.rms_norm import rms_norm
+
+
+class LayerNorm(nn.LayerNorm):
+    r"""Drop-in :class:`torch.nn.LayerNorm`: same constructor, call and ``state_dict``.
+
+    .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot \gamma + \beta
+
+    Mean and variance are over the last ``len(normalized_shape)`` dimensions, in float32 for 16-bit
+    inputs. Input and output (..., \*normalized_shape).
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.nn.LayerNorm(2)(torch.tensor([[1.0, 3.0]])).round()
+    tensor([[-1.,  1.]], grad_fn=<RoundBackward0>)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., \\*normalized_shape) normalized."""
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    r"""Drop-in :class:`torch.nn.RMSNorm`: same constructor, call and ``state_dict``.
+
+    .. math:: y = \frac{x}{\sqrt{\overline{x^2} + \epsilon}} \odot \gamma
+
+    ``eps=None`` is the machine epsilon of the input's dtype.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.nn.RMSNorm(2, elementwise_affine=False)(torch.tensor([[3.0, 3.0]]))
+    tensor([[1., 1.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., \\*normalized_shape) normalized."""
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    r"""Residual sum and layer norm in one pass over memory.
+
+    .. math:: s = r + \text{dropout}(x), \qquad y = \text{LayerNorm}(s)
+
+    Called with (input, residual), both (..., \*normalized_shape); returns (normed, summed). A
+    post-norm block goes on with ``normed``; a pre-norm block carries ``summed`` on as its residual.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias: as for :class:`torch.nn.LayerNorm`.
+        dropout: probability, in [0, 1), of dropping an element of ``input`` in training.
+
+    >>> import torch, fasttransformer as ft
+    >>> normed, summed = ft.nn.AddLayerNorm(2)(torch.ones(1, 2), torch.tensor([[0.0, 2.0]]))
+    >>> summed
+    tensor([[1., 3.]])
+    """
+
+    def __init__(
+        self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, *, dropout=0.0,
+        device=None, dtype=None,
+    ) -> None:  # fmt: skip
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.dropout = checked_dropout("AddLayerNorm", dropout)
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(normed, summed)."""
+        return add_layer_norm(
+            input, residual, self.normalized_shape, self.weight, self.bias, self.eps,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout={self.dropout}"
+
+
+class AddRMSNorm(nn.RMSNorm):
+    r"""Residual sum and RMS norm in one pass over memory.
+
+    .. math:: s = r + \text{dropout}(x), \qquad y = \text{RMSNorm}(s)
+
+    Called with (input, residual), both (..., \*normalized_shape); returns (normed, summed).
+
+    Args:
+        normalized_shape, eps, elementwise_affine: as for :class:`torch.nn.RMSNorm`.
+        dropout: probability, in [0, 1), of dropping an element of ``input`` in training.
+
+    >>> import torch, fasttransformer as ft
+    >>> normed, summed = ft.nn.AddRMSNorm(2)(torch.ones(1, 2), torch.ones(1, 2))
+    >>> summed
+    tensor([[2., 2.]])
+    """
+
+    def __init__(
+        self, normalized_shape, eps=None, elementwise_affine=True, *, dropout=0.0, device=None,
+        dtype=None,
+    ) -> None:  # fmt: skip
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.dropout = checked_dropout("AddRMSNorm", dropout)
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(normed, summed)."""
+        return add_rms_norm(
+            input, residual, self.normalized_shape, self.weight, self.eps,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout={self.dropout}"
+
+
+def checked_dropout(name: str, dropout: float) -> float:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{name}: dropout is {dropout}; it must be in [0, 1)")
+    return float(dropout)

@@ -1,0 +1,136 @@
+"""What the fronts of the norms share: checks, the (rows, features) view, vmap by folding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._front import FLOATS, is_float, positive_eps, probability, same_device, same_dtype
+from ._function import fold, unfold, vmap_rule
+
+NO_OPTIONS: frozenset[str] = frozenset()
+GRAD = frozenset({"grad"})
+#: (gradient needed, dropout on) → options of the add + norm operations.
+ADD_OPTIONS = {
+    (False, False): NO_OPTIONS,
+    (True, False): GRAD,
+    (False, True): frozenset({"dropout"}),
+    (True, True): frozenset({"grad", "dropout"}),
+}
+
+
+def checked_shape(
+    op: str, input: Tensor, normalized_shape: Sequence[int] | int, eps: float | None
+) -> tuple[int, ...]:
+    """``normalized_shape`` as a tuple, once input, shape and eps are known to be right."""
+    if not isinstance(input, Tensor) or input.dtype not in FLOATS:
+        is_float(op, input=input)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or input.shape[-len(shape) :] != shape:
+        raise ValueError(f"{op}: normalized_shape {shape} must be one dimension or more and end "
+                         f"input's shape {tuple(input.shape)}")  # fmt: skip
+    if eps is not None and not 0.0 <= eps < float("inf"):
+        positive_eps(op, eps)
+    return shape
+
+
+def check_vector(op: str, name: str, vector: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
+    """weight and bias: of ``normalized_shape``, on input's device, of any float dtype."""
+    if not isinstance(vector, Tensor) or vector.dtype not in FLOATS:
+        is_float(op, **{name: vector})
+    if vector.shape != shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(vector.shape)}; normalized_shape is {shape}"
+        )
+    if vector.device != input.device:
+        same_device(op, input, **{name: vector})
+
+
+def add_inputs(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """input and residual of the add + norm operations, checked; under autocast in one dtype."""
+    if not isinstance(residual, Tensor) or residual.dtype not in FLOATS:
+        is_float(op, residual=residual)
+    if residual.shape != input.shape:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; it must be input's, "
+                         f"{tuple(input.shape)}")  # fmt: skip
+    device_type = input.device.type
+    if residual.device != input.device:
+        same_device(op, input, residual=residual)
+    if not 0.0 <= dropout_p < 1.0:
+        probability(op, dropout_p)
+    if residual.dtype != input.dtype:
+        if not torch.is_autocast_enabled(device_type):
+            same_dtype(op, input, residual=residual)
+        # torch's own `residual + input` promotes: a 16-bit projection meets a float32 residual.
+        wide = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(wide), residual.to(wide)
+    if on_float32_list(device_type) and input.dtype != torch.float64:
+        return input.float(), residual.float()
+    return input, residual
+
+
+def narrow_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
+    """Kernels read float32 and 16-bit weights; a float64 one of a narrower input is rounded."""
+    if vector is not None and vector.dtype == torch.float64 and input.dtype != torch.float64:
+        return vector.float()
+    return vector
+
+
+def default_eps(input: Tensor) -> float:
+    """torch's rule for eps=None: the machine epsilon of the dtype that is computed in."""
+    return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+
+
+def on_float32_list(device_type: str) -> bool:
+    """Whether autocast is on and asks float32 of norms: it does on GPUs, not on the CPU."""
+    return device_type != "cpu" and torch.is_autocast_enabled(device_type)
+
+
+def rows_of(x: Tensor, features: int) -> Tensor:
+    """(…, *normalized_shape) as (rows, features) with last stride 1; a copy only if need be."""
+    if x.dim() != 2 or x.shape[1] != features:
+        x = x.reshape(-1, features)
+    return x if features == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def flat(vector: Tensor | None) -> Tensor | None:
+    """A weight or bias as a contiguous vector."""
+    if vector is None or (vector.dim() == 1 and vector.is_contiguous()):
+        return vector
+    return vector.contiguous().view(-1)
+
+
+def like(vector_grad: Tensor, vector: Tensor | None, wanted: bool) -> Tensor | None:
+    """A kernel's d_weight or d_bias in its parameter's own shape and dtype."""
+    if not wanted or vector is None:
+        return None
+    return vector_grad.to(vector.dtype).view(vector.shape)
+
+
+def fake_vector_grad(input: Tensor, weight: Tensor | None, features: int, wanted: bool) -> Tensor:
+    """d_weight and d_bias of the backward operators: weight's dtype, float32 without a weight."""
+    dtype = torch.float32 if weight is None else weight.dtype
+    return input.new_empty((features if wanted else 0,), dtype=dtype)
+
+
+def fold_rows(op: str, batched: tuple[int, ...], per_sample: tuple[int, ...]) -> None:
+    """vmap rule of a norm's operator: samples are only more rows, so they are run as one call.
+
+    ``batched`` are the places of the (rows, …) arguments. Where an argument at ``per_sample`` is on
+    (a wanted weight gradient, dropout, whose mask restarts with each sample), or a weight is
+    batched, the samples are run one by one.
+    """
+
+    def rule(operator: Any, batch_size: int, in_dims: tuple, *args: Any) -> Any:
+        others = (d for i, d in enumerate(in_dims) if i not in batched)
+        if any(d is not None for d in others) or any(args[i] for i in per_sample):
+            return None
+        args = tuple(
+            fold(a, in_dims[i], batch_size) if i in batched else a for i, a in enumerate(args)
+        )
+        return unfold(operator(*args), batch_size)
+
+    vmap_rule(op)(rule)

@@ -1,0 +1,169 @@
+"""Residual addition, dropout and layer normalization in one pass over memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ._front import fake, needs_grad, new_seed
+from ._function import differentiable
+from ._norm import (
+    ADD_OPTIONS,
+    add_inputs,
+    check_vector,
+    checked_shape,
+    fake_vector_grad,
+    flat,
+    fold_rows,
+    like,
+    narrow_vector,
+    rows_of,
+)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""``summed = residual + dropout(input)`` and ``normed = layer_norm(summed)``, in one pass.
+
+    .. math:: S = R + \operatorname{dropout}(X), \qquad
+        N = \frac{S - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot w + b
+
+    A post-norm layer goes on with ``normed``; a pre-norm layer feeds ``normed`` to the next block
+    and carries ``summed`` on as its residual.
+
+    Args:
+        input, residual: (\*, \*normalized_shape), of one shape and float dtype, any strides.
+        normalized_shape: the trailing dimensions to normalize over.
+        weight, bias: ``normalized_shape``, of any float dtype.
+        eps: added to the variance; 0 or more.
+        dropout_p: probability with which an element of ``input`` is dropped, in [0, 1); always
+            applied, as by a functional dropout with ``training=True``. The mask is a function of a
+            seed drawn from torch's generator and the position, equal on every backend.
+        backend: forces one backend for this call.
+
+    Returns:
+        (normed, summed), both of ``input``'s shape and dtype. ``summed`` is rounded to it, and the
+        statistics are those of the rounded values.
+
+    Raises:
+        TypeError: not floating point; ``residual`` of another dtype (except under autocast).
+        ValueError: shapes that don't fit, eps negative, dropout_p outside [0, 1), devices differ.
+
+    Source: He et al. 2015 (arXiv:1512.03385); Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
+
+    >>> import torch, fasttransformer as ft
+    >>> normed, summed = ft.add_layer_norm(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 2.0]]),
+    ...                                    (2,), eps=0.0)
+    >>> normed, summed
+    (tensor([[-1.,  1.]]), tensor([[1., 3.]]))
+    """
+    shape = checked_shape("add_layer_norm", input, normalized_shape, eps)
+    input, residual = add_inputs("add_layer_norm", input, residual, dropout_p)
+    if weight is not None:
+        check_vector("add_layer_norm", "weight", weight, input, shape)
+    if bias is not None:
+        check_vector("add_layer_norm", "bias", bias, input, shape)
+    grad = needs_grad(input, residual, weight, bias)
+    options = ADD_OPTIONS[grad, dropout_p > 0.0]
+    kernel = choose("add_layer_norm", input.device.type, input.dtype, options, (), backend)
+    features = shape[0] if len(shape) == 1 else math.prod(shape)
+    seed = new_seed(input.device) if dropout_p > 0.0 else None
+    if kernel.forward is None or features == 0:
+        return reference.add_layer_norm(
+            input, residual, shape, weight, bias, eps, dropout_p=dropout_p, seed=seed
+        )
+    weight, bias = narrow_vector(weight, input), narrow_vector(bias, input)
+    if grad:
+        normed, summed, _, _ = _add_layer_norm(
+            input, residual, weight, bias, eps, dropout_p, seed, features, kernel
+        )
+        return normed, summed
+    normed, summed, _, _ = kernel.forward(
+        rows_of(input, features), rows_of(residual, features), flat(weight), flat(bias), eps,
+        dropout_p, seed,
+    )  # fmt: skip
+    if input.dim() == 2 and len(shape) == 1:
+        return normed, summed
+    return normed.view(input.shape), summed.view(input.shape)
+
+
+class _AddLayerNorm:
+    @staticmethod
+    def forward(input, residual, weight, bias, eps, dropout_p, seed, features, kernel):
+        normed, summed, mean, rstd = kernel.forward(
+            rows_of(input, features), rows_of(residual, features), flat(weight), flat(bias), eps,
+            dropout_p, seed,
+        )  # fmt: skip
+        return normed.view(input.shape), summed.view(input.shape), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, weight, bias, _, ctx.dropout_p, seed, ctx.features, ctx.kernel = inputs
+        _, summed, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(summed, weight, bias, mean, rstd, seed)
+
+    @staticmethod
+    def backward(ctx, grad_normed, grad_summed, _mean, _rstd):
+        if grad_normed is None and grad_summed is None:
+            return (None,) * 9
+        summed, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        wants_weight, wants_bias = ctx.needs_input_grad[2:4]
+        if grad_normed is None:
+            grad_normed = torch.zeros_like(summed)
+        d_residual, d_input, d_weight, d_bias = ctx.kernel.backward(
+            rows_of(grad_normed, ctx.features),
+            None if grad_summed is None else rows_of(grad_summed, ctx.features),
+            rows_of(summed, ctx.features), flat(weight), mean, rstd, ctx.dropout_p, seed,
+            wants_weight, wants_bias,
+        )  # fmt: skip
+        d_residual = d_residual.view(summed.shape)
+        d_input = d_residual if seed is None else d_input.view(summed.shape)
+        d_weight, d_bias = like(d_weight, weight, wants_weight), like(d_bias, bias, wants_bias)
+        return d_input, d_residual, d_weight, d_bias, None, None, None, None, None
+
+
+_add_layer_norm = differentiable(_AddLayerNorm)
+
+
+@fake("add_layer_norm")
+def _(input, residual, weight, bias, eps, dropout_p, seed):
+    statistic = input.new_empty(input.shape[:1], dtype=torch.float32)
+    return (
+        input.new_empty(input.shape),
+        input.new_empty(input.shape),
+        statistic,
+        torch.empty_like(statistic),
+    )
+
+
+@fake("add_layer_norm_backward")
+def _(
+    grad_normed, grad_summed, summed, weight, mean, rstd, dropout_p, seed, weight_grad, bias_grad
+):
+    features = summed.shape[1]
+    return (
+        summed.new_empty(summed.shape),
+        summed.new_empty((0,) if seed is None else summed.shape),
+        fake_vector_grad(summed, weight, features, weight_grad),
+        fake_vector_grad(summed, weight, features, bias_grad),
+    )
+
+
+fold_rows("add_layer_norm", batched=(0, 1), per_sample=(5,))
+fold_rows("add_layer_norm_backward", batched=(0, 1, 2, 4, 5), per_sample=(6, 8, 9))

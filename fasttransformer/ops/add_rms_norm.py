@@ -1,0 +1,163 @@
+"""Residual addition, dropout and root-mean-square normalization in one pass over memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ._front import fake, needs_grad, new_seed
+from ._function import differentiable
+from ._norm import (
+    ADD_OPTIONS,
+    add_inputs,
+    check_vector,
+    checked_shape,
+    default_eps,
+    fake_vector_grad,
+    flat,
+    fold_rows,
+    like,
+    narrow_vector,
+    rows_of,
+)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""``summed = residual + dropout(input)`` and ``normed = rms_norm(summed)``, in one pass.
+
+    .. math:: S = R + \operatorname{dropout}(X), \qquad
+        N = \frac{S}{\sqrt{\frac{1}{C} \sum_j S_j^2 + \epsilon}} \odot w
+
+    Args:
+        input, residual: (\*, \*normalized_shape), of one shape and float dtype, any strides.
+        normalized_shape: the trailing dimensions to normalize over.
+        weight: ``normalized_shape``, of any float dtype.
+        eps: 0 or more; ``None`` is torch's rule, as in :func:`~fasttransformer.rms_norm`.
+        dropout_p: as in :func:`~fasttransformer.add_layer_norm`.
+        backend: forces one backend for this call.
+
+    Returns:
+        (normed, summed), both of ``input``'s shape and dtype. ``summed`` is rounded to it, and the
+        mean square is that of the rounded values.
+
+    Raises:
+        TypeError: not floating point; ``residual`` of another dtype (except under autocast).
+        ValueError: shapes that don't fit, eps negative, dropout_p outside [0, 1), devices differ.
+
+    Source: He et al. 2015 (arXiv:1512.03385); Zhang, Sennrich 2019 (arXiv:1910.07467).
+
+    >>> import torch, fasttransformer as ft
+    >>> normed, summed = ft.add_rms_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]), 2)
+    >>> summed
+    tensor([[3., 4.]])
+    """
+    shape = checked_shape("add_rms_norm", input, normalized_shape, eps)
+    input, residual = add_inputs("add_rms_norm", input, residual, dropout_p)
+    if weight is not None:
+        check_vector("add_rms_norm", "weight", weight, input, shape)
+    if eps is None:
+        eps = default_eps(input)
+    grad = needs_grad(input, residual, weight)
+    options = ADD_OPTIONS[grad, dropout_p > 0.0]
+    kernel = choose("add_rms_norm", input.device.type, input.dtype, options, (), backend)
+    features = shape[0] if len(shape) == 1 else math.prod(shape)
+    seed = new_seed(input.device) if dropout_p > 0.0 else None
+    if kernel.forward is None or features == 0:
+        return reference.add_rms_norm(
+            input, residual, shape, weight, eps, dropout_p=dropout_p, seed=seed
+        )
+    weight = narrow_vector(weight, input)
+    if grad:
+        normed, summed, _ = _add_rms_norm(
+            input, residual, weight, eps, dropout_p, seed, features, kernel
+        )
+        return normed, summed
+    normed, summed, _ = kernel.forward(
+        rows_of(input, features), rows_of(residual, features), flat(weight), eps, dropout_p, seed
+    )
+    if input.dim() == 2 and len(shape) == 1:
+        return normed, summed
+    return normed.view(input.shape), summed.view(input.shape)
+
+
+class _AddRMSNorm:
+    @staticmethod
+    def forward(input, residual, weight, eps, dropout_p, seed, features, kernel):
+        normed, summed, rstd = kernel.forward(
+            rows_of(input, features), rows_of(residual, features), flat(weight), eps, dropout_p,
+            seed,
+        )  # fmt: skip
+        return normed.view(input.shape), summed.view(input.shape), rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, weight, _, ctx.dropout_p, seed, ctx.features, ctx.kernel = inputs
+        _, summed, rstd = output
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(summed, weight, rstd, seed)
+
+    @staticmethod
+    def backward(ctx, grad_normed, grad_summed, _rstd):
+        if grad_normed is None and grad_summed is None:
+            return (None,) * 8
+        summed, weight, rstd, seed = ctx.saved_tensors
+        wants_weight = ctx.needs_input_grad[2]
+        if grad_normed is None:
+            grad_normed = torch.zeros_like(summed)
+        d_residual, d_input, d_weight = ctx.kernel.backward(
+            rows_of(grad_normed, ctx.features),
+            None if grad_summed is None else rows_of(grad_summed, ctx.features),
+            rows_of(summed, ctx.features), flat(weight), rstd, ctx.dropout_p, seed, wants_weight,
+        )  # fmt: skip
+        d_residual = d_residual.view(summed.shape)
+        d_input = d_residual if seed is None else d_input.view(summed.shape)
+        return (
+            d_input,
+            d_residual,
+            like(d_weight, weight, wants_weight),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+_add_rms_norm = differentiable(_AddRMSNorm)
+
+
+@fake("add_rms_norm")
+def _(input, residual, weight, eps, dropout_p, seed):
+    return (
+        input.new_empty(input.shape),
+        input.new_empty(input.shape),
+        input.new_empty(input.shape[:1], dtype=torch.float32),
+    )
+
+
+@fake("add_rms_norm_backward")
+def _(grad_normed, grad_summed, summed, weight, rstd, dropout_p, seed, weight_grad):
+    return (
+        summed.new_empty(summed.shape),
+        summed.new_empty((0,) if seed is None else summed.shape),
+        fake_vector_grad(summed, weight, summed.shape[1], weight_grad),
+    )
+
+
+fold_rows("add_rms_norm", batched=(0, 1), per_sample=(4,))
+fold_rows("add_rms_norm_backward", batched=(0, 1, 2, 4), per_sample=(5, 7))

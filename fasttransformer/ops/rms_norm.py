@@ -1,0 +1,125 @@
+"""Root-mean-square normalization, torch's own signature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ._front import fake, needs_grad
+from ._function import differentiable
+from ._norm import (
+    GRAD,
+    NO_OPTIONS,
+    check_vector,
+    checked_shape,
+    default_eps,
+    fake_vector_grad,
+    flat,
+    fold_rows,
+    like,
+    narrow_vector,
+    on_float32_list,
+    rows_of,
+)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Root-mean-square normalization, as :func:`torch.nn.functional.rms_norm`.
+
+    .. math:: y = \frac{x}{\sqrt{\frac{1}{C} \sum_j x_j^2 + \epsilon}} \odot w
+
+    Args:
+        input: (\*, \*normalized_shape), float of any strides.
+        normalized_shape: the trailing dimensions to normalize over.
+        weight: ``normalized_shape``, of any float dtype; the result has ``input``'s dtype.
+        eps: 0 or more; ``None`` is torch's rule, the machine epsilon of the dtype that is computed
+            in: float32's for 16-bit inputs.
+        backend: forces one backend for this call.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: shapes that don't fit, eps negative, tensors on different devices.
+
+    Source: Zhang, Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.rms_norm(torch.tensor([[3.0, 4.0, 0.0, 0.0]]), (4,))
+    tensor([[1.2000, 1.6000, 0.0000, 0.0000]])
+    """
+    shape = checked_shape("rms_norm", input, normalized_shape, eps)
+    if weight is not None:
+        check_vector("rms_norm", "weight", weight, input, shape)
+    device_type = input.device.type
+    if on_float32_list(device_type) and input.dtype != torch.float64:
+        input = input.float()
+    if eps is None:
+        eps = default_eps(input)
+    grad = needs_grad(input, weight)
+    options = GRAD if grad else NO_OPTIONS
+    kernel = choose("rms_norm", device_type, input.dtype, options, (), backend)
+    features = shape[0] if len(shape) == 1 else math.prod(shape)
+    if kernel.forward is None or features == 0:
+        return reference.rms_norm(input, shape, weight, eps)
+    weight = narrow_vector(weight, input)
+    if grad:
+        return _rms_norm(input, weight, eps, features, kernel)[0]
+    out = kernel.forward(rows_of(input, features), flat(weight), eps)[0]
+    return out if input.dim() == 2 and len(shape) == 1 else out.view(input.shape)
+
+
+class _RMSNorm:
+    @staticmethod
+    def forward(input, weight, eps, features, kernel):
+        out, rstd = kernel.forward(rows_of(input, features), flat(weight), eps)
+        return out.view(input.shape), rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _, ctx.features, ctx.kernel = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _rstd):
+        if grad is None:
+            return (None,) * 5
+        input, weight, rstd = ctx.saved_tensors
+        wants_weight = ctx.needs_input_grad[1]
+        d_input, d_weight = ctx.kernel.backward(
+            rows_of(grad, ctx.features), rows_of(input, ctx.features), flat(weight), rstd,
+            wants_weight,
+        )  # fmt: skip
+        return d_input.view(input.shape), like(d_weight, weight, wants_weight), None, None, None
+
+
+_rms_norm = differentiable(_RMSNorm)
+
+
+@fake("rms_norm")
+def _(input, weight, eps):
+    return input.new_empty(input.shape), input.new_empty(input.shape[:1], dtype=torch.float32)
+
+
+@fake("rms_norm_backward")
+def _(grad, input, weight, rstd, weight_grad):
+    return (
+        input.new_empty(input.shape),
+        fake_vector_grad(input, weight, input.shape[1], weight_grad),
+    )
+
+
+fold_rows("rms_norm", batched=(0,), per_sample=())
+fold_rows("rms_norm_backward", batched=(0, 1, 3), per_sample=(4,))

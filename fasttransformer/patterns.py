@@ -1,0 +1,353 @@
+"""The table of what :func:`fasttransformer.swap` replaces: source class → target class, and when.
+
+A swap changes a module's class and nothing else, so a target is a subclass of its source that adds
+no state: parameters, buffers, hooks, attributes and ``state_dict`` keys stay where they are. Each
+target has ``_ft_swapped_from``, its source, which is all that a restore needs; so a swapped model
+survives ``deepcopy`` and ``pickle``, and can be restored in another process. Classes of torch.nn
+get their targets here; sources outside torch are named by strings and their targets are made on
+first use, so that nothing is imported that the model did not import already.
+
+To add a model family, add rows: see docs/swap.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Dropout, Module, Parameter
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from . import nn
+from .backends import TABLE as KERNELS
+from .backends import backends, forced_backend
+
+Reason = Callable[[Module], "str | None"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One row: modules of exactly the class ``source`` may become ``target``.
+
+    ``children`` are all submodules by name and kind: a key of :data:`KINDS` for those whose work
+    the target does itself without calling them, or "called"; none for a target that sees to it.
+    ``accepts`` gives the reason why one module is left alone, or None; ``op`` is the operation that
+    the target is made for.
+    """
+
+    source: str
+    target: str
+    op: str
+    children: Mapping[str, str] = field(default_factory=dict)
+    accepts: Reason | None = None
+
+    def source_class(self) -> type[Module]:
+        return _load(self.source)
+
+    def target_class(self) -> type[Module]:
+        return _load(self.target)
+
+    def reason(self, module: Module) -> str | None:
+        """Why ``module``, which is of the class ``source``, is left alone; None to swap it."""
+        if type(module) is not self.source_class():
+            return "its class has the name of one that is known, but is another class"
+        return (
+            own_reason(module)
+            or kernel_reason(self.op, module)
+            or children_reason(module, self.children)
+            or (self.accepts(module) if self.accepts is not None else None)
+        )
+
+
+@functools.cache
+def _load(path: str) -> type[Module]:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def short_name(cls: type) -> str:
+    """``torch.nn.LayerNorm`` rather than the file it is written in; else the class's name."""
+    if getattr(torch.nn, cls.__name__, None) is cls:
+        return f"torch.nn.{cls.__name__}"
+    return cls.__name__
+
+
+# ---- reasons to leave a module alone ------------------------------------------------------------
+
+
+def hooked(module: Module) -> bool:
+    """Whether calling ``module`` does more than its forward: a hook of any kind is registered."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def own_reason(module: Module) -> str | None:
+    """What holds for any module: a replaced forward, parameters that are no plain tensors."""
+    if "forward" in module.__dict__:
+        return "its forward is replaced on this instance"
+    return _parameter_reason(module, "")
+
+
+def _parameter_reason(module: Module, prefix: str) -> str | None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) not in (Parameter, Tensor):
+            return f"{prefix}{name} is a {type(parameter).__name__}"
+    if "weight" not in module._parameters and isinstance(module, _WEIGHTED):
+        return f"{prefix}weight is computed by a hook (pruning or weight normalization)"
+    return None
+
+
+def kernel_reason(op: str, module: Module) -> str | None:
+    """The reason when the C++ library, which alone is faster than torch on a CPU, is missing."""
+    if forced_backend() is not None or backends()["cpu"] is None:
+        return None
+    tensor = next(module.parameters(), None)
+    if tensor is not None and tensor.device.type == "cpu":
+        return f"no faster {op} runs on this CPU: {backends()['cpu']}"
+    return None
+
+
+def linear_is_faster(module: Module) -> str | None:
+    """The one rule for plain linear layers: ours is the faster one on the CPU, cuBLAS on a GPU."""
+    device = module._parameters["weight"].device.type  # type: ignore[union-attr]
+    if device not in ("cpu", "meta"):
+        return f"torch's own matmul is the faster one on {device}"
+    if KERNELS["linear_add"]["cpu"].forward is None and forced_backend() is None:
+        return "linear_add has no CPU kernel in this build"
+    return None
+
+
+def children_reason(module: Module, kinds: Mapping[str, str]) -> str | None:
+    """Why the submodules can't be bypassed: another class, a hook, more of them than known."""
+    if not kinds:
+        return None
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        kind = kinds.get(name)
+        if kind is None:
+            return f"it has a submodule that is not known: {name} ({short_name(type(child))})"
+        if kind == "called":
+            continue
+        allowed = KINDS[kind]
+        if type(child) not in allowed and not (kind == "activation" and activation_name(child)):
+            return f"{name} is a {short_name(type(child))}, not a plain {kind}"
+        if hooked(child):
+            return f"{name} has a hook, which would not be called"
+        if "forward" in child.__dict__:
+            return f"the forward of {name} is replaced on this instance"
+        problem = _parameter_reason(child, f"{name}.")
+        if problem is not None:
+            return problem
+    missing = [n for n, k in kinds.items() if k != "activation" and module._modules.get(n) is None]
+    if missing:
+        return f"it has no submodule {missing[0]}"
+    return None
+
+
+# ---- activations --------------------------------------------------------------------------------
+
+#: What ``linear_add(activation=)`` calls the functions and module classes that people use. Classes
+#: of transformers are known by their path; :func:`activation_name` adds them once they are met.
+_ACTIVATIONS: dict[object, str] = {
+    torch.relu: "relu",
+    torch.nn.functional.relu: "relu",
+    torch.nn.functional.gelu: "gelu",
+    torch.nn.functional.silu: "silu",
+    torch.nn.ReLU: "relu",
+    torch.nn.SiLU: "silu",
+}
+_ACTIVATION_PATHS: dict[str, str] = {
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+}
+
+
+def activation_name(activation: object) -> str | None:
+    """``linear_add``'s name for an activation given as a function or module, None if it has none.
+
+    >>> activation_name(torch.nn.GELU(approximate="tanh"))
+    'gelu_tanh'
+    """
+    if not isinstance(activation, Module):
+        try:
+            return _ACTIVATIONS.get(activation)
+        except TypeError:  # not hashable
+            return None
+    if hooked(activation) or "forward" in activation.__dict__:
+        return None
+    cls = type(activation)
+    if cls is torch.nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    name = _ACTIVATIONS.get(cls)
+    if name is None:
+        name = _ACTIVATION_PATHS.get(path_of(cls))
+        if name is not None and not torch.compiler.is_compiling():
+            _ACTIVATIONS[cls] = name
+    return name
+
+
+# ---- torch.nn -----------------------------------------------------------------------------------
+
+
+def _softmax_accepts(module: Module) -> str | None:
+    return "dim is None, which torch guesses from the input" if module.dim is None else None
+
+
+def _attention_accepts(module: Module) -> str | None:
+    out = module._modules.get("out_proj")
+    if type(out) is not NonDynamicallyQuantizableLinear:
+        return f"out_proj is a {short_name(type(out))}"
+    return _parameter_reason(out, "out_proj.")
+
+
+def _layer_accepts(module: Module) -> str | None:
+    """A layer is one fused computation: no part of it may hold more than torch put there."""
+    for name, child in module.named_modules():
+        if not name:
+            continue
+        known = type(child) in _LAYER_PARTS or activation_name(child) is not None
+        if not known and not name.endswith("activation"):
+            return f"{name} is a {short_name(type(child))}"
+        if hooked(child):
+            return f"{name} has a hook, which would not be called"
+        if "forward" in child.__dict__:
+            return f"the forward of {name} is replaced on this instance"
+        problem = _parameter_reason(child, f"{name}.")
+        if problem is not None:
+            return problem
+    return None
+
+
+def _stack_accepts(module: Module) -> str | None:
+    for name, child in module._modules["layers"].named_children():  # type: ignore[union-attr]
+        if type(child) not in _LAYERS:
+            return f"layers.{name} is a {short_name(type(child))}"
+    return None
+
+
+#: class name in torch.nn (and in fasttransformer.nn) → operation, and when it is accepted.
+_TORCH: dict[str, tuple[str, Reason | None]] = {
+    "LayerNorm": ("layer_norm", None),
+    "RMSNorm": ("rms_norm", None),
+    "Softmax": ("softmax", _softmax_accepts),
+    "Linear": ("linear_add", linear_is_faster),
+    "MultiheadAttention": ("attention", _attention_accepts),
+    "TransformerEncoderLayer": ("attention", _layer_accepts),
+    "TransformerDecoderLayer": ("attention", _layer_accepts),
+    "TransformerEncoder": ("attention", _stack_accepts),
+    "TransformerDecoder": ("attention", _stack_accepts),
+}
+
+#: source class path → pattern
+TABLE: dict[str, Pattern] = {}
+
+
+def add(pattern: Pattern) -> None:
+    TABLE[pattern.source] = pattern
+
+
+def _add_torch_classes() -> None:
+    for name, (op, accepts) in _TORCH.items():
+        ours, torchs = getattr(nn, name, None), getattr(torch.nn, name)
+        if ours is None:
+            continue
+        globals()[name] = type(
+            name,
+            (ours,),
+            {
+                "__module__": __name__,
+                "__qualname__": name,
+                "__doc__": f"A torch.nn.{name} that was swapped for fasttransformer.nn.{name}.",
+                "_ft_swapped_from": torchs,
+            },
+        )
+        add(Pattern(path_of(torchs), f"{__name__}.{name}", op, accepts=accepts))
+
+
+_add_torch_classes()
+
+
+def _kinds(name: str) -> tuple[type[Module], ...]:
+    """torch's class, ours, and the swapped one."""
+    found = [getattr(torch.nn, name)]
+    if hasattr(nn, name):
+        found += [getattr(nn, name), globals()[name]]
+    return tuple(found)
+
+
+#: kind of a child → the classes whose forward a target knows
+KINDS: dict[str, tuple[type[Module], ...]] = {
+    "Linear": _kinds("Linear"),
+    "LayerNorm": _kinds("LayerNorm"),
+    "Dropout": (Dropout,),
+    "activation": (),
+}
+_WEIGHTED = (torch.nn.Linear,)
+_LAYERS = _kinds("TransformerEncoderLayer") + _kinds("TransformerDecoderLayer")
+_LAYER_PARTS = frozenset(
+    _kinds("Linear")
+    + _kinds("LayerNorm")
+    + _kinds("MultiheadAttention")
+    + (Dropout, NonDynamicallyQuantizableLinear)
+)
+#: Subclasses of a source that are a part of a source themselves: nothing to report.
+PARTS: tuple[type[Module], ...] = (NonDynamicallyQuantizableLinear,)
+
+
+def find(module: Module) -> Pattern | None:
+    """The row for a module's exact class, or None."""
+    return TABLE.get(path_of(type(module)))
+
+
+def swapped_from(module: Module) -> type[Module] | None:
+    """The class that a swapped module had before, None for a module that was not swapped."""
+    return type(module).__dict__.get("_ft_swapped_from")
+
+
+def targets(
+    namespace: dict[str, Any], rows: Iterable[tuple[Pattern, type]]
+) -> Callable[[str], type[Module]]:
+    """A module's ``__getattr__`` that makes the target classes of ``rows`` on first use (PEP 562).
+
+    Each row is a pattern, added to the table here, and the mixin that goes in front of its source.
+    The class is kept in ``namespace``, under the name that ``pickle`` looks for.
+    """
+    known = {}
+    for pattern, mixin in rows:
+        add(pattern)
+        known[pattern.target.rpartition(".")[2]] = pattern, mixin
+
+    def make(name: str) -> type[Module]:
+        if name not in known:
+            raise AttributeError(f"module {namespace['__name__']!r} has no attribute {name!r}")
+        pattern, mixin = known[name]
+        source = pattern.source_class()
+        namespace[name] = type(
+            name,
+            (mixin, source),
+            {
+                "__module__": namespace["__name__"],
+                "__qualname__": name,
+                "__doc__": f"A {pattern.source} that was swapped.",
+                "_ft_swapped_from": source,
+            },
+        )
+        return namespace[name]
+
+    return make

@@ -40,7 +40,7 @@ COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 # No -ffast-math: NaN, Inf and −0 keep their meaning. Contraction gives a*b+c one rounding.
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi",
           "-Wno-unused-function", "-Wno-ignored-attributes",
-          "-Wno-maybe-uninitialized"]  # fmt: skip
+          "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # fmt: skip
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CUDA_ARCHS = os.environ.get("FASTTRANSFORMER_CUDA_ARCHS", "80;90a").split(";")
 

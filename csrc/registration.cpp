@@ -19,6 +19,12 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> bool");
 
+  // The machine's ceilings, for benchmarks: GFLOP/s and GB/s, the best seen within `seconds`.
+  m.def("measure_fma(float seconds) -> float");
+  m.def("measure_dot(float seconds) -> float");
+  m.def("measure_read(int bytes, float seconds) -> float");
+  m.def("measure_copy(int bytes, float seconds) -> float");
+
   m.def("softmax(Tensor input, float scale, Tensor? mask, bool is_causal, bool log) -> Tensor");
   m.def("softmax_backward(Tensor grad, Tensor output, float scale, bool log) -> Tensor");
 

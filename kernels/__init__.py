@@ -1,1 +1,12 @@
-"""Triton kernels, one file per operation, registered as ``fasttransformer_triton::<op>``."""
+"""Triton kernels, one file per operation, registered as ``fasttransformer_triton::<op>``.
+
+Importing this package defines the operators; nothing is compiled and no device is touched before
+the first call. ``_register`` defines operators, ``_device`` holds functions that kernels share,
+``_norm`` and ``_matmul`` the kernels that several operations share.
+"""
+
+from . import add_layer_norm as add_layer_norm
+from . import add_rms_norm as add_rms_norm
+from . import layer_norm as layer_norm
+from . import rms_norm as rms_norm
+from . import softmax as softmax

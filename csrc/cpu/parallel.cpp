@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
 
 namespace ft {
 
@@ -12,7 +13,9 @@ void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
     fn(0, n, context);
     return;
   }
-  torch_parallel_for(0, n, grain, fn, context);
+  if (torch_parallel_for(0, n, grain, fn, context) != 0) {
+    throw std::runtime_error("fasttransformer: a parallel CPU kernel failed (out of memory?)");
+  }
 }
 
 int num_threads() {
@@ -35,7 +38,7 @@ constexpr size_t kKeep = size_t{64} << 20;
 }  // namespace
 
 void* thread_scratch(Scratch slot, size_t bytes) {
-  static thread_local Block blocks[5];
+  static thread_local Block blocks[static_cast<int>(Scratch::count)];
   Block& block = blocks[static_cast<int>(slot)];
   if (block.bytes < bytes || (block.bytes > kKeep && bytes <= kKeep)) {
     std::free(block.data);

@@ -51,7 +51,8 @@ def differentiable(form: type) -> Callable[..., Any]:
             "__doc__": form.__doc__,
         },
     )
-    apply_plain, apply_transformed = plain.apply, transformed.apply
+    apply_plain: Callable[..., Any] = plain.apply  # type: ignore[attr-defined]
+    apply_transformed: Callable[..., Any] = transformed.apply  # type: ignore[attr-defined]
 
     def apply(*args: Any) -> Any:
         if _transforms_active():

@@ -30,7 +30,7 @@ def checked_shape(
         is_float(op, input=input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or input.shape[-len(shape) :] != shape:
-        raise ValueError(f"{op}: normalized_shape {shape} must be one dimension or more, the end of "
+        raise ValueError(f"{op}: normalized_shape {shape} must be one dimension or more and end "
                          f"input's shape {tuple(input.shape)}")  # fmt: skip
     if eps is not None and not 0.0 <= eps < float("inf"):
         positive_eps(op, eps)

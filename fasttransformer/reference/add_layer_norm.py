@@ -12,6 +12,7 @@ Shapes: input, residual, normed, summed (..., *normalized_shape); weight, bias n
 Sources: He et al., "Deep Residual Learning", 2015 (arXiv:1512.03385); Vaswani et al., 2017
 (1706.03762), section 3.1; Ba et al., 2016 (1607.06450).
 
+>>> import torch
 >>> normed, summed = add_layer_norm(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]), (2,))
 >>> summed
 tensor([1., 3.])

@@ -10,6 +10,7 @@ Shapes: input, residual, normed, summed (..., *normalized_shape); weight normali
 
 Sources: He et al., 2015 (arXiv:1512.03385); Zhang, Sennrich, 2019 (1910.07467).
 
+>>> import torch
 >>> normed, summed = add_rms_norm(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 2.0]), (2,))
 >>> summed
 tensor([3., 4.])

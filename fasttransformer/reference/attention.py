@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from fasttransformer.reference.dropout import dropout_mask, new_seed
-from fasttransformer.reference.precision import compute_dtype
+from fasttransformer.reference.precision import compute_dtype, matmul
 
 
 def attention(
@@ -129,7 +129,7 @@ def scaled_dot_product_attention(
 
 
 def relative_positions(query: Tensor, key: Tensor, shift: int | Tensor = 0) -> Tensor:
-    """j - i', the key's position as its query sees it: (S,T), or (B,1,S,T) for a shift (B,1,1,1)."""
+    """j - i', the key's position as its query sees it: (S,T), or (B,1,S,T) for shift (B,1,1,1)."""
     i = torch.arange(query.shape[-2], device=query.device)[:, None]
     j = torch.arange(key.shape[-2], device=query.device)
     return j - (i + shift)
@@ -222,12 +222,12 @@ def attend(
         query = torch.where(empty, 0.0, query)
         key, value = torch.where(unseen, 0.0, key), torch.where(unseen, 0.0, value)
 
-    scores = query @ key.transpose(-2, -1) * scale
+    scores = matmul(query, key.transpose(-2, -1)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    if allowed is not None:
+    if allowed is not None and empty is not None:
         scores = torch.where(allowed, scores, -math.inf)
         scores = torch.where(empty, 0.0, scores)  # any number: softmax of -inf alone is NaN
     if sinks is not None:
@@ -241,7 +241,7 @@ def attend(
         weights = torch.where(empty, 0.0, weights)
     if keep is not None:
         weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0)
-    out = (weights @ value).to(dtype)
+    out = matmul(weights, value).to(dtype)
 
     if not return_lse:
         return out, None

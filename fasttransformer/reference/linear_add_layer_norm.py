@@ -10,13 +10,13 @@ of the rounded values.
 
 Sources: Vaswani et al., 2017 (arXiv:1706.03762), section 3.1; Ba et al., 2016 (1607.06450).
 
+>>> import torch
 >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
 >>> normed, summed = linear_add_layer_norm(x, weight, None, torch.ones(1, 2), None, None, 0.0)
 >>> normed, summed
 (tensor([[-1.,  1.]]), tensor([[2., 3.]]))
 """
 
-import torch  # noqa: F401  (the example above uses it)
 from torch import Tensor
 
 from fasttransformer.reference.layer_norm import layer_norm

@@ -10,13 +10,13 @@ rounded values.
 
 Sources: Vaswani et al., 2017 (arXiv:1706.03762); Zhang, Sennrich, 2019 (1910.07467).
 
+>>> import torch
 >>> x, weight = torch.tensor([[2.0, 3.0]]), torch.eye(2)
 >>> normed, summed = linear_add_rms_norm(x, weight, None, torch.ones(1, 2), None)
 >>> summed
 tensor([[3., 4.]])
 """
 
-import torch  # noqa: F401  (the example above uses it)
 from torch import Tensor
 
 from fasttransformer.reference.linear_add import linear_add

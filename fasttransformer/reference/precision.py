@@ -18,3 +18,16 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     torch.float64
     """
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype that a and b have, under autocast too, which would round them to 16 bits.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     matmul(torch.eye(2), torch.eye(2)).dtype
+    torch.float32
+    """
+    if not torch.amp.is_autocast_available(a.device.type):  # meta tensors
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b

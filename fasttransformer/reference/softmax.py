@@ -43,7 +43,7 @@ def softmax(
     >>> softmax(torch.tensor([0.0, 9.0, 0.0]), mask=torch.tensor([True, False, True]))
     tensor([0.5000, 0.0000, 0.5000])
     """
-    scores, allowed, empty = _masked_scores(input, dim, scale, mask, is_causal, dtype)
+    scores, _, empty = _masked_scores(input, dim, scale, mask, is_causal, dtype)
     out = torch.softmax(scores, dim)
     if empty is not None:
         out = torch.where(empty, 0.0, out)

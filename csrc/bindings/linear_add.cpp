@@ -1,0 +1,52 @@
+#include "params/linear_add.h"
+
+#include "bindings/device.h"
+#include "bindings/linear_input.h"
+
+namespace ft::bindings {
+namespace {
+
+Activation activation_of(const std::string& name) {
+  if (name.empty()) return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  throw std::invalid_argument("linear_add: unknown activation " + name);
+}
+
+}  // namespace
+
+Tensor linear_add(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& residual, std::string activation) {
+  LinearAddParams p = linear_input(input, weight, bias, residual);
+  p.activation = activation_of(activation);
+  Tensor output = make(input, {p.rows, p.out_features});
+  p.output = output.mutable_data_ptr();
+  FT_LAUNCH(linear_add, p, input);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_add_backward(const Tensor& grad, const Tensor& input,
+                                                       const Tensor& weight, bool input_grad,
+                                                       bool weight_grad, bool bias_grad) {
+  LinearAddBackwardParams p;
+  p.linear = linear_input(input, weight, std::nullopt, std::nullopt);
+  p.grad = data(grad);
+  p.grad_stride = grad.stride(0);
+  Tensor d_input = make_if(input_grad, input, {p.linear.rows, p.linear.in_features});
+  Tensor d_weight = make_if(weight_grad, weight, {p.linear.out_features, p.linear.in_features});
+  Tensor d_bias = make_if(bias_grad, weight, {p.linear.out_features});
+  if (input_grad) p.d_input = d_input.mutable_data_ptr();
+  if (weight_grad) p.d_weight = d_weight.mutable_data_ptr();
+  if (bias_grad) p.d_bias = d_bias.mutable_data_ptr();
+  FT_LAUNCH(linear_add_backward, p, input);
+  return {d_input, d_weight, d_bias};
+}
+
+}  // namespace ft::bindings
+
+FT_REGISTER_IMPL(m) {
+  m.impl("linear_add", TORCH_BOX(&ft::bindings::linear_add));
+  m.impl("linear_add_backward", TORCH_BOX(&ft::bindings::linear_add_backward));
+}

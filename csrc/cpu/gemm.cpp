@@ -1,0 +1,388 @@
+// The matrix product behind linear_add and its gradients, in three forms.
+//
+// Packed: B is packed once per call into panels that all threads share (a chunk of columns at a time when it
+// is large); a task is a block of rows × a block of columns, taken from a shared counter, so a slow
+// core takes fewer. Within a task, A is copied (and widened) a block at a time into rows that do not
+// collide in L1, and C accumulates as float in thread scratch until the epilogue takes it.
+//
+// Exchanged (few rows): Cᵀ = Bᵀ · Aᵀ, so that the weight is read once, in place, and the small A is
+// what gets packed; finished tiles are turned before the epilogue sees them.
+//
+// Skinny (up to four rows): dot products along the weight's rows, bound by reading the weight.
+#include "cpu/gemm.h"
+
+#include "cpu/dot_product.h"
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+
+namespace ft::FT_ISA {
+namespace {
+
+constexpr int64_t kPackBytes = int64_t{12} << 20;  // packed B per chunk: stays in the last-level cache
+constexpr int64_t kTileFloats = 128 * 1024;        // C tile per thread: stays in L2
+constexpr int64_t kTaskColumns = 512;              // columns of a task that may split them
+constexpr int64_t kWholeRowColumns = 4096;
+constexpr int64_t kSkinnyRows = 4;
+constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows [row, row + rows) and elements [k, k + depth) of A as units with row stride kRowUnits.
+template <class Unit, class T>
+void copy_a(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) {
+  for (int64_t i = 0; i < rows; ++i, out += kRowUnits) {
+    const int64_t at = row + i;
+    const T* base = static_cast<const T*>(a.data) + at / a.inner_rows * a.outer_stride +
+                    at % a.inner_rows * a.row_stride;
+    if (a.segment == INT64_MAX) {
+      for (int64_t j = 0; j < depth; j += W * Unit::elements) {
+        store_units(out + j / Unit::elements, load_units<Unit>(base + k + j, depth - j));
+      }
+      continue;
+    }
+    // Heads: gather the run of elements first; a pair of bf16 may straddle two heads.
+    T gathered[kDepth * Unit::elements];
+    for (int64_t j = 0; j < depth;) {
+      const int64_t head = (k + j) / a.segment, offset = (k + j) % a.segment;
+      const int64_t n = min64(depth - j, a.segment - offset);
+      std::memcpy(gathered + j, base + head * a.segment_stride + offset, n * sizeof(T));
+      j += n;
+    }
+    for (int64_t j = 0; j < depth; j += W * Unit::elements) {
+      store_units(out + j / Unit::elements, load_units<Unit>(gathered + j, depth - j));
+    }
+  }
+}
+
+// The same of a transposed A: out[unit][kBlockRows].
+template <class Unit, class T>
+void copy_a_transposed(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
+                       float* out) {
+  for (int64_t j = 0; j < depth; j += Unit::elements, out += kBlockRows) {
+    const T* base = static_cast<const T*>(a.data) + (k + j) * a.row_stride + row;
+    for (int64_t i = 0; i < rows; i += W) {
+      const vi x =
+          load_unit_columns<Unit>(base + i, base + a.row_stride + i, j + 1 < depth, rows - i);
+      const int64_t room = kBlockRows - i;
+      if (room >= W) {
+        store_units(out + i, x);
+      } else {
+        store(out + i, (vf)x, static_cast<int>(room));
+      }
+    }
+  }
+}
+
+template <class Unit, int nv, class A>
+void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
+           bool accumulate) {
+  const int64_t tiles = ceil_div(rows, MR);
+  for (int64_t t = 0, done = 0; t < tiles; ++t) {  // even heights: 16 rows are 8 + 8, not 14 + 2
+    const int64_t n = ceil_div(rows - done, tiles - t);
+    micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
+                         c_stride, accumulate);
+    done += n;
+  }
+}
+
+// Rows whose distance is a multiple of this share the few lines of one L1 set and push each other out.
+constexpr int64_t kAliasBytes = 1024;
+
+// Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1,
+// and used once (one panel), so that a copy would cost more than it saves.
+template <class Unit, class T>
+bool in_place(const Gemm& p) {
+  return sizeof(T) * Unit::elements == 4 && p.columns <= NR && p.depth % Unit::elements == 0 &&
+         !p.a.transposed && p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
+         p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
+}
+
+template <class Unit, class T>
+struct Engine {
+  const Gemm& p;
+  int64_t units, panel_floats;
+
+  void pack(int64_t column, int64_t columns, float* out) const {
+    const T* b = static_cast<const T*>(p.b.data);
+    parallel_for(ceil_div(columns, NR), ceil_div(16384, p.depth * NR + 1),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t j = column + i * NR, n = min64(NR, column + columns - j);
+                     float* panel = out + i * panel_floats;
+                     if (p.b.transposed) {
+                       pack_panel_transposed<Unit>(b + j * p.b.row_stride, p.b.row_stride, n,
+                                                   p.depth, panel);
+                     } else {
+                       pack_panel<Unit>(b + j, p.b.row_stride, n, p.depth, panel);
+                     }
+                   }
+                 });
+  }
+
+  // One task: a tile of C over the whole summed dimension.
+  void task(const float* panels, GemmTile tile, float* a_block) const {
+    if (in_place<Unit, T>(p)) {
+      const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+      multiply(InPlace{static_cast<const char*>(p.a.data) + tile.row * stride, stride}, tile,
+               panels, units, false);
+      return p.epilogue(tile, p.context);
+    }
+    const int64_t blocks = ceil_div(units, kDepth);
+    int64_t done = 0;
+    for (int64_t s = 0; s < blocks; ++s) {
+      const int64_t n = ceil_div(units - done, blocks - s);
+      const int64_t k = done * Unit::elements, depth = min64(n * Unit::elements, p.depth - k);
+      const float* panel = panels + done * NR;
+      if (p.a.transposed) {
+        copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        multiply(BlockColumns{a_block}, tile, panel, n, s > 0);
+      } else {
+        copy_a<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        multiply(BlockRows{a_block}, tile, panel, n, s > 0);
+      }
+      done += n;
+    }
+    if (blocks == 0) std::memset(tile.data, 0, sizeof(float) * tile.rows * tile.stride);
+    p.epilogue(tile, p.context);
+  }
+
+  template <class A>
+  void multiply(const A& a, const GemmTile& tile, const float* panel, int64_t n,
+                bool accumulate) const {
+    for (int64_t j = 0; j < tile.columns; j += NR, panel += panel_floats) {
+      float* c = tile.data + j;
+      if (tile.columns - j > W) {
+        block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+      } else {
+        block<Unit, 1>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+      }
+    }
+  }
+
+  void run() {
+    units = units_of<Unit>(p.depth);
+    panel_floats = units * NR;
+    // Columns are packed in chunks; a caller that wants whole rows gets one chunk.
+    int64_t chunk = p.columns;
+    if (!p.whole_rows && panel_floats > 0) {
+      const int64_t fit = kPackBytes / 4 / panel_floats * NR;
+      chunk = min64(p.columns, fit < 4 * NR ? 4 * NR : fit);
+    }
+    const int threads = num_threads();
+    for (int64_t column = 0; column < p.columns; column += chunk) {
+      const int64_t columns = min64(chunk, p.columns - column);
+      float* panels = static_cast<float*>(thread_scratch(
+          Scratch::shared, sizeof(float) * ceil_div(columns, NR) * panel_floats + 64));
+      pack(column, columns, panels);
+      tasks(panels, column, columns, threads);
+    }
+  }
+
+  void tasks(const float* panels, int64_t column, int64_t columns, int threads) const {
+    int64_t width = p.whole_rows ? columns : min64(columns, kTaskColumns);
+    int64_t height = min64(kBlockRows, kTileFloats / (ceil_div(width, NR) * NR));
+    height = height < MR ? MR : height / MR * MR;
+    // Enough tasks for the threads: first narrower, then lower; never below one register tile.
+    const auto count = [&] { return ceil_div(p.rows, height) * ceil_div(columns, width); };
+    while (count() < 4 * threads && !p.whole_rows && width > 4 * NR) {
+      width = ceil_div(ceil_div(width, 2), NR) * NR;
+    }
+    while (count() < 3 * threads && height > MR) height -= MR;
+    const int64_t row_blocks = ceil_div(p.rows, height), column_blocks = ceil_div(columns, width);
+    const int64_t total = row_blocks * column_blocks;
+    const int64_t stride = ceil_div(width, NR) * NR;
+    const int64_t work = p.rows * columns * p.depth;
+    const int64_t workers = work < 32768 ? 1 : min64(threads, total);
+    int64_t next = 0;
+    parallel_for(workers, 1, [&](int64_t, int64_t) {
+      float* c = static_cast<float*>(
+          thread_scratch(Scratch::accumulate, sizeof(float) * height * stride));
+      float* a = static_cast<float*>(
+          thread_scratch(Scratch::pack, sizeof(float) * (kBlockRows * kRowUnits + W)));
+      for (;;) {
+        const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        if (t >= total) return;
+        const int64_t row = t / column_blocks * height, j = t % column_blocks * width;
+        const GemmTile tile = {c,          stride, row, min64(height, p.rows - row), column + j,
+                               min64(width, columns - j)};
+        task(panels + j / NR * panel_floats, tile, a);
+      }
+    });
+  }
+};
+
+// ---- exchanged --------------------------------------------------------------------------------
+
+struct Exchanged {
+  GemmEpilogue epilogue;
+  const void* context;
+};
+
+// Turns a finished tile of Cᵀ and hands it to the epilogue as a tile of C.
+void turn(const GemmTile& tile, const void* context) {
+  const Exchanged& e = *static_cast<const Exchanged*>(context);
+  const int64_t stride = ceil_div(tile.rows, W) * W;
+  float* out = static_cast<float*>(
+      thread_scratch(Scratch::tile, sizeof(float) * stride * ceil_div(tile.columns, W) * W));
+  for (int64_t i = 0; i < tile.rows; i += W) {
+    for (int64_t j = 0; j < tile.columns; j += W) {
+      vi r[W];
+      for (int64_t k = 0; k < W; ++k) {
+        r[k] = i + k < tile.rows ? (vi)load(tile.data + (i + k) * tile.stride + j) : vi{};
+      }
+      transpose(r);
+      for (int64_t k = 0; k < W; ++k) store_units(out + (j + k) * stride + i, r[k]);
+    }
+  }
+  e.epilogue({out, stride, tile.column, tile.columns, tile.row, tile.rows}, e.context);
+}
+
+// Rows of A as one contiguous matrix: A itself where it is one already.
+template <class T>
+const T* contiguous_rows(const Gemm& p, int64_t* row_stride) {
+  const GemmA& a = p.a;
+  const T* data = static_cast<const T*>(a.data);
+  if (a.segment == INT64_MAX && (a.inner_rows == INT64_MAX || a.inner_rows >= p.rows)) {
+    *row_stride = a.row_stride;
+    return data;
+  }
+  T* out = static_cast<T*>(thread_scratch(Scratch::rows, sizeof(T) * p.rows * p.depth));
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const T* base = data + i / a.inner_rows * a.outer_stride + i % a.inner_rows * a.row_stride;
+    const int64_t run = min64(a.segment, p.depth);
+    for (int64_t k = 0; k < p.depth; k += run) {
+      std::memcpy(out + i * p.depth + k, base + k / run * a.segment_stride, run * sizeof(T));
+    }
+  }
+  *row_stride = p.depth;
+  return out;
+}
+
+template <class Unit, class T>
+void run_exchanged(const Gemm& p) {
+  const Exchanged context{p.epilogue, p.context};
+  Gemm g = p;
+  g.rows = p.columns;
+  g.columns = p.rows;
+  g.a = GemmA{};
+  g.a.data = p.b.data;
+  g.a.row_stride = p.b.row_stride;
+  g.b.transposed = true;
+  g.b.data = contiguous_rows<T>(p, &g.b.row_stride);
+  g.epilogue = turn;
+  g.context = &context;
+  Engine<Unit, T>{g, 0, 0}.run();
+}
+
+// ---- skinny -----------------------------------------------------------------------------------
+
+constexpr int64_t kSkinnyColumns = 4;  // weight rows at a time: enough streams, few enough sums
+
+template <class Unit, class T, int rows>
+void skinny_columns(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth,
+                    float* c, int64_t c_stride) {
+  vf acc[rows][kSkinnyColumns];
+  for (auto& row : acc) {
+    for (vf& a : row) a = zero();
+  }
+  for (int64_t k = 0; k < depth; k += W * Unit::elements) {
+    vf a[rows];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i) a[i] = (vf)load_units<Unit>(x + i * x_stride + k, depth - k);
+#pragma GCC unroll 4
+    for (int j = 0; j < kSkinnyColumns; ++j) {
+      const vf b = (vf)load_units<Unit>(w + j * w_stride + k, depth - k);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) acc[i][j] = Unit::fma(a[i], b, acc[i][j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < kSkinnyColumns; ++j) c[i * c_stride + j] = reduce_add(acc[i][j]);
+  }
+}
+
+template <class Unit, class T, int rows>
+void skinny(const Gemm& p) {
+  int64_t x_stride;
+  const T* x = contiguous_rows<T>(p, &x_stride);
+  const T* w = static_cast<const T*>(p.b.data);
+  constexpr int64_t kWidth = 32;  // columns per task
+  const int64_t tasks = ceil_div(p.columns, kWidth);
+  parallel_for(tasks, ceil_div(32768, p.depth * kWidth + 1), [&](int64_t begin, int64_t end) {
+    alignas(64) float c[rows * kWidth];
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t column = t * kWidth, columns = min64(kWidth, p.columns - column);
+      for (int64_t j = 0; j < columns; j += kSkinnyColumns) {
+        // The last group steps back rather than past the end; the first may read one row repeatedly.
+        const int64_t at = min64(column + j, p.columns - kSkinnyColumns);
+        const bool short_matrix = at < 0;
+        if (!short_matrix) {
+          float group[rows * kSkinnyColumns];
+          skinny_columns<Unit, T, rows>(x, x_stride, w + at * p.b.row_stride, p.b.row_stride,
+                                        p.depth, group, kSkinnyColumns);
+          for (int i = 0; i < rows; ++i) {
+            for (int64_t n = 0; n < kSkinnyColumns; ++n) {
+              const int64_t to = at + n - column;
+              if (to >= 0) c[i * kWidth + to] = group[i * kSkinnyColumns + n];
+            }
+          }
+        } else {
+          for (int64_t n = 0; n < columns; ++n) {
+            float group[rows * kSkinnyColumns];
+            skinny_columns<Unit, T, rows>(x, x_stride, w + n * p.b.row_stride, 0, p.depth, group,
+                                          kSkinnyColumns);
+            for (int i = 0; i < rows; ++i) c[i * kWidth + n] = group[i * kSkinnyColumns];
+          }
+        }
+      }
+      p.epilogue({c, kWidth, 0, rows, column, columns}, p.context);
+    }
+  });
+}
+
+// ---- choice -----------------------------------------------------------------------------------
+
+enum class Form { packed, exchanged, skinny };
+
+Form form_of(const Gemm& p) {
+  if (p.a.transposed || !p.b.transposed || p.whole_rows) return Form::packed;
+  if (p.rows <= kSkinnyRows) return Form::skinny;
+  return p.rows <= kExchangedRows && p.rows <= p.columns ? Form::exchanged : Form::packed;
+}
+
+template <class Unit, class T>
+void run(const Gemm& p) {
+  switch (form_of(p)) {
+    case Form::packed: return Engine<Unit, T>{p, 0, 0}.run();
+    case Form::exchanged: return run_exchanged<Unit, T>(p);
+    case Form::skinny: break;
+  }
+  switch (p.rows) {
+    case 1: return skinny<Unit, T, 1>(p);
+    case 2: return skinny<Unit, T, 2>(p);
+    case 3: return skinny<Unit, T, 3>(p);
+    default: return skinny<Unit, T, 4>(p);
+  }
+}
+
+}  // namespace
+
+bool can_own_whole_rows(const Gemm& p) {
+  return p.columns <= kWholeRowColumns && form_of(p) == Form::packed;
+}
+
+void gemm(const Gemm& p) {
+  if (p.rows == 0 || p.columns == 0) return;
+  switch (p.dtype) {
+    case DType::f32: return run<Float, float>(p);
+    case DType::f16: return run<Float, f16>(p);
+    case DType::bf16:
+#if defined(__AVX512BF16__)
+      if (bf16_dot_is_fast()) return run<BfPair, bf16>(p);
+#endif
+      return run<Float, bf16>(p);
+  }
+}
+
+}  // namespace ft::FT_ISA

@@ -1,0 +1,166 @@
+"""The number contract, which tests, ``fasttransformer check`` and ``report.verify`` are held to:
+
+    max |out − ref64| ≤ 2 · max |peer − ref64| + one rounding step of the output's dtype
+
+``ref64`` is the reference in float64 on the same inputs, ``peer`` the same computation in plain
+PyTorch and the output's own dtype; the rounding step is taken at the largest magnitude of ref64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import backends, use_backend
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far an output is from the truth, how far it may be, and what is wrong (None: nothing)."""
+
+    error: float = 0.0
+    allowed: float = 0.0
+    peer_error: float = 0.0
+    problem: str | None = None
+
+
+def rounding_step(dtype: torch.dtype, magnitude: float) -> float:
+    """The distance of neighbouring numbers of ``dtype`` at ``magnitude``.
+
+    >>> rounding_step(torch.float32, 1.5) == 2.0**-23
+    True
+    """
+    if magnitude == 0 or not math.isfinite(magnitude):
+        return torch.finfo(dtype).tiny
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(magnitude))
+
+
+def compare(out: Tensor, ref64: Tensor, peer: Tensor) -> Comparison:
+    """Holds ``out`` to the contract; NaN and infinities must stand where the reference has them.
+
+    >>> one = torch.ones(1, dtype=torch.float64)
+    >>> compare(one.float(), one, one.float()).problem is None
+    True
+    >>> compare(one.float() + 1e-3, one, one.float()).problem
+    'error 0.001 > 1.19e-07 (peer 0, rounding step 1.19e-07)'
+    """
+    if out.shape != ref64.shape:
+        return Comparison(problem=f"shape {tuple(out.shape)} != {tuple(ref64.shape)}")
+    if out.numel() == 0:
+        return Comparison()
+    got, want, other = (t.detach().to("cpu", torch.float64) for t in (out, ref64, peer))
+    finite = want.isfinite()
+    if not torch.equal(got.isnan(), want.isnan()):
+        return Comparison(problem="NaN in other places than the reference")
+    infinite = want.isinf()
+    if not torch.equal(got[infinite], want[infinite]):
+        return Comparison(problem="infinities in other places than the reference")
+    if not finite.any():
+        return Comparison()
+    error = (got - want)[finite].abs().max().item()
+    usable = finite & other.isfinite()  # where the peer itself fails it gives no allowance
+    peer_error = (other - want)[usable].abs().max().item() if usable.any() else 0.0
+    step = rounding_step(out.dtype, want[finite].abs().max().item())
+    allowed = 2 * peer_error + step
+    problem = None
+    if not error <= allowed:
+        problem = (
+            f"error {error:.3g} > {allowed:.3g} (peer {peer_error:.3g}, rounding step {step:.3g})"
+        )
+    return Comparison(error, allowed, peer_error, problem)
+
+
+def compare_gradients(ours: Tensor | None, ref64: Tensor | None, peer: Tensor | None) -> Comparison:
+    """:func:`compare` for gradients, where None (nothing flows back) is as good as zero."""
+    if ours is None or ref64 is None or peer is None:
+        for who, gradient in (("ours", ours), ("the reference", ref64)):
+            if gradient is not None and gradient.any():
+                return Comparison(problem=f"only {who} has a gradient")
+        return Comparison()
+    return compare(ours, ref64, peer)
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    grads: bool = True,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The outputs of ``function(*inputs)`` and the gradient of every floating-point input.
+
+    Floating-point inputs are cast to ``dtype`` first if one is given. Gradients are those of a
+    weighted sum of the outputs, the same weights in every run (an output's entries that are not
+    finite, like the logarithm of 0, take no part).
+    """
+    args: list[Tensor | None] = []
+    for x in inputs:
+        if x is None or not x.is_floating_point():
+            args.append(None if x is None else x.to(device))
+        else:
+            args.append(x.detach().to(device, dtype).requires_grad_(grads))
+    out = function(*args)
+    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+    if not grads:
+        return outs, []
+    generator = torch.Generator().manual_seed(7)
+    terms = []
+    for o in outs:
+        if not o.requires_grad:
+            continue
+        weight = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
+        terms.append((torch.where(o.isfinite(), o, 0) * weight.to(o.device)).sum())
+    loss = torch.stack([term.to(torch.float64) for term in terms]).sum()
+    wanted = [a for a in args if a is not None and a.is_floating_point()]
+    return outs, list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def runnable() -> list[str]:
+    """What can run here: "torch", "triton", "cuda", and "cpu:<instruction set>" of this CPU."""
+    available = backends()
+    found = [name for name in ("torch", "triton", "cuda") if available[name] is None]
+    if available["cpu"] is None:
+        best = torch.ops.fasttransformer.cpu_isa()
+        for isa in ISAS:
+            if torch.ops.fasttransformer.set_cpu_isa(isa):
+                found.append(f"cpu:{isa}")
+        torch.ops.fasttransformer.set_cpu_isa(best)
+    return found
+
+
+@contextlib.contextmanager
+def running_on(name: str) -> Iterator[str]:
+    """Forces a backend, and on the CPU an instruction set, within a ``with`` block.
+
+    Raises:
+        ValueError: the CPU or the build lacks the instruction set, or there is no such backend.
+    """
+    backend, _, isa = name.partition(":")
+    if not isa:
+        with use_backend(backend):
+            yield backend
+        return
+    before = torch.ops.fasttransformer.cpu_isa()
+    if not torch.ops.fasttransformer.set_cpu_isa(isa):
+        raise ValueError(f"{name}: this CPU or this build has no {isa} kernels")
+    try:
+        with use_backend(backend):
+            yield backend
+    finally:
+        torch.ops.fasttransformer.set_cpu_isa(before)
+
+
+def device_of(name: str) -> str:
+    """The device that a backend's tensors live on: a GPU where there is one, else the CPU."""
+    if name in ("cuda", "triton") and torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    return "cpu"

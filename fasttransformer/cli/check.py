@@ -1,0 +1,210 @@
+"""``fasttransformer check``: every operation × backend of this machine against the reference in
+float64, outputs and gradients, held to the number contract of ``_contract.py``.
+
+The cases are the table in ``cases.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fasttransformer as ft
+
+from .. import reference
+from .._contract import (
+    Comparison,
+    compare,
+    compare_gradients,
+    device_of,
+    outputs_and_gradients,
+    runnable,
+    running_on,
+)
+from ..backends import TABLE, backends
+from ._output import UsageError, command, console, escape, print_json, progress, table
+from .cases import CHECKS, Check
+
+CHECKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case on one backend in one dtype. ``status``: ok, skipped (``note``: why) or finding."""
+
+    op: str
+    case: str
+    dtype: str
+    backend: str
+    status: str
+    worst: float = 0.0  # the largest error over its allowance; beyond 1 it is a finding
+    note: str = ""
+
+
+def _inputs(case: Check, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in case.shapes()]
+
+
+class _Yardstick:
+    """The reference's outputs and gradients for one case and dtype, in float64 and in the dtype."""
+
+    def __init__(self, case: Check, dtype: torch.dtype) -> None:
+        self.inputs = _inputs(case, dtype)
+
+        def call(*inputs: Tensor) -> Any:
+            return case.call(reference, *inputs)
+
+        self.exact = outputs_and_gradients(call, self.inputs, dtype=torch.float64)
+        self.peer = outputs_and_gradients(call, self.inputs)
+
+    def worst_of(self, outs: list[Tensor], grads: list[Tensor | None]) -> tuple[float, str]:
+        """(largest error / allowance, the first problem or "")."""
+        worst, problem = 0.0, ""
+        named: list[tuple[str, Comparison]] = []
+        for i, three in enumerate(zip(outs, self.exact[0], self.peer[0], strict=True)):
+            named.append((f"output {i}", compare(*three)))
+        for i, grads3 in enumerate(zip(grads, self.exact[1], self.peer[1], strict=True)):
+            named.append((f"gradient of input {i}", compare_gradients(*grads3)))
+        for name, found in named:
+            if found.allowed:
+                worst = max(worst, found.error / found.allowed)
+            if found.problem is not None and not problem:
+                problem = f"{name}: {found.problem}"
+        return worst, problem
+
+
+def _check_on(backend: str, case: Check, dtype: torch.dtype, yardstick: _Yardstick) -> Result:
+    name = str(dtype).removeprefix("torch.")
+
+    def call(*inputs: Tensor) -> Any:
+        return case.call(ft, *inputs)
+
+    try:
+        with running_on(backend):
+            got = outputs_and_gradients(call, yardstick.inputs, device=device_of(backend))
+    except RuntimeError as error:
+        # choose() says so when a forced backend does not do a case; anything else is a finding.
+        text = str(error).splitlines()[0]
+        if "was asked for but can't do this: " in text:
+            why = text.split("can't do this: ", 1)[1]
+            return Result(case.op, case.name, name, backend, "skipped", note=why)
+        return Result(case.op, case.name, name, backend, "finding", note=f"RuntimeError: {text}")
+    except Exception as error:  # whatever goes wrong in an operation is what this command is for
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Result(case.op, case.name, name, backend, "finding", note=text)
+    worst, problem = yardstick.worst_of(*got)
+    status = "finding" if problem else "ok"
+    return Result(case.op, case.name, name, backend, status, worst, problem)
+
+
+def check(cases: list[Check], on: list[str]) -> Iterator[tuple[Check, list[Result]]]:
+    """Runs each case on each backend that has a kernel for it; yields a case's results at once."""
+    for case in cases:
+        results: list[Result] = []
+        able = [name for name in on if name.split(":")[0] in TABLE[case.op]]
+        for dtype in CHECKED_DTYPES if able else ():
+            yardstick = _Yardstick(case, dtype)
+            results += [_check_on(name, case, dtype, yardstick) for name in able]
+        yield case, results
+
+
+def _show(results: list[Result], on: list[str], seconds: float) -> None:
+    out = console()
+    by_cell: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        by_cell[result.op, result.backend].append(result)
+    body = table("operation", *on)
+    for op in dict.fromkeys(result.op for result in results):
+        body.add_row(op, *[_cell(by_cell.get((op, name))) for name in on])
+    out.print(body)
+    out.print(
+        "\n[dim]✓ number of cases × dtypes (largest error as a fraction of what is allowed: twice "
+        "plain PyTorch's own error in that dtype, and one rounding step); – no kernel, or it lacks "
+        "every case[/]"
+    )
+    findings = [result for result in results if result.status == "finding"]
+    for result in findings:
+        out.print(
+            f"[red]finding[/] {result.op} ({escape(result.case)}) {result.dtype} on "
+            f"{result.backend}: {escape(result.note)}"
+        )
+    reasons = {
+        (result.op, result.backend.split(":")[0], result.note)
+        for result in results
+        if result.status == "skipped"
+    }
+    for op, backend, why in sorted(reasons):
+        out.print(f"[dim]left out: {op} on {backend}: {escape(why)}[/]")
+    ran = sum(result.status != "skipped" for result in results)
+    word = "[green]no finding[/]"
+    if findings:
+        word = f"[red]{len(findings)} finding{'s' if len(findings) > 1 else ''}[/]"
+    out.print(f"{word} in {ran} checks, {seconds:.0f} s")
+
+
+def _cell(results: list[Result] | None) -> str:
+    ran = [result for result in results or () if result.status != "skipped"]
+    if not ran:
+        return "–"
+    bad = sum(result.status == "finding" for result in ran)
+    if bad:
+        return f"[red]✗ {bad} of {len(ran)}[/]"
+    return f"[green]✓[/] {len(ran)} ({max(result.worst for result in ran):.2f})"
+
+
+def _chosen(args: argparse.Namespace) -> tuple[list[Check], list[str]]:
+    ops = {case.op for case in CHECKS}
+    for op in args.ops:
+        if op not in ops:
+            raise UsageError(f"{op!r} is not one of {', '.join(sorted(ops))}")
+    on = runnable()
+    if args.backend:
+        on = [name for name in on if name.split(":")[0] == args.backend or name == args.backend]
+        if not on:
+            reason = backends().get(args.backend)
+            raise UsageError(f"--backend {args.backend}: {reason or 'there is no such backend'}")
+    return [case for case in CHECKS if not args.ops or case.op in args.ops], on
+
+
+def run(args: argparse.Namespace) -> int:
+    """1 on a finding."""
+    cases, on = _chosen(args)
+    start = time.monotonic()
+    results: list[Result] = []
+    with progress() as bar:
+        task = bar.add_task("checking", total=len(cases))
+        for case, found in check(cases, on):
+            results += found
+            bar.update(task, advance=1, description=f"{case.op}: {case.name}")
+    seconds = time.monotonic() - start
+    findings = sum(result.status == "finding" for result in results)
+    if args.json:
+        print_json({"findings": findings, "seconds": seconds, "backends": on,
+                    "results": [asdict(result) for result in results]})  # fmt: skip
+    else:
+        _show(results, on, seconds)
+    return 1 if findings else 0
+
+
+def add_parser(commands: Any) -> None:
+    parser = command(
+        commands, "check",
+        "every operation on every backend of this machine against the float64 reference",
+        "  fasttransformer check\n"
+        "  fasttransformer check attention softmax --backend cpu\n"
+        "  TRITON_INTERPRET=1 fasttransformer check --backend triton   # without a GPU\n"
+        "  fasttransformer check --json > check.json; echo $?          # 1 on a finding\n",
+    )  # fmt: skip
+    parser.add_argument("ops", metavar="OP", nargs="*", help="default: every operation")
+    which = "cpu, cpu:avx2 (one instruction set), cuda, triton or torch"
+    parser.add_argument("--backend", metavar="NAME", help=which)
+    parser.add_argument("--json", action="store_true", help="print every result as JSON")
+    parser.set_defaults(run=run)

@@ -1,0 +1,43 @@
+"""A block's last product joined with what follows it: dropout, residual, norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.add_layer_norm import add_layer_norm
+from ..ops.add_rms_norm import add_rms_norm
+from ..ops.linear_add import linear_add
+from ..ops.linear_add_layer_norm import linear_add_layer_norm
+from ..ops.linear_add_rms_norm import linear_add_rms_norm
+
+
+def project_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, p: float
+) -> Tensor:
+    """``residual + dropout(x @ weight.T + bias)``."""
+    # Under autocast the product is 16-bit while the residual stream, as in torch, stays float32.
+    if p == 0.0 and not torch.is_autocast_enabled(x.device.type):
+        return linear_add(x, weight, bias, residual)
+    y = linear_add(x, weight, bias)
+    return residual + (F.dropout(y, p) if p else y)
+
+
+def project_add_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: nn.Module, p: float
+) -> tuple[Tensor, Tensor]:
+    """(norm(summed), summed) with ``summed = residual + dropout(x @ weight.T + bias)``."""
+    shape: tuple[int, ...] = norm.normalized_shape  # type: ignore[assignment]
+    norm_weight: Tensor | None = norm.weight  # type: ignore[assignment]
+    eps: float | None = norm.eps  # type: ignore[assignment]
+    rms = isinstance(norm, nn.RMSNorm)
+    norm_bias: Tensor | None = None if rms else norm.bias  # type: ignore[assignment]
+    if p == 0.0 and not torch.is_autocast_enabled(x.device.type):
+        if rms:
+            return linear_add_rms_norm(x, weight, bias, residual, norm_weight, eps)
+        return linear_add_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps)  # type: ignore[arg-type]
+    y = linear_add(x, weight, bias)
+    if rms:
+        return add_rms_norm(y, residual, shape, norm_weight, eps, dropout_p=p)
+    return add_layer_norm(y, residual, shape, norm_weight, norm_bias, eps, dropout_p=p)  # type: ignore[arg-type]

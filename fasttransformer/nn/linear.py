@@ -1,0 +1,168 @@
+"""Linear, OutputProjection, FeedForward, Softmax and Embedding on our kernels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.linear_add import linear_add
+from ..ops.softmax import softmax
+from ._fallback import record
+from ._project import project_add, project_add_norm
+from .norms import LayerNorm, RMSNorm, checked_dropout
+
+
+class Linear(nn.Linear):
+    r"""Drop-in :class:`torch.nn.Linear`: :math:`y = x W^\top + b`.
+
+    Input (..., in_features), output (..., out_features), in the input's dtype.
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.nn.Linear(3, 2)(torch.ones(4, 3)).shape
+    torch.Size([4, 2])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            return super().forward(input)  # raises torch's error; heads are not for this module
+        return linear_add(input, self.weight, self.bias)
+
+
+class Softmax(nn.Softmax):
+    r"""Drop-in :class:`torch.nn.Softmax`: :math:`y_i = e^{x_i} / \sum_j e^{x_j}` over ``dim``.
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.nn.Softmax(dim=-1)(torch.zeros(1, 4))
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of any shape; the entries along ``dim`` sum to one."""
+        if self.dim is None or not input.is_floating_point():
+            record(self, "dim is None" if self.dim is None else f"input has dtype {input.dtype}")
+            return super().forward(input)
+        return softmax(input, self.dim)
+
+
+class Embedding(nn.Embedding):
+    r"""Drop-in :class:`torch.nn.Embedding`: rows of a table, :math:`y_i = W_{x_i}`.
+
+    Input any shape of int64 or int32 ids, output (\*, embedding_dim). The look-up is torch's own:
+    on one table it is a plain copy of rows, with nothing to fuse.
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.nn.Embedding(10, 3)(torch.tensor([[1, 2]])).shape
+    torch.Size([1, 2, 3])
+    """
+
+
+class OutputProjection(nn.Linear):
+    r"""The end of a block: linear layer, residual sum and, when asked for, norm, in one kernel.
+
+    .. math:: s = r + \text{dropout}(x W^\top + b), \qquad y = \text{norm}(s)
+
+    Called with (input, residual): input (..., in_features), or attention's own output (B, H, L, D)
+    with H·D = in_features, whose heads are read in place; residual (..., out_features). Returns the
+    sum, or (normed, summed) with a norm.
+
+    Args:
+        in_features, out_features, bias: as for :class:`torch.nn.Linear`.
+        norm: None, ``"layer"`` or ``"rms"``; its parameters are in the submodule ``norm``.
+        eps: the norm's.
+        dropout: probability, in [0, 1), of dropping an element of the product in training.
+
+    >>> import torch, fasttransformer as ft
+    >>> projection = ft.nn.OutputProjection(8, 6, norm="layer")
+    >>> heads, residual = torch.randn(2, 4, 5, 2), torch.randn(2, 5, 6)
+    >>> normed, summed = projection(heads, residual)
+    >>> normed.shape, sorted(projection.state_dict())
+    (torch.Size([2, 5, 6]), ['bias', 'norm.bias', 'norm.weight', 'weight'])
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, *, norm=None, eps=1e-5, dropout=0.0,
+        device=None, dtype=None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if norm not in (None, "layer", "rms"):
+            raise ValueError(
+                f"OutputProjection: norm is {norm!r}; it must be None, 'layer' or 'rms'"
+            )
+        self.dropout = checked_dropout("OutputProjection", dropout)
+        self.norm: nn.Module | None = None
+        if norm is not None:
+            kind = LayerNorm if norm == "layer" else RMSNorm
+            self.norm = kind(out_features, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The sum, or (normed, summed)."""
+        if input.dim() == 4 and residual.dim() == 3 and input.shape[1] == 1:
+            input = input.squeeze(1)  # one head: rank alone would not say that these are heads
+        p = self.dropout if self.training else 0.0
+        if self.norm is None:
+            return project_add(input, self.weight, self.bias, residual, p)
+        return project_add_norm(input, self.weight, self.bias, residual, self.norm, p)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout={self.dropout}"
+
+
+#: activation → the activation of the gate, for the gated kinds (Shazeer 2020, arXiv:2002.05202).
+_GATES = {"swiglu": "silu", "geglu": "gelu"}
+_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+class FeedForward(nn.Module):
+    r"""The position-wise feed-forward block.
+
+    .. math:: y = \text{dropout}(\phi(x W_1^\top + b_1))\, W_2^\top + b_2
+
+    or, gated, :math:`\phi(g) \odot u` in place of :math:`\phi`, with :math:`g, u` the halves of
+    :math:`x W_1^\top + b_1`, the gate's rows first. Input and output (..., d_model).
+
+    Args:
+        d_model: features in and out.
+        dim_feedforward: hidden features.
+        activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"``, or with a gate
+            ``"swiglu"`` (silu), ``"geglu"`` (gelu).
+        bias: whether the two linear layers have one.
+        dropout: probability, in [0, 1), of dropping a hidden feature in training.
+
+    >>> import torch, fasttransformer as ft
+    >>> block = ft.nn.FeedForward(8, 32, "swiglu")
+    >>> block(torch.randn(2, 5, 8)).shape, block.linear1.weight.shape
+    (torch.Size([2, 5, 8]), torch.Size([64, 8]))
+    """
+
+    def __init__(
+        self, d_model, dim_feedforward, activation="gelu", *, bias=True, dropout=0.0, device=None,
+        dtype=None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if activation not in _ACTIVATIONS and activation not in _GATES:
+            raise ValueError(
+                f"FeedForward: activation is {activation!r}; it must be one of "
+                f"{', '.join((*_ACTIVATIONS, *_GATES))}"
+            )
+        rows = 2 * dim_feedforward if activation in _GATES else dim_feedforward
+        self.activation = activation
+        self.dropout = checked_dropout("FeedForward", dropout)
+        self.linear1 = Linear(d_model, rows, bias, device, dtype)
+        self.linear2 = Linear(dim_feedforward, d_model, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., d_model) to (..., d_model)."""
+        linear1, linear2 = self.linear1, self.linear2
+        gate_activation = _GATES.get(self.activation)
+        if gate_activation is None:
+            hidden = linear_add(input, linear1.weight, linear1.bias, activation=self.activation)
+        else:
+            gate, up = linear1(input).chunk(2, dim=-1)
+            hidden = (F.silu(gate) if gate_activation == "silu" else F.gelu(gate)) * up
+        if self.training and self.dropout:
+            hidden = F.dropout(hidden, self.dropout)
+        return linear2(hidden)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, dropout={self.dropout}"

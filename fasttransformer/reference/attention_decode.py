@@ -1,0 +1,144 @@
+r"""Attention of newly decoded tokens over a cache of the keys and values before them.
+
+A model that generates text token by token would compute the keys and values of all earlier tokens
+again at each step; the cache keeps them. One step, for each sample b of length L_b:
+
+    rotate query and new_key to positions L_b, L_b + 1, ...      if rotary
+    write new_key, new_value at those positions; L_b grows by their number, n
+    out = attention(query, cache[:L_b]), where query i of S stands at position L_b - S + i
+
+and with the causal rule sees no position after its own. Samples may differ in length; what lies
+behind a sample's length is never felt.
+
+Shapes: query (B,H,S,D), new_key (B,G,n,D), new_value (B,G,n,E), out (B,H,S,E), lse (B,H,S).
+
+Sources: Shazeer, "Fast Transformer Decoding", 2019 (arXiv:1911.02150); Pope et al., 2022
+(2211.05102).
+
+>>> cache = KVCache.allocate(layers=1, batch=1, heads=1, capacity=8, head_dim=2)
+>>> for step in range(3):
+...     query, key = torch.zeros(2, 1, 1, 1, 2).unbind()
+...     value = torch.full((1, 1, 1, 2), float(step))
+...     out = attention_decode(query, cache, new_key=key, new_value=value)
+>>> out.flatten(), cache.lengths  # the mean of 0, 1 and 2
+(tensor([1., 1.]), tensor([[3]], dtype=torch.int32))
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttransformer.reference.attention import attend_at
+from fasttransformer.reference.rotary_embedding import rotate
+
+
+@dataclass
+class KVCache:
+    """Keys and values of all layers in one contiguous block each.
+
+    keys (layers, B, G, capacity, D), values (layers, B, G, capacity, E), lengths (layers, B) int32:
+    how many positions of each sample are filled. Each layer keeps its own lengths, so layers may be
+    called in any order, and none needs to know which is the last.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "KVCache":
+        """An empty cache; heads are the key/value heads, capacity the most tokens of a sample."""
+        shape = (layers, batch, heads, capacity)
+        return cls(
+            keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            values=torch.zeros(*shape, value_head_dim or head_dim, dtype=dtype, device=device),
+            lengths=torch.zeros(layers, batch, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @torch.no_grad()
+    def append(self, layer: int, new_key: Tensor, new_value: Tensor) -> None:
+        """Write new_key (B,G,n,D) and new_value (B,G,n,E) behind what each sample holds."""
+        lengths, count = self.lengths[layer], new_key.shape[2]
+        longest = int(lengths.max()) if lengths.numel() else 0
+        if longest + count > self.capacity:
+            raise ValueError(
+                f"KVCache: {longest} tokens and {count} new ones exceed the capacity "
+                f"{self.capacity}"
+            )
+        sample = torch.arange(new_key.shape[0], device=new_key.device)[:, None]
+        position = lengths[:, None].long() + torch.arange(count, device=new_key.device)
+        # Indexed dimensions come first: (B, n, G, D).
+        self.keys[layer][sample, :, position] = new_key.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer][sample, :, position] = new_value.transpose(1, 2).to(self.values.dtype)
+        lengths += count
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """keys (B,G,capacity,D), values (B,G,capacity,E), lengths (B,) of one layer.
+
+        A cache that stores its keys elsewhere (in pages) gathers them here.
+        """
+        return self.keys[layer], self.values[layer], self.lengths[layer]
+
+
+def attention_decode(
+    query: Tensor,
+    cache: KVCache,
+    *,
+    layer: int = 0,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_interleaved: bool = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """One decoding step; out, or (out, lse). Appends to `cache` when new_key is given.
+
+    rotary is (cos, sin), tables as of rotary_embedding, (positions, D/2 or D); it turns the query
+    and new_key. mask and bias broadcast to (B, H, S, capacity).
+    """
+    tokens = query.shape[2]
+    if rotary is not None:
+        cos, sin = rotary
+        start = cache.layer(layer)[2][:, None].long()
+        if new_key is None:  # the query's tokens are the last ones in the cache
+            start = start - tokens
+        position_ids = start + torch.arange(tokens, device=query.device)
+        query = rotate(query, cos, sin, rotary_interleaved, position_ids)
+        if new_key is not None:
+            position_ids = start + torch.arange(new_key.shape[2], device=query.device)
+            new_key = rotate(new_key, cos, sin, rotary_interleaved, position_ids)
+    if new_key is not None and new_value is not None:
+        cache.append(layer, new_key, new_value)
+    keys, values, lengths = cache.layer(layer)
+    out, lse = attend_at(
+        query, keys, values, (lengths - tokens).view(-1, 1, 1, 1),
+        mask=mask, bias=bias, is_causal=is_causal, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, key_lengths=lengths, scale=scale,
+        return_lse=return_lse,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out

@@ -74,17 +74,28 @@ void copy_a_transposed(const GemmA& a, int64_t row, int64_t rows, int64_t k, int
   }
 }
 
-template <class Unit, bool transposed, int nv>
-void block(int64_t rows, int64_t units, const float* a, const float* panel, float* c,
-           int64_t c_stride, bool accumulate) {
+template <class Unit, int nv, class A>
+void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
+           bool accumulate) {
   const int64_t tiles = ceil_div(rows, MR);
   for (int64_t t = 0, done = 0; t < tiles; ++t) {  // even heights: 16 rows are 8 + 8, not 14 + 2
     const int64_t n = ceil_div(rows - done, tiles - t);
-    const float* rows_at = transposed ? a + done : a + done * kRowUnits;
-    micro_rows<Unit, transposed, nv>(static_cast<int>(n), units, rows_at, panel, c + done * c_stride,
-                                 c_stride, accumulate);
+    micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
+                         c_stride, accumulate);
     done += n;
   }
+}
+
+// Rows whose distance is a multiple of this share the few lines of one L1 set and push each other out.
+constexpr int64_t kAliasBytes = 1024;
+
+// Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1,
+// and used once (one panel), so that a copy would cost more than it saves.
+template <class Unit, class T>
+bool in_place(const Gemm& p) {
+  return sizeof(T) * Unit::elements == 4 && p.columns <= NR && p.depth % Unit::elements == 0 &&
+         !p.a.transposed && p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
+         p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
 
 template <class Unit, class T>
@@ -111,31 +122,42 @@ struct Engine {
 
   // One task: a tile of C over the whole summed dimension.
   void task(const float* panels, GemmTile tile, float* a_block) const {
+    if (in_place<Unit, T>(p)) {
+      const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+      multiply(InPlace{static_cast<const char*>(p.a.data) + tile.row * stride, stride}, tile,
+               panels, units, false);
+      return p.epilogue(tile, p.context);
+    }
     const int64_t blocks = ceil_div(units, kDepth);
     int64_t done = 0;
     for (int64_t s = 0; s < blocks; ++s) {
       const int64_t n = ceil_div(units - done, blocks - s);
       const int64_t k = done * Unit::elements, depth = min64(n * Unit::elements, p.depth - k);
+      const float* panel = panels + done * NR;
       if (p.a.transposed) {
         copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        multiply(BlockColumns{a_block}, tile, panel, n, s > 0);
       } else {
         copy_a<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
-      }
-      for (int64_t j = 0; j < tile.columns; j += NR) {
-        const float* panel = panels + j / NR * panel_floats + done * NR;
-        float* c = tile.data + j;
-        if (p.a.transposed) {
-          block<Unit, true, NV>(tile.rows, n, a_block, panel, c, tile.stride, s > 0);
-        } else if (tile.columns - j > W) {
-          block<Unit, false, NV>(tile.rows, n, a_block, panel, c, tile.stride, s > 0);
-        } else {
-          block<Unit, false, 1>(tile.rows, n, a_block, panel, c, tile.stride, s > 0);
-        }
+        multiply(BlockRows{a_block}, tile, panel, n, s > 0);
       }
       done += n;
     }
     if (blocks == 0) std::memset(tile.data, 0, sizeof(float) * tile.rows * tile.stride);
     p.epilogue(tile, p.context);
+  }
+
+  template <class A>
+  void multiply(const A& a, const GemmTile& tile, const float* panel, int64_t n,
+                bool accumulate) const {
+    for (int64_t j = 0; j < tile.columns; j += NR, panel += panel_floats) {
+      float* c = tile.data + j;
+      if (tile.columns - j > W) {
+        block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+      } else {
+        block<Unit, 1>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+      }
+    }
   }
 
   void run() {

@@ -43,25 +43,36 @@ void store_plain(const GemmTile& tile, const void* context) {
   }
 }
 
-// d_bias[j] = Σ_i grad[i][j]: each task owns a stretch of columns and reads all rows of it.
+// d_bias[j] = Σ_i grad[i][j]: each task owns a stretch of columns and reads all rows of it, in
+// blocks whose sums are added up, so that float rounding stays small.
 template <class T>
 void column_sum(const T* grad, int64_t stride, int64_t rows, int64_t columns, T* out) {
-  constexpr int64_t kStretch = 4 * W;
-  parallel_for((columns + kStretch - 1) / kStretch, 16384 / (rows * kStretch + 1) + 1,
+  constexpr int kVectors = 8;
+  constexpr int64_t kStretch = kVectors * W, kRowBlock = 64;
+  parallel_for((columns + kStretch - 1) / kStretch, 65536 / (rows * kStretch + 1) + 1,
                [&](int64_t begin, int64_t end) {
-                 for (int64_t s = begin; s < end; ++s) {
-                   for (int64_t j = s * kStretch; j < columns && j < (s + 1) * kStretch; j += W) {
-                     const int n = columns - j < W ? static_cast<int>(columns - j) : W;
-                     vf total = zero();  // in blocks of 64 rows, so that float rounding stays small
-                     for (int64_t i = 0; i < rows; i += 64) {
-                       vf sum = zero();
-                       for (int64_t r = i; r < rows && r < i + 64; ++r) {
-                         sum += n == W ? load(grad + r * stride + j) : load(grad + r * stride + j, n);
+                 for (int64_t j = begin * kStretch; j < end * kStretch && j < columns;) {
+                   const bool whole = j + kStretch <= columns;
+                   const int n = whole ? W : static_cast<int>(columns - j < W ? columns - j : W);
+                   const int vectors = whole ? kVectors : 1;
+                   vf total[kVectors] = {};
+                   for (int64_t i = 0; i < rows; i += kRowBlock) {
+                     const int64_t last = i + kRowBlock < rows ? i + kRowBlock : rows;
+                     vf sum[kVectors] = {};
+                     for (int64_t r = i; r < last; ++r) {
+                       const T* row = grad + r * stride + j;
+                       if (whole) {
+#pragma GCC unroll 8
+                         for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * W);
+                       } else {
+                         sum[0] += load(row, n);
                        }
-                       total += sum;
                      }
-                     store(out + j, total, n);
+#pragma GCC unroll 8
+                     for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
                    }
+                   for (int v = 0; v < vectors; ++v) store(out + j + v * W, total[v], n);
+                   j += vectors * n;
                  }
                });
 }

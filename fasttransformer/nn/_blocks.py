@@ -9,6 +9,7 @@ submodule that it would bypass is plain: of the very class that torch or this pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import linear_add
+from ..ops.linear_add import linear_add
 from .attention import MultiheadAttention
 from .linear import Linear
 from .norms import LayerNorm, RMSNorm
@@ -26,7 +27,7 @@ _LINEARS = (nn.Linear, Linear, NonDynamicallyQuantizableLinear)
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 _RMS_NORMS = (nn.RMSNorm, RMSNorm)
 _DROPOUTS = (nn.Dropout,)
-_PLAIN = {
+_PLAIN: dict[str, tuple[type, ...]] = {
     "self_attn": _ATTENTIONS,
     "multihead_attn": _ATTENTIONS,
     "linear1": _LINEARS,
@@ -45,9 +46,9 @@ def why_not_fused(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     """Why the named submodules must be called one by one, or None."""
     if _has_any_global_hook():
         return "global module hooks: submodules are called one by one"
-    modules = layer._modules
+    modules: dict[str, Any] = layer._modules
     for name in names:
-        module = modules.get(name)
+        module: Any = modules.get(name)
         if type(module) not in _PLAIN[name]:
             return f"{name} is a {type(module).__name__}: submodules are called one by one"
         if (
@@ -71,7 +72,7 @@ def dropout_p(module: nn.Dropout) -> float:
 
 
 #: Activations that linear_add applies while the product is in registers.
-_FUSED = {
+_FUSED: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
     F.gelu: "gelu",
@@ -98,7 +99,7 @@ def fused_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
         return None
 
 
-def hidden(x: Tensor, layer: nn.Module) -> Tensor:
+def hidden(x: Tensor, layer: Any) -> Tensor:
     """dropout(activation(linear1(x))) of a layer's feed-forward."""
     modules = layer._modules
     linear1, dropout = modules["linear1"], modules["dropout"]

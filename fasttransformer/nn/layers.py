@@ -1,4 +1,4 @@
-"""TransformerEncoderLayer and TransformerDecoderLayer with every residual, norm and activation fused.
+"""TransformerEncoderLayer and TransformerDecoderLayer: residuals, norms and activations fused.
 
 What one layer runs, post-norm: packed projection, attention, output projection + residual + norm,
 linear + activation, linear + residual + norm: five kernels. Pre-norm: one norm at the entry; every
@@ -8,8 +8,8 @@ later norm is fused with the residual sum before it.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ def _adopt(layer: nn.Module) -> None:
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    r"""Drop-in :class:`torch.nn.TransformerEncoderLayer`: same constructor, call and ``state_dict``.
+    r"""Drop-in :class:`torch.nn.TransformerEncoderLayer`: same constructor, call, ``state_dict``.
 
     .. math::
         \text{post-norm:}\quad x &\leftarrow \text{norm}_1(x + \text{SA}(x)), \quad
@@ -69,7 +69,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     torch.Size([2, 5, 16])
     """
 
-    @functools.wraps(nn.TransformerEncoderLayer.__init__)
+    @functools.wraps(nn.TransformerEncoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -89,7 +89,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if reason is not None:
             record(self, reason)
             return self._one_by_one(src, src_mask, src_key_padding_mask, is_causal)
-        m = self._modules
+        m: dict[str, Any] = self._modules
         attn, norm1, norm2 = m["self_attn"], m["norm1"], m["norm2"]
         linear2, out_proj = m["linear2"], attn.out_proj
         p1, p2 = dropout_p(m["dropout1"]), dropout_p(m["dropout2"])
@@ -135,7 +135,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch.Size([2, 3, 16])
     """
 
-    @functools.wraps(nn.TransformerDecoderLayer.__init__)
+    @functools.wraps(nn.TransformerDecoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -167,7 +167,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
-        m = self._modules
+        m: dict[str, Any] = self._modules
         self_attn, cross_attn = m["self_attn"], m["multihead_attn"]
         norm1, norm2, norm3, linear2 = m["norm1"], m["norm2"], m["norm3"], m["linear2"]
         p1, p2 = dropout_p(m["dropout1"]), dropout_p(m["dropout2"])
@@ -213,8 +213,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return self.norm3(x + self._ff_block(x))
 
 
-def _why_not(layer: nn.Module, names: tuple[str, ...], x: Tensor) -> str | None:
-    return why_not_fused(layer, names) or why_not(layer.self_attn, x, x, x)  # type: ignore[arg-type]
+def _why_not(layer: Any, names: tuple[str, ...], x: Tensor) -> str | None:
+    return why_not_fused(layer, names) or why_not(layer.self_attn, x, x, x)
 
 
 _BLOCKS = ("_sa_block", "_mha_block", "_ff_block")

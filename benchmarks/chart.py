@@ -37,16 +37,19 @@ def draw(cells: Sequence[Cell], ceilings: dict[str, float], subtitle: str, path:
     dtypes = list(dict.fromkeys(cell.dtype for cell in cells))
     sizes = list(dict.fromkeys((cell.batch, cell.length) for cell in cells))
     with plt.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": _INK}):
+        # In inches, so that the margins hold whatever number of panels there is.
+        width, height = 1.2 + 3.75 * len(sizes), 1.1 + 1.75 * len(dtypes)
         figure, axes = plt.subplots(
-            len(dtypes), len(sizes), figsize=(4.1 * len(sizes), 1.75 * len(dtypes) + 1.1),
-            squeeze=False,
+            len(dtypes), len(sizes), figsize=(width, height), squeeze=False
         )  # fmt: skip
-        top = 1 - 0.82 / figure.get_figheight()
-        figure.subplots_adjust(left=0.095, right=0.985, bottom=0.07, top=top - 0.06,
-                               hspace=0.55, wspace=0.13)  # fmt: skip
-        figure.text(0.012, 1 - 0.30 / figure.get_figheight(), "MiniLM, time of one forward pass",
+        figure.subplots_adjust(
+            left=1.2 / width, right=1 - 0.1 / width, bottom=0.15 / height, top=1 - 1.05 / height,
+            hspace=0.5, wspace=0.1,
+        )  # fmt: skip
+        left = 0.15 / width
+        figure.text(left, 1 - 0.34 / height, "MiniLM, time of one forward pass",
                     fontsize=14, fontweight="bold")  # fmt: skip
-        figure.text(0.012, 1 - 0.56 / figure.get_figheight(), subtitle, fontsize=9, color=_QUIET)
+        figure.text(left, 1 - 0.60 / height, subtitle, fontsize=9, color=_QUIET)
         for cell in cells:
             row, column = dtypes.index(cell.dtype), sizes.index((cell.batch, cell.length))
             _panel(axes[row][column], cell, ceilings.get(dtype_name(cell.dtype)), column == 0)

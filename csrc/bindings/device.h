@@ -43,17 +43,34 @@ inline VectorArg vector_arg(const OptionalTensor& t) {
   return out;
 }
 
-inline Tensor make(const Tensor& like, std::vector<int64_t> sizes,
+// A contiguous tensor. Straight to the allocator: new_empty would go through the dispatcher, which
+// takes longer than a small kernel does.
+inline Tensor make(const Tensor& like, const std::vector<int64_t>& sizes,
                    std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
-      dtype ? dtype : std::optional<ScalarType>(like.scalar_type()));
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t type = 0, device = 0, index = 0;
+  if (dtype) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), type, device, index, &out));
+  return Tensor(out);
 }
 
 // Outputs that the caller did not ask for are tensors of shape (0,).
 inline Tensor make_if(bool wanted, const Tensor& like, std::vector<int64_t> sizes,
                       std::optional<ScalarType> dtype = std::nullopt) {
-  return make(like, wanted ? std::move(sizes) : std::vector<int64_t>{0}, dtype);
+  return make(like, wanted ? sizes : std::vector<int64_t>{0}, dtype);
 }
 
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {

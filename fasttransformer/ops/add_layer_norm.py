@@ -23,6 +23,7 @@ from ._norm import (
     like,
     narrow_vector,
     rows_of,
+    shaped,
 )
 
 
@@ -88,17 +89,14 @@ def add_layer_norm(
         )
     weight, bias = narrow_vector(weight, input), narrow_vector(bias, input)
     if grad:
-        normed, summed, _, _ = _add_layer_norm(
+        return _add_layer_norm(
             input, residual, weight, bias, eps, dropout_p, seed, features, kernel
         )
-        return normed, summed
     normed, summed, _, _ = kernel.forward(
         rows_of(input, features), rows_of(residual, features), flat(weight), flat(bias), eps,
         dropout_p, seed,
     )  # fmt: skip
-    if input.dim() == 2 and len(shape) == 1:
-        return normed, summed
-    return normed.view(input.shape), summed.view(input.shape)
+    return shaped(normed, input), shaped(summed, input)
 
 
 class _AddLayerNorm:
@@ -108,18 +106,17 @@ class _AddLayerNorm:
             rows_of(input, features), rows_of(residual, features), flat(weight), flat(bias), eps,
             dropout_p, seed,
         )  # fmt: skip
-        return normed.view(input.shape), summed.view(input.shape), mean, rstd
+        return shaped(normed, input), shaped(summed, input), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, _, weight, bias, _, ctx.dropout_p, seed, ctx.features, ctx.kernel = inputs
         _, summed, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(summed, weight, bias, mean, rstd, seed)
 
     @staticmethod
-    def backward(ctx, grad_normed, grad_summed, _mean, _rstd):
+    def backward(ctx, grad_normed, grad_summed):
         if grad_normed is None and grad_summed is None:
             return (None,) * 9
         summed, weight, bias, mean, rstd, seed = ctx.saved_tensors
@@ -132,13 +129,13 @@ class _AddLayerNorm:
             rows_of(summed, ctx.features), flat(weight), mean, rstd, ctx.dropout_p, seed,
             wants_weight, wants_bias,
         )  # fmt: skip
-        d_residual = d_residual.view(summed.shape)
-        d_input = d_residual if seed is None else d_input.view(summed.shape)
+        d_residual = shaped(d_residual, summed)
+        d_input = d_residual if seed is None else shaped(d_input, summed)
         d_weight, d_bias = like(d_weight, weight, wants_weight), like(d_bias, bias, wants_bias)
         return d_input, d_residual, d_weight, d_bias, None, None, None, None, None
 
 
-_add_layer_norm = differentiable(_AddLayerNorm)
+_add_layer_norm = differentiable(_AddLayerNorm, outputs=2)
 
 
 @fake("add_layer_norm")

@@ -24,6 +24,7 @@ from ._norm import (
     like,
     narrow_vector,
     rows_of,
+    shaped,
 )
 
 
@@ -82,16 +83,11 @@ def add_rms_norm(
         )
     weight = narrow_vector(weight, input)
     if grad:
-        normed, summed, _ = _add_rms_norm(
-            input, residual, weight, eps, dropout_p, seed, features, kernel
-        )
-        return normed, summed
+        return _add_rms_norm(input, residual, weight, eps, dropout_p, seed, features, kernel)
     normed, summed, _ = kernel.forward(
         rows_of(input, features), rows_of(residual, features), flat(weight), eps, dropout_p, seed
     )
-    if input.dim() == 2 and len(shape) == 1:
-        return normed, summed
-    return normed.view(input.shape), summed.view(input.shape)
+    return shaped(normed, input), shaped(summed, input)
 
 
 class _AddRMSNorm:
@@ -101,18 +97,17 @@ class _AddRMSNorm:
             rows_of(input, features), rows_of(residual, features), flat(weight), eps, dropout_p,
             seed,
         )  # fmt: skip
-        return normed.view(input.shape), summed.view(input.shape), rstd
+        return shaped(normed, input), shaped(summed, input), rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, _, weight, _, ctx.dropout_p, seed, ctx.features, ctx.kernel = inputs
         _, summed, rstd = output
-        ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(summed, weight, rstd, seed)
 
     @staticmethod
-    def backward(ctx, grad_normed, grad_summed, _rstd):
+    def backward(ctx, grad_normed, grad_summed):
         if grad_normed is None and grad_summed is None:
             return (None,) * 8
         summed, weight, rstd, seed = ctx.saved_tensors
@@ -124,8 +119,8 @@ class _AddRMSNorm:
             None if grad_summed is None else rows_of(grad_summed, ctx.features),
             rows_of(summed, ctx.features), flat(weight), rstd, ctx.dropout_p, seed, wants_weight,
         )  # fmt: skip
-        d_residual = d_residual.view(summed.shape)
-        d_input = d_residual if seed is None else d_input.view(summed.shape)
+        d_residual = shaped(d_residual, summed)
+        d_input = d_residual if seed is None else shaped(d_input, summed)
         return (
             d_input,
             d_residual,
@@ -138,7 +133,7 @@ class _AddRMSNorm:
         )
 
 
-_add_rms_norm = differentiable(_AddRMSNorm)
+_add_rms_norm = differentiable(_AddRMSNorm, outputs=2)
 
 
 @fake("add_rms_norm")

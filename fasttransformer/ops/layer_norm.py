@@ -24,6 +24,7 @@ from ._norm import (
     narrow_vector,
     on_float32_list,
     rows_of,
+    shaped,
 )
 
 
@@ -78,27 +79,26 @@ def layer_norm(
         return reference.layer_norm(input, shape, weight, bias, eps)
     weight, bias = narrow_vector(weight, input), narrow_vector(bias, input)
     if grad:
-        return _layer_norm(input, weight, bias, eps, features, kernel)[0]
+        return _layer_norm(input, weight, bias, eps, features, kernel)
     out = kernel.forward(rows_of(input, features), flat(weight), flat(bias), eps)[0]
-    return out if input.dim() == 2 and len(shape) == 1 else out.view(input.shape)
+    return shaped(out, input)
 
 
 class _LayerNorm:
     @staticmethod
     def forward(input, weight, bias, eps, features, kernel):
         out, mean, rstd = kernel.forward(rows_of(input, features), flat(weight), flat(bias), eps)
-        return out.view(input.shape), mean, rstd
+        return shaped(out, input), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, _, ctx.features, ctx.kernel = inputs
         _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
 
     @staticmethod
-    def backward(ctx, grad, _mean, _rstd):
+    def backward(ctx, grad):
         if grad is None:
             return (None,) * 6
         input, weight, bias, mean, rstd = ctx.saved_tensors
@@ -108,10 +108,10 @@ class _LayerNorm:
             wants_weight, wants_bias,
         )  # fmt: skip
         d_weight, d_bias = like(d_weight, weight, wants_weight), like(d_bias, bias, wants_bias)
-        return d_input.view(input.shape), d_weight, d_bias, None, None, None
+        return shaped(d_input, input), d_weight, d_bias, None, None, None
 
 
-_layer_norm = differentiable(_LayerNorm)
+_layer_norm = differentiable(_LayerNorm, outputs=1)
 
 
 @fake("layer_norm")

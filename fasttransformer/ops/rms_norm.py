@@ -25,6 +25,7 @@ from ._norm import (
     narrow_vector,
     on_float32_list,
     rows_of,
+    shaped,
 )
 
 
@@ -74,26 +75,25 @@ def rms_norm(
         return reference.rms_norm(input, shape, weight, eps)
     weight = narrow_vector(weight, input)
     if grad:
-        return _rms_norm(input, weight, eps, features, kernel)[0]
+        return _rms_norm(input, weight, eps, features, kernel)
     out = kernel.forward(rows_of(input, features), flat(weight), eps)[0]
-    return out if input.dim() == 2 and len(shape) == 1 else out.view(input.shape)
+    return shaped(out, input)
 
 
 class _RMSNorm:
     @staticmethod
     def forward(input, weight, eps, features, kernel):
         out, rstd = kernel.forward(rows_of(input, features), flat(weight), eps)
-        return out.view(input.shape), rstd
+        return shaped(out, input), rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, _, ctx.features, ctx.kernel = inputs
-        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, output[1])
 
     @staticmethod
-    def backward(ctx, grad, _rstd):
+    def backward(ctx, grad):
         if grad is None:
             return (None,) * 5
         input, weight, rstd = ctx.saved_tensors
@@ -102,10 +102,10 @@ class _RMSNorm:
             rows_of(grad, ctx.features), rows_of(input, ctx.features), flat(weight), rstd,
             wants_weight,
         )  # fmt: skip
-        return d_input.view(input.shape), like(d_weight, weight, wants_weight), None, None, None
+        return shaped(d_input, input), like(d_weight, weight, wants_weight), None, None, None
 
 
-_rms_norm = differentiable(_RMSNorm)
+_rms_norm = differentiable(_RMSNorm, outputs=1)
 
 
 @fake("rms_norm")

@@ -7,12 +7,12 @@ import pickle
 import random
 import warnings
 
-import contract
 import modules
 import pytest
 import torch
 from torch import nn
 
+import contract
 import fasttransformer as ft
 
 L, S, B, E, H = 5, 7, 3, 16, 4
@@ -41,7 +41,7 @@ def sample_grid(count: int, seed: int) -> list[dict]:
     return [{flag: rng.choice(values) for flag, values in GRID.items()} for _ in range(count)]
 
 
-CASES = sample_grid(420, 1)
+CASES = sample_grid(320, 1)
 
 
 def test_the_sample_has_every_pair_of_values():
@@ -123,10 +123,10 @@ def case_id(case: dict) -> str:
     return "-".join(str(v) if not isinstance(v, bool) else f"{k}{v:d}" for k, v in case.items())
 
 
-@pytest.mark.parametrize("start", range(0, len(CASES), 42))
+@pytest.mark.parametrize("start", range(0, len(CASES), 40))
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_float32(start):
-    for case in CASES[start : start + 42]:
+    for case in CASES[start : start + 40]:
         mha = build(case)
         inputs, call, options = arguments(case, mha)
         try:
@@ -140,7 +140,7 @@ def test_against_torch_float32(start):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_other_dtypes(dtype):
-    for case in CASES[:60]:
+    for case in CASES[:40]:
         mha = build(case, dtype)
         inputs, call, options = arguments(case, mha, dtype)
         try:
@@ -161,13 +161,14 @@ def test_on_every_backend(on, batch_first):
     }  # fmt: skip
     mha = build(case)
     inputs, call, options = arguments(case, mha)
-    if contract.device_of(on) != "cpu":
-        pytest.skip("this comparison's truth is on the CPU")
+    modules.skip_unless_runs(on, "attention", "linear_add")
     with contract.running_on(on):
         modules.compare(mha, inputs, training=True, call=call, **options)
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "mask_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_float_masks_of_every_dtype(mask_dtype, dtype, need_weights):
@@ -196,7 +197,7 @@ def test_float_mask_may_require_a_gradient():
         torch.testing.assert_close(grad, grads[0])
 
 
-# ---- rows without a key ---------------------------------------------------------------------------
+# ---- rows without a key -------------------------------------------------------------------------
 
 
 def textbook(mha, x, allowed, bias=None):
@@ -277,7 +278,7 @@ def test_b07_weights_are_those_after_dropout():
     torch.testing.assert_close(weights[~dropped], 2 * kept[~dropped])
 
 
-# ---- dropout, causal rule -------------------------------------------------------------------------
+# ---- dropout, causal rule -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -294,13 +295,12 @@ def test_b29_no_dropout_in_eval(need_weights):
 
 def test_dropout_in_training_drops_and_keeps_the_mean():
     mha = ft.nn.MultiheadAttention(16, 2, dropout=0.3, batch_first=True).train()
-    x = torch.randn(2, 16, 16)
+    x = torch.randn(1, 16, 16).expand(400, -1, -1)
     with torch.no_grad():
         kept = mha.eval()(x, x, x, need_weights=False)[0]
-        mha.train()
-        draws = torch.stack([mha(x, x, x, need_weights=False)[0] for _ in range(400)])
+        draws = mha.train()(x, x, x, need_weights=False)[0]
     assert not torch.equal(draws[0], draws[1])
-    torch.testing.assert_close(draws.mean(0), kept, atol=0.06, rtol=0)
+    torch.testing.assert_close(draws.mean(0), kept[0], atol=0.06, rtol=0)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -338,7 +338,7 @@ def test_is_causal_is_a_hint_and_needs_the_mask():
         mha(x, x, x, is_causal=True)
 
 
-# ---- shapes and bad input -------------------------------------------------------------------------
+# ---- shapes and bad input -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -457,7 +457,7 @@ def test_b14_packed_projection_at_large_heads(head_dim):
     )  # fmt: skip
 
 
-# ---- autocast -------------------------------------------------------------------------------------
+# ---- autocast -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -482,7 +482,7 @@ def test_b42_float_masks_under_autocast(need_weights, training, masks):
         torch.testing.assert_close(weights.float(), want_weights, atol=2e-3, rtol=0)
 
 
-# ---- falling back ---------------------------------------------------------------------------------
+# ---- falling back -------------------------------------------------------------------------------
 
 
 def test_nested_tensors_fall_back_with_a_reason():
@@ -505,12 +505,14 @@ def test_reasons_to_fall_back():
     mha.eval()(x, x, x)
     assert ft.nn.fallbacks(mha) == {"": {"dropout of 1.0": 1}}
     mha = ft.nn.MultiheadAttention(E, H).eval()
-    traced = torch.jit.trace(lambda x: mha(x, x, x, need_weights=False)[0], x, check_trace=False)
-    torch.testing.assert_close(traced(x), mha(x, x, x)[0])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(mha, (x, x, x), check_trace=False)
+    torch.testing.assert_close(traced(x, x, x), mha(x, x, x))
     assert ft.nn.fallbacks(mha) == {"": {"torch.jit.trace": 1}}
 
 
-# ---- being a module -------------------------------------------------------------------------------
+# ---- being a module -----------------------------------------------------------------------------
 
 
 def test_state_dict_pickle_deepcopy_to_half():
@@ -561,7 +563,6 @@ def test_parametrizations_are_felt():
         for name in ("in_proj_weight", "in_proj_bias"):
             nn.utils.parametrize.register_parametrization(module, name, Doubled())
         nn.utils.parametrize.register_parametrization(module.out_proj, "weight", Doubled())
-        nn.utils.parametrizations.weight_norm(module.out_proj, "weight")
     x = torch.randn(B, L, E)
     torch.testing.assert_close(ours(x, x, x)[0], mha(x, x, x)[0])
 

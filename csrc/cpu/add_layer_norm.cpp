@@ -6,12 +6,8 @@
 
 namespace ft::FT_ISA {
 
-void add_layer_norm(const RowNormParams& p) {
-  add_norm_forward<true>(p);
-}
+void add_layer_norm(const RowNormParams& p) { add_norm_forward<true>(p); }
 
-void add_layer_norm_backward(const RowNormBackwardParams& p) {
-  norm_backward<true>(p);
-}
+void add_layer_norm_backward(const RowNormBackwardParams& p) { norm_backward<true>(p); }
 
 }  // namespace ft::FT_ISA

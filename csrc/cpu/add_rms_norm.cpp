@@ -6,12 +6,8 @@
 
 namespace ft::FT_ISA {
 
-void add_rms_norm(const RowNormParams& p) {
-  add_norm_forward<false>(p);
-}
+void add_rms_norm(const RowNormParams& p) { add_norm_forward<false>(p); }
 
-void add_rms_norm_backward(const RowNormBackwardParams& p) {
-  norm_backward<false>(p);
-}
+void add_rms_norm_backward(const RowNormBackwardParams& p) { norm_backward<false>(p); }
 
 }  // namespace ft::FT_ISA

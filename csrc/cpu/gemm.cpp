@@ -1,9 +1,10 @@
 // The matrix product behind linear_add and its gradients, in three forms.
 //
-// Packed: B is packed once per call into panels that all threads share (a chunk of columns at a time when it
-// is large); a task is a block of rows × a block of columns, taken from a shared counter, so a slow
-// core takes fewer. Within a task, A is copied (and widened) a block at a time into rows that do not
-// collide in L1, and C accumulates as float in thread scratch until the epilogue takes it.
+// Packed: B is packed once per call into panels that all threads share (a chunk of columns at a
+// time when it is large); a task is a block of rows × a block of columns, taken from a shared
+// counter, so a slow core takes fewer. Within a task, A is copied (and widened) a block at a time
+// into rows that do not collide in L1, and C accumulates as float in thread scratch until the
+// epilogue takes it.
 //
 // Exchanged (few rows): Cᵀ = Bᵀ · Aᵀ, so that the weight is read once, in place, and the small A is
 // what gets packed; finished tiles are turned before the epilogue sees them.
@@ -18,9 +19,10 @@
 namespace ft::FT_ISA {
 namespace {
 
-constexpr int64_t kPackBytes = int64_t{12} << 20;  // packed B per chunk: stays in the last-level cache
-constexpr int64_t kTileFloats = 128 * 1024;        // C tile per thread: stays in L2
-constexpr int64_t kTaskColumns = 512;              // columns of a task that may split them
+constexpr int64_t kPackBytes = int64_t{12}
+                               << 20;        // packed B per chunk: stays in the last-level cache
+constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
+constexpr int64_t kTaskColumns = 512;        // columns of a task that may split them
 constexpr int64_t kWholeRowColumns = 4096;
 constexpr int64_t kSkinnyRows = 4;
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
@@ -86,7 +88,8 @@ void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c
   }
 }
 
-// Rows whose distance is a multiple of this share the few lines of one L1 set and push each other out.
+// Rows whose distance is a multiple of this share the few lines of one L1 set and push each other
+// out.
 constexpr int64_t kAliasBytes = 1024;
 
 // Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1,
@@ -196,16 +199,16 @@ struct Engine {
     const int64_t workers = work < 32768 ? 1 : min64(threads, total);
     int64_t next = 0;
     parallel_for(workers, 1, [&](int64_t, int64_t) {
-      float* c = static_cast<float*>(
-          thread_scratch(Scratch::accumulate, sizeof(float) * height * stride));
+      float* c =
+          static_cast<float*>(thread_scratch(Scratch::accumulate, sizeof(float) * height * stride));
       float* a = static_cast<float*>(
           thread_scratch(Scratch::pack, sizeof(float) * (kBlockRows * kRowUnits + W)));
       for (;;) {
         const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (t >= total) return;
         const int64_t row = t / column_blocks * height, j = t % column_blocks * width;
-        const GemmTile tile = {c,          stride, row, min64(height, p.rows - row), column + j,
-                               min64(width, columns - j)};
+        const GemmTile tile = {
+            c, stride, row, min64(height, p.rows - row), column + j, min64(width, columns - j)};
         task(panels + j / NR * panel_floats, tile, a);
       }
     });
@@ -314,7 +317,8 @@ void skinny(const Gemm& p) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t column = t * kWidth, columns = min64(kWidth, p.columns - column);
       for (int64_t j = 0; j < columns; j += kSkinnyColumns) {
-        // The last group steps back rather than past the end; the first may read one row repeatedly.
+        // The last group steps back rather than past the end; the first may read one row
+        // repeatedly.
         const int64_t at = min64(column + j, p.columns - kSkinnyColumns);
         const bool short_matrix = at < 0;
         if (!short_matrix) {

@@ -5,12 +5,8 @@
 
 namespace ft::FT_ISA {
 
-void layer_norm(const RowNormParams& p) {
-  norm_forward<true, Add::none>(p);
-}
+void layer_norm(const RowNormParams& p) { norm_forward<true, Add::none>(p); }
 
-void layer_norm_backward(const RowNormBackwardParams& p) {
-  norm_backward<true>(p);
-}
+void layer_norm_backward(const RowNormBackwardParams& p) { norm_backward<true>(p); }
 
 }  // namespace ft::FT_ISA

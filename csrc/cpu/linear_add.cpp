@@ -21,10 +21,10 @@ void finish(const GemmTile& tile, const void* context) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const int64_t row = tile.row + i;
     const T* residual = static_cast<const T*>(p.residual);
-    finish_row<T, activation, false>(
-        tile.data + i * tile.stride, f.bias ? f.bias + tile.column : nullptr,
-        residual ? residual + row * p.residual_stride + tile.column : nullptr,
-        static_cast<T*>(p.output) + row * p.out_features + tile.column, tile.columns);
+    finish_row<T, activation>(tile.data + i * tile.stride, f.bias ? f.bias + tile.column : nullptr,
+                              residual ? residual + row * p.residual_stride + tile.column : nullptr,
+                              static_cast<T*>(p.output) + row * p.out_features + tile.column,
+                              tile.columns);
   }
 }
 
@@ -38,8 +38,8 @@ void store_plain(const GemmTile& tile, const void* context) {
   const Plain& p = *static_cast<const Plain*>(context);
   for (int64_t i = 0; i < tile.rows; ++i) {
     T* out = static_cast<T*>(p.out) + (tile.row + i) * p.row_stride + tile.column;
-    finish_row<T, Activation::none, false>(tile.data + i * tile.stride, nullptr, nullptr, out,
-                                           tile.columns);
+    finish_row<T, Activation::none>(tile.data + i * tile.stride, nullptr, nullptr, out,
+                                    tile.columns);
   }
 }
 
@@ -87,18 +87,11 @@ void linear_add(const LinearAddParams& p) {
     widen_vector(p.bias, p.out_features, bias);
     context.bias = bias;
   }
-  Gemm g;
-  g.dtype = p.dtype;
-  g.rows = p.rows;
-  g.columns = p.out_features;
-  g.depth = p.in_features;
-  g.a = input_of(p);
-  g.b = {p.weight, true, p.in_features};
+  Gemm g = forward_product(p);
   g.context = &context;
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation activation>() {
-      g.epilogue = finish<T, activation>;
-    });
+    with_activation(p.activation,
+                    [&]<Activation activation>() { g.epilogue = finish<T, activation>; });
   });
   gemm(g);
 }

@@ -56,9 +56,7 @@ FT_INLINE void philox_words(uint64_t seed, uint64_t block, uint32_t* out) {
 }
 
 // Room that random_words needs for `count` positions, in words.
-constexpr int64_t random_words_room(int64_t count) {
-  return count + kPhiloxWords + W + 4;
-}
+constexpr int64_t random_words_room(int64_t count) { return count + kPhiloxWords + W + 4; }
 
 // The random words of `count` positions from `position` on; they stand in `buffer`, which may be
 // read up to W words past the last.

@@ -6,12 +6,8 @@
 
 namespace ft::FT_ISA {
 
-void rms_norm(const RowNormParams& p) {
-  norm_forward<false, Add::none>(p);
-}
+void rms_norm(const RowNormParams& p) { norm_forward<false, Add::none>(p); }
 
-void rms_norm_backward(const RowNormBackwardParams& p) {
-  norm_backward<false>(p);
-}
+void rms_norm_backward(const RowNormBackwardParams& p) { norm_backward<false>(p); }
 
 }  // namespace ft::FT_ISA

@@ -53,12 +53,8 @@ template <class T>
 FT_INLINE void store(T* p, vf x, Part part) {
   store(p, x, part.count);
 }
-FT_INLINE vf keep(vf x, Whole) {
-  return x;
-}
-FT_INLINE vf keep(vf x, Part part) {
-  return select(lanes() < splat_int(part.count), x, zero());
-}
+FT_INLINE vf keep(vf x, Whole) { return x; }
+FT_INLINE vf keep(vf x, Part part) { return select(lanes() < splat_int(part.count), x, zero()); }
 
 // Calls f(column, u, Whole or Part) over n columns, u going round 0 … U−1.
 template <int U, class F>

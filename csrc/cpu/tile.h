@@ -4,7 +4,8 @@
 // loaded B vector feeds MR fused multiply-adds and each broadcast A element feeds NR / W.
 //
 // Everything is counted in 32-bit units. A unit is one float (`Float`), or a pair of bf16 along the
-// summed dimension (`BfPair`, where the CPU has vdpbf16ps); packing and loops are the same for both.
+// summed dimension (`BfPair`, where the CPU has vdpbf16ps); packing and loops are the same for
+// both.
 #pragma once
 #include "cpu/vec.h"
 
@@ -18,7 +19,7 @@ constexpr int MR = 14;  // 28 accumulators + 2 of B + 1 broadcast of 32 register
 constexpr int MR = 6;  // 12 + 2 + 1 of 16
 #endif
 
-constexpr int kDepth = 512;           // units of the summed dimension in one A block
+constexpr int kDepth = 512;             // units of the summed dimension in one A block
 constexpr int kRowUnits = kDepth + 16;  // row stride of an A block: rows fall into distinct L1 sets
 constexpr int kBlockRows = MR * (84 / MR);  // rows of an A block, some 170 KB: it stays in L2
 

@@ -13,15 +13,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._blocks import dropout_p, hidden, why_not_fused
+from ._blocks import DECODER, ENCODER, dropout_p, hidden, why_not_fused
 from ._fallback import record
 from ._project import project_add, project_add_norm
 from .attention import MultiheadAttention, heads_output, why_not
 from .linear import Linear
 from .norms import LayerNorm
 
-_ENCODER = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
-_DECODER = (*_ENCODER, "multihead_attn", "norm3", "dropout3")
 _OURS = {nn.MultiheadAttention: MultiheadAttention, nn.Linear: Linear, nn.LayerNorm: LayerNorm}
 
 
@@ -85,7 +83,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.is_nested:
             record(self, "nested tensors")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        reason = _why_not(self, _ENCODER, src) or _overridden(self, TransformerEncoderLayer)
+        reason = _why_not(self, ENCODER, src) or _overridden(self, TransformerEncoderLayer)
         if reason is not None:
             record(self, reason)
             return self._one_by_one(src, src_mask, src_key_padding_mask, is_causal)
@@ -158,7 +156,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
-        reason = _why_not(self, _DECODER, tgt) or _overridden(self, TransformerDecoderLayer)
+        reason = _why_not(self, DECODER, tgt) or _overridden(self, TransformerDecoderLayer)
         if reason is None:
             reason = why_not(self.multihead_attn, tgt, memory, memory)
         if reason is not None:

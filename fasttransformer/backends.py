@@ -78,6 +78,7 @@ def _lacks(*names: str) -> frozenset[str]:
 
 
 _ATTENTION_LACKS = _lacks("window", "softcap", "alibi_slopes", "sinks", "key_lengths", "dropout")
+_ATTENTION_LACKS |= _lacks("query_positions", "mixed_dtypes")  # what attention_decode also asks for
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
@@ -91,15 +92,13 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "attention": {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
-        "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
+        "cpu": Kernel("cpu", lacks=_lacks("dropout", "grad")),
     },
     **{
         op: {}
         for op in (
             "attention_varlen",
-            "attention_decode",
             "merge_attention",
-            "feed_forward",
             "cross_entropy",
             "linear_cross_entropy",
             "linear_softmax",
@@ -111,6 +110,10 @@ TABLE: dict[str, dict[str, Kernel]] = {
 }
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")
+
+#: Operations made of calls of another: they run wherever that one does, so its row is theirs.
+COMPOSED = {"feed_forward": "linear_add", "attention_decode": "attention"}
+TABLE.update((op, TABLE[other]) for op, other in COMPOSED.items())
 
 #: Operations whose kernels are found in another's file (same schema family, same row of the table).
 ALIASES = {"log_softmax": "softmax", "scaled_dot_product_attention": "attention"}

@@ -68,12 +68,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks of matmul-like operations here, or None when it is off."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # "meta" raises
         return torch.get_autocast_dtype(device_type)
     return None
 
 
-def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
     """A float32 or 16-bit tensor in ``dtype``; float64, like in torch's autocast, stays."""
     if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
 from ._front import autocast_dtype, cast, fake, is_float, needs_grad, same_device, same_dtype
+from ._function import differentiable
+from ._norm import fold_rows
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _NONE: frozenset[str] = frozenset()
@@ -54,8 +58,10 @@ def linear_add(
     input, weight, bias, residual = autocast_linear(input, weight, bias, residual)
     out_shape = check_linear(op, input, weight, bias, residual)
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation is {activation!r}; it must be None or one of "
-                         f"{', '.join(ACTIVATIONS)}")  # fmt: skip
+        raise ValueError(
+            f"{op}: activation is {activation!r}; it must be None or one of "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     grad = needs_grad(input, weight, bias, residual)
     options = _GRAD if grad else _NONE
     kernel = choose(op, input.device.type, input.dtype, options, (), backend)
@@ -65,14 +71,14 @@ def linear_add(
     if not grad:
         out = kernel.forward(x, weight, bias, rows, activation or "")
     elif activation is None:
-        out = LinearAdd.apply(x, weight, bias, rows, kernel)
+        out = _linear_add(x, weight, bias, rows, kernel)
     else:  # the activation's derivative needs its input, so it is kept and not fused
-        out = activate(LinearAdd.apply(x, weight, bias, None, kernel), activation)
+        out = activate(_linear_add(x, weight, bias, None, kernel), activation)
         out = out if rows is None else out + rows
     return out.view(out_shape)
 
 
-def autocast_linear(input: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def autocast_linear(input: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The arguments in autocast's dtype, where autocast is on."""
     dtype = autocast_dtype(input.device.type) if isinstance(input, Tensor) else None
     if dtype is None:
@@ -88,8 +94,9 @@ def check_linear(
     same_device(op, input, weight=weight, bias=bias, residual=residual)
     same_dtype(op, input, weight=weight, bias=bias, residual=residual)
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight has {weight.dim()} dimensions; it must be (out_features, "
-                         "in_features)")  # fmt: skip
+        raise ValueError(
+            f"{op}: weight has {weight.dim()} dimensions; it must be (out_features, in_features)"
+        )
     if input.dim() == 0:
         raise ValueError(f"{op}: input has no dimensions; it must be (*, in_features)")
     out_features, in_features = weight.shape
@@ -99,20 +106,26 @@ def check_linear(
     elif input.dim() == 4 and shape[1] * shape[3] == in_features:
         out_shape = (shape[0], shape[2], out_features)
     else:
-        raise ValueError(f"{op}: input of shape {tuple(shape)} does not fit weight's in_features "
-                         f"{in_features}: its last dimension must be {in_features}, or it must be "
-                         "(batch, heads, q_len, head_dim) with heads * head_dim equal to that")  # fmt: skip
+        raise ValueError(
+            f"{op}: input of shape {tuple(shape)} does not fit weight's in_features "
+            f"{in_features}: its last dimension must be {in_features}, or it must be "
+            "(batch, heads, q_len, head_dim) with heads * head_dim equal to that"
+        )
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; weight's out_features make it "
-                         f"({out_features},)")  # fmt: skip
+        raise ValueError(
+            f"{op}: bias has shape {tuple(bias.shape)}; weight's out_features make it "
+            f"({out_features},)"
+        )
     if residual is not None and residual.shape != out_shape:
         try:
             broadcasts = torch.broadcast_shapes(residual.shape, out_shape) == out_shape
         except RuntimeError:
             broadcasts = False
         if not broadcasts:
-            raise ValueError(f"{op}: residual of shape {tuple(residual.shape)} does not broadcast "
-                             f"to the output's shape {out_shape}")  # fmt: skip
+            raise ValueError(
+                f"{op}: residual of shape {tuple(residual.shape)} does not broadcast "
+                f"to the output's shape {out_shape}"
+            )
     return out_shape
 
 
@@ -151,22 +164,27 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-class LinearAdd(torch.autograd.Function):
+class _LinearAdd:
     """``input @ weight.T + bias + residual`` on rows, joined with its backward operator."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, kernel: Kernel):
-        ctx.save_for_backward(x, weight)
-        ctx.kernel = kernel
+    def forward(x, weight, bias, residual, kernel):
         return kernel.forward(x, weight, bias, residual, "")
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        x, weight, _, _, ctx.kernel = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_input, d_weight, d_bias = linear_gradients(ctx.kernel, grad, x, weight, needs)
         return d_input, d_weight, d_bias, grad if needs[3] else None, None
+
+
+_linear_add = differentiable(_LinearAdd)
 
 
 def linear_gradients(
@@ -177,8 +195,18 @@ def linear_gradients(
         return None, None, None
     if grad.stride(1) != 1 and grad.shape[1] != 1:
         grad = grad.contiguous()
-    grads = kernel.backward(grad, x, weight, needs[0], needs[1], needs[2])
-    return tuple(g if wanted else None for g, wanted in zip(grads, needs))
+    rows = x
+    if x.dim() == 4:  # attention's heads, joined: the weight's gradient reads whole rows
+        rows = x.transpose(1, 2).reshape(grad.shape[0], weight.shape[1])
+    d_input, d_weight, d_bias = kernel.backward(grad, rows, weight, needs[0], needs[1], needs[2])
+    if x.dim() == 4 and needs[0]:
+        batch, heads, length, head_dim = x.shape
+        d_input = d_input.view(batch, length, heads, head_dim).transpose(1, 2)
+    return (
+        d_input if needs[0] else None,
+        d_weight if needs[1] else None,
+        d_bias if needs[2] else None,
+    )
 
 
 def row_count(input: Tensor) -> int:
@@ -197,3 +225,7 @@ def _(grad, input, weight, input_grad, weight_grad, bias_grad):
         weight.new_empty(weight.shape if weight_grad else (0,)),
         weight.new_empty((weight.shape[0],) if bias_grad else (0,)),
     )
+
+
+fold_rows("linear_add", batched=(0, 3), per_sample=())
+fold_rows("linear_add_backward", batched=(0, 1), per_sample=(4, 5))

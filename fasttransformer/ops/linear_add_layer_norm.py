@@ -1,4 +1,4 @@
-"""Output projection, residual and layer norm in one call: the sum is normed while it is in cache."""
+"""Output projection, residual and layer norm in one call: the sum is normed while in cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import TABLE, Kernel, choose
+from ..backends import TABLE, choose
 from ._front import fake, is_float, needs_grad, positive_eps, same_device
+from ._function import differentiable
+from ._norm import fold_rows, like, narrow_vector
 from .linear_add import (
     autocast_linear,
     check_linear,
@@ -67,11 +69,9 @@ def linear_add_layer_norm(
             input, weight, bias, residual, norm_weight, norm_bias, eps
         )
     x, weight, rows = rows_of(input, weight, residual, out_shape)
+    norm_weight, norm_bias = narrow_vector(norm_weight, x), narrow_vector(norm_bias, x)
     args = (x, weight, bias, rows, norm_weight, norm_bias, eps)
-    if grad:
-        normed, summed = _LinearAddLayerNorm.apply(*args, kernel)
-    else:
-        normed, summed, _, _ = kernel.forward(*args)
+    normed, summed, _, _ = _linear_add_layer_norm(*args, kernel) if grad else kernel.forward(*args)
     return normed.view(out_shape), summed.view(out_shape)
 
 
@@ -81,52 +81,59 @@ def check_norm(op: str, input: Tensor, features: int, eps: float, **vectors: Ten
     positive_eps(op, eps)
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (features,):
-            raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}; weight's out_features "
-                             f"make it ({features},)")  # fmt: skip
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(vector.shape)}; weight's out_features "
+                f"make it ({features},)"
+            )
 
 
-class _LinearAddLayerNorm(torch.autograd.Function):
+class _LinearAddLayerNorm:
     # Backward joins two operators that exist anyway: the norm's with the residual's gradient
     # (add_layer_norm's), then the linear layer's.
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, norm_weight, norm_bias, eps, kernel: Kernel):
-        normed, summed, mean, rstd = kernel.forward(
-            x, weight, bias, residual, norm_weight, norm_bias, eps
-        )
-        ctx.save_for_backward(x, weight, summed, norm_weight, mean, rstd)
-        ctx.backend = kernel.backend
-        ctx.set_materialize_grads(False)
-        return normed, summed
+    def forward(x, weight, bias, residual, norm_weight, norm_bias, eps, kernel):
+        return kernel.forward(x, weight, bias, residual, norm_weight, norm_bias, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_normed, grad_summed):
-        x, weight, summed, norm_weight, mean, rstd = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        x, weight, _, _, norm_weight, norm_bias, _, ctx.kernel = inputs
+        _, summed, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, summed, norm_weight, norm_bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, grad_normed, grad_summed, _mean, _rstd):
+        x, weight, summed, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_norm_weight = d_norm_bias = None
         if grad_normed is None:
             d_summed = grad_summed
         else:
-            norm = TABLE["add_layer_norm"][ctx.backend].backward
+            norm = TABLE["add_layer_norm"][ctx.kernel.backend].backward
             d_summed, _, d_norm_weight, d_norm_bias = norm(
                 grad_normed.contiguous(),
                 None if grad_summed is None else grad_summed.contiguous(),
-                summed, norm_weight, mean, rstd, 0.0, None, needs[4], needs[5],
-            )  # fmt: skip
+                summed,
+                norm_weight,
+                mean,
+                rstd,
+                0.0,
+                None,
+                needs[4],
+                needs[5],
+            )
+            d_norm_weight = like(d_norm_weight, norm_weight, needs[4])
+            d_norm_bias = like(d_norm_bias, norm_bias, needs[5])
         if d_summed is None:
             return (None,) * 8
-        linear = TABLE["linear_add"][ctx.backend]
+        linear = TABLE["linear_add"][ctx.kernel.backend]
         d_input, d_weight, d_bias = linear_gradients(linear, d_summed, x, weight, needs)
-        return (
-            d_input,
-            d_weight,
-            d_bias,
-            d_summed if needs[3] else None,
-            d_norm_weight if needs[4] else None,
-            d_norm_bias if needs[5] else None,
-            None,
-            None,
-        )
+        d_residual = d_summed if needs[3] else None
+        return d_input, d_weight, d_bias, d_residual, d_norm_weight, d_norm_bias, None, None
+
+
+_linear_add_layer_norm = differentiable(_LinearAddLayerNorm)
 
 
 @fake("linear_add_layer_norm")
@@ -138,3 +145,6 @@ def _(input, weight, bias, residual, norm_weight, norm_bias, eps):
         input.new_empty((rows,), dtype=torch.float32),
         input.new_empty((rows,), dtype=torch.float32),
     )
+
+
+fold_rows("linear_add_layer_norm", batched=(0, 3), per_sample=())

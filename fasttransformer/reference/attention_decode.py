@@ -125,13 +125,14 @@ def attention_decode(
     if rotary is not None:
         cos, sin = rotary
         start = cache.layer(layer)[2][:, None].long()
-        if new_key is None:  # the query's tokens are the last ones in the cache
-            start = start - tokens
-        position_ids = start + torch.arange(tokens, device=query.device)
-        query = rotate(query, cos, sin, rotary_interleaved, position_ids)
         if new_key is not None:
-            position_ids = start + torch.arange(new_key.shape[2], device=query.device)
+            count = new_key.shape[2]
+            position_ids = start + torch.arange(count, device=query.device)
             new_key = rotate(new_key, cos, sin, rotary_interleaved, position_ids)
+            start = start + count
+        # The query's tokens are the last ones in the cache.
+        position_ids = start - tokens + torch.arange(tokens, device=query.device)
+        query = rotate(query, cos, sin, rotary_interleaved, position_ids)
     if new_key is not None and new_value is not None:
         cache.append(layer, new_key, new_value)
     keys, values, lengths = cache.layer(layer)

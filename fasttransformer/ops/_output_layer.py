@@ -1,0 +1,130 @@
+"""What the output layer's operations share: checks, and work in pieces of rows, so that the logits
+of all rows never exist at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ._front import is_float, same_device
+from ._index import checked_index, is_index
+from .linear_add import check_linear
+
+#: The most logits that exist at a time: 128 MB in float32. Larger pieces are no faster on a CPU.
+PIECE = 1 << 25
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def in_one_piece(logits: int | torch.SymInt) -> bool:
+    return logits <= PIECE
+
+
+def by_rows(function: Callable[..., Any], columns: int, *rows: Tensor) -> Any:
+    """``function(*rows)``, which gives one or several results per row, over pieces of the rows.
+
+    ``columns`` is the number of logits of a row. Where a gradient is needed, a piece keeps its
+    inputs only and is computed again in the backward pass.
+    """
+    if in_one_piece(rows[0].shape[0] * columns):
+        return function(*rows)
+    height = max(1, PIECE // columns)
+    results = []
+    for piece in zip(*(x.split(height) for x in rows)):
+        if torch.is_grad_enabled():
+            results.append(
+                checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)
+            )
+        else:
+            results.append(function(*piece))
+    if isinstance(results[0], Tensor):
+        return torch.cat(results)
+    return tuple(torch.cat(part) for part in zip(*results))
+
+
+def check_output_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """A linear layer's arguments; attention's (batch, heads, q_len, head_dim) is not taken."""
+    is_float(op, input=input, weight=weight, bias=bias)
+    if weight.dim() == 2 and input.dim() > 0 and input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: input of shape {tuple(input.shape)} does not fit weight's shape "
+            f"{tuple(weight.shape)}: its last dimension must be {weight.shape[1]}"
+        )
+    check_linear(op, input, weight, bias, None)
+
+
+def check_temperature(op: str, temperature: float) -> None:
+    if not (temperature > 0.0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature is {temperature}; it must be a positive finite number")
+
+
+def check_loss(
+    op: str,
+    input: Tensor,
+    logits_shape: tuple[int, ...],
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Raises unless the arguments of a loss over logits of that shape fit; returns the target,
+    class ids as int64 that are known to be in range."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{op}: reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must be in [0, 1]")
+    classes = logits_shape[0] if len(logits_shape) == 1 else logits_shape[1]
+    is_float(op, weight=weight)
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}; it must be (classes,) = ({classes},)"
+        )
+    same_device(op, input, weight=weight)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
+    same_device(op, input, target=target)
+    if target.is_floating_point():
+        is_float(op, target=target)
+        if target.shape != logits_shape:
+            raise ValueError(
+                f"{op}: target holds probabilities and has shape "
+                f"{tuple(target.shape)}; it must be the logits', {logits_shape}"
+            )
+        if ignore_index >= 0:
+            raise ValueError(
+                f"{op}: ignore_index is {ignore_index}, but target holds "
+                "probabilities, in which there is no class to ignore"
+            )
+        return target
+    is_index(op, target=target)
+    shape = logits_shape[:0] if len(logits_shape) == 1 else (logits_shape[0], *logits_shape[2:])
+    if target.shape != shape:
+        raise ValueError(
+            f"{op}: target has shape {tuple(target.shape)}; logits of shape "
+            f"{logits_shape} need {shape}"
+        )
+    return checked_index(op, "target", target, classes, ignore_index)
+
+
+def reduced(
+    losses: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int
+) -> Tensor:
+    """The losses of all rows, summed or averaged as :func:`fasttransformer.cross_entropy` says."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    if target.is_floating_point():
+        return total / losses.numel()
+    kept = target != ignore_index
+    if weight is None:
+        return total / kept.sum()
+    return total / torch.where(kept, weight.to(losses.dtype)[torch.where(kept, target, 0)], 0).sum()

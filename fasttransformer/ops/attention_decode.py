@@ -1,0 +1,234 @@
+"""Attention of newly decoded tokens over a cache, made of a call of attention: it runs where
+attention with ``key_lengths`` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ..reference.attention_decode import KVCache
+from ..reference.rotary_embedding import rotate
+from ._attention_options import check_options, option_names
+from ._front import autocast_dtype, cast, is_float, needs_grad, same_device, same_dtype
+from .attention import attention
+from .rotary_embedding import check_tables
+
+
+def attention_decode(
+    query: Tensor,
+    cache: KVCache,
+    *,
+    layer: int = 0,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_interleaved: bool = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    r"""One decoding step: append the new tokens' keys and values to the cache, and attend over it.
+
+    .. math:: \text{out}_b = \text{attention}(q_b, K_b[:L_b], V_b[:L_b]), \qquad
+        L_b \leftarrow L_b + n \text{ first}
+
+    where query i of S stands at position :math:`L_b - S + i`, and sees no later one with
+    ``is_causal``. Samples may differ in length; what lies behind a sample's length is never felt.
+
+    Args:
+        query: (batch, heads, q_len, head_dim).
+        cache: a :class:`~fasttransformer.KVCache`; the one argument that is written to.
+        layer: which of the cache's layers.
+        new_key: (batch, kv_heads, n, head_dim), of ``query``'s dtype; stored in the cache's.
+            Without it, the query's tokens are the last ones in the cache.
+        new_value: (batch, kv_heads, n, value_dim).
+        rotary: (cos, sin), tables as of :func:`~fasttransformer.rotary_embedding`, (positions,
+            head_dim or half of it); they turn the query and the new keys to their positions.
+        rotary_interleaved: the tables turn features (2i, 2i + 1).
+        mask, bias: broadcast to (batch, heads, q_len, capacity).
+        window, softcap, alibi_slopes, sinks, scale: as of :func:`~fasttransformer.attention`.
+        return_lse: also return lse, (batch, heads, q_len) float32.
+        backend: forces one backend for this call.
+
+    Returns:
+        out (batch, heads, q_len, value_dim), or (out, lse). A gradient reaches the query, not what
+        is in the cache.
+
+    Raises:
+        TypeError: not floating point, dtypes that differ, a cache of another kind.
+        ValueError: shapes that don't fit, a full cache, a position outside the rotary tables, a
+            value out of range. Nothing is written then.
+
+    Source: Shazeer, Fast Transformer Decoding, 2019 (arXiv:1911.02150).
+
+    >>> import torch, fasttransformer as ft
+    >>> cache = ft.KVCache.allocate(layers=1, batch=1, heads=1, capacity=8, head_dim=2)
+    >>> for step in range(3):
+    ...     query, key = torch.zeros(2, 1, 1, 1, 2).unbind()
+    ...     value = torch.full((1, 1, 1, 2), float(step))
+    ...     out = ft.attention_decode(query, cache, new_key=key, new_value=value)
+    >>> out.flatten(), cache.lengths  # the mean of 0, 1 and 2
+    (tensor([1., 1.]), tensor([[3]], dtype=torch.int32))
+    """
+    op = "attention_decode"
+    is_float(op, query=query, new_key=new_key, new_value=new_value)
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"{op}: cache must be a KVCache, got {type(cache).__name__}")
+    layers = cache.lengths.shape[0]
+    if not 0 <= layer < layers:
+        raise ValueError(f"{op}: layer is {layer}; the cache has {layers} layers")
+    keys, values, lengths = cache.layer(layer)
+    same_device(op, query, new_key=new_key, new_value=new_value, cache=keys)
+    autocast = autocast_dtype(query.device.type)
+    if autocast is not None:
+        query, new_key = cast(query, autocast), cast(new_key, autocast)
+        new_value = cast(new_value, autocast)
+    same_dtype(op, query, new_key=new_key, new_value=new_value)
+    _check_shapes(op, query, keys, values, new_key, new_value)
+    check_options(op, query, keys, mask, bias, "top_left", window, softcap, alibi_slopes, sinks)
+    count = 0 if new_key is None else new_key.shape[2]
+    tokens = query.shape[2]
+    shortest, longest = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
+    if longest + count > keys.shape[2]:
+        raise ValueError(
+            f"{op}: the cache holds {longest} tokens of a sample; {count} new ones exceed "
+            f"its capacity {keys.shape[2]}"
+        )
+    if rotary is not None:
+        _check_rotary(
+            op, query, rotary, rotary_interleaved, shortest + count - tokens, longest + count
+        )
+    # attention's own positions start at the first key; where a query stands among the keys matters
+    # unless it sees all of them.
+    placed = window is not None or alibi_slopes is not None or (is_causal and tokens > 1)
+    options = option_names(
+        grad=needs_grad(query, bias, sinks),
+        mask=mask,
+        bias=bias,
+        softcap=softcap,
+        sinks=sinks,
+        key_lengths=True,
+        query_positions=placed,
+        mixed_dtypes=keys.dtype != query.dtype,
+    )
+    sizes = (("head_dim", max(query.shape[3], values.shape[3])),)
+    kernel = choose(op, query.device.type, query.dtype, options, sizes, backend)
+    if rotary is not None:
+        start = lengths[:, None].long()
+        query = _turned(query, rotary, rotary_interleaved, start + (count - tokens))
+        if new_key is not None:
+            new_key = _turned(new_key, rotary, rotary_interleaved, start)
+    if new_key is not None and new_value is not None:
+        cache.append(layer, new_key, new_value)
+    if kernel.forward is None:
+        return reference.attention_decode(
+            query,
+            cache,
+            layer=layer,
+            mask=mask,
+            bias=bias,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            scale=scale,
+            return_lse=return_lse,
+        )
+    keys, values, lengths = cache.layer(layer)
+    return attention(
+        query,
+        keys,
+        values,
+        mask=mask,
+        bias=bias,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        key_lengths=lengths,
+        return_lse=return_lse,
+        backend=kernel.backend,
+    )
+
+
+def _turned(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool, start: Tensor) -> Tensor:
+    position_ids = start + torch.arange(x.shape[2], device=x.device)
+    return rotate(x, *tables, interleaved, position_ids)
+
+
+def _check_shapes(
+    op: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+) -> None:
+    batch, kv_heads, _, head_dim = keys.shape
+    if query.dim() != 4:
+        raise ValueError(
+            f"{op}: query has shape {tuple(query.shape)}; it must have 4 dimensions, "
+            "(batch, heads, q_len, head_dim)"
+        )
+    if query.shape[0] != batch or query.shape[3] != head_dim:
+        raise ValueError(
+            f"{op}: query has shape {tuple(query.shape)}; the cache makes its batch "
+            f"{batch} and its head_dim {head_dim}"
+        )
+    heads = query.shape[1]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"{op}: the cache has {kv_heads} heads, which does not divide query's {heads} heads"
+        )
+    if (new_key is None) != (new_value is None):
+        missing = "new_key" if new_key is None else "new_value"
+        raise ValueError(f"{op}: {missing} is missing; new_key and new_value go together")
+    if new_key is None or new_value is None:
+        return
+    for name, x, size in (
+        ("new_key", new_key, head_dim),
+        ("new_value", new_value, values.shape[3]),
+    ):
+        if x.dim() != 4 or (*x.shape[:2], x.shape[3]) != (batch, kv_heads, size):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(x.shape)}; the cache makes it ({batch}, "
+                f"{kv_heads}, n, {size})"
+            )
+    if new_key.shape[2] != new_value.shape[2]:
+        raise ValueError(
+            f"{op}: new_key has length {new_key.shape[2]}, but new_value has {new_value.shape[2]}"
+        )
+
+
+def _check_rotary(
+    op: str,
+    query: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    interleaved: bool,
+    first: int,
+    end: int,
+) -> None:
+    """``first`` … ``end`` − 1 are the positions that will be looked up."""
+    try:
+        cos, sin = rotary
+    except (TypeError, ValueError):
+        raise ValueError(f"{op}: rotary must be a pair of tables, (cos, sin)") from None
+    is_float(op, cos=cos, sin=sin)
+    same_device(op, query, cos=cos, sin=sin)
+    check_tables(op, cos, sin, query.shape[0], query.shape[3], interleaved)
+    if first < 0 or end > cos.shape[-2]:
+        raise ValueError(
+            f"{op}: the tokens stand at positions {first} to {end - 1}; rotary's tables "
+            f"have 0 to {cos.shape[-2] - 1}"
+        )

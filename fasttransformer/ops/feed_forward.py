@@ -1,0 +1,131 @@
+"""Position-wise feed-forward block: two calls of linear_add, so it runs where linear_add does."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ._front import is_float, needs_grad, same_device, same_dtype
+from .linear_add import ACTIVATIONS, activate, autocast_linear, linear_add
+
+_NONE: frozenset[str] = frozenset()
+_GRAD = frozenset({"grad"})
+_GATES = {"swiglu": "silu", "geglu": "gelu"}
+
+
+def feed_forward(
+    input: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    *,
+    activation: str = "gelu",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Two linear layers with an activation, gated or not, between them.
+
+    .. math:: Y = \phi(X W_1^\top + b_1)\, W_2^\top + b_2 \qquad\text{or, gated,}\qquad
+        Y = (\phi(G) \odot U)\, W_2^\top + b_2, \quad [G, U] = X W_1^\top + b_1
+
+    Args:
+        input: (\*, in_features).
+        weight_in: (hidden, in_features), or (2 · hidden, in_features) with the gate's rows first
+            for ``"swiglu"`` and ``"geglu"``.
+        bias_in: (hidden,) or (2 · hidden,), or ``None``.
+        weight_out: (out_features, hidden).
+        bias_out: (out_features,), or ``None``.
+        activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"``; or gated:
+            ``"swiglu"`` (φ = silu), ``"geglu"`` (φ = gelu).
+        backend: forces one backend for this call.
+
+    Returns:
+        (\*, out_features) in ``input``'s dtype. Sums are float32 for 16-bit types; kernels round
+        the hidden values to the input's dtype. Under autocast the inputs are cast to its dtype, as
+        for :func:`torch.nn.functional.linear`.
+
+    Raises:
+        TypeError: not floating point, or dtypes differ.
+        ValueError: shapes that don't fit, an unknown activation.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762), section 3.3; gates: Shazeer, GLU Variants
+    Improve Transformer, 2020 (arXiv:2002.05202).
+
+    >>> import torch, fasttransformer as ft
+    >>> one = torch.ones(1, 1)
+    >>> ft.feed_forward(torch.tensor([[-1.0], [2.0]]), one, None, 3 * one, None, activation="relu")
+    tensor([[0.],
+            [6.]])
+    """
+    op = "feed_forward"
+    input, weight_in, bias_in, weight_out, bias_out = autocast_linear(
+        input, weight_in, bias_in, weight_out, bias_out
+    )
+    _check(op, input, weight_in, bias_in, weight_out, bias_out, activation)
+    options = _GRAD if needs_grad(input, weight_in, bias_in, weight_out, bias_out) else _NONE
+    kernel = choose(op, input.device.type, input.dtype, options, (), backend)
+    if kernel.forward is None:
+        return reference.feed_forward(
+            input, weight_in, bias_in, weight_out, bias_out, activation=activation
+        )
+    on = kernel.backend
+    if activation in _GATES:
+        gate, up = linear_add(input, weight_in, bias_in, backend=on).chunk(2, dim=-1)
+        hidden = activate(gate, _GATES[activation]) * up
+    else:
+        hidden = linear_add(input, weight_in, bias_in, activation=activation, backend=on)
+    return linear_add(hidden, weight_out, bias_out, backend=on)
+
+
+def _check(
+    op: str,
+    input: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    activation: str,
+) -> None:
+    tensors: dict[str, Tensor | None] = {
+        "weight_in": weight_in,
+        "bias_in": bias_in,
+        "weight_out": weight_out,
+        "bias_out": bias_out,
+    }
+    is_float(op, input=input, **tensors)
+    same_device(op, input, **tensors)
+    same_dtype(op, input, **tensors)
+    gated = activation in _GATES
+    if not gated and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation is {activation!r}; it must be one of "
+            f"{', '.join((*ACTIVATIONS, *_GATES))}"
+        )
+    for name, matrix in (("weight_in", weight_in), ("weight_out", weight_out)):
+        if matrix.dim() != 2:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(matrix.shape)}; it must be "
+                "(out_features, in_features)"
+            )
+    if input.dim() == 0 or input.shape[-1] != weight_in.shape[1]:
+        raise ValueError(
+            f"{op}: input has shape {tuple(input.shape)}; weight_in makes its last "
+            f"dimension {weight_in.shape[1]}"
+        )
+    width = weight_in.shape[0]
+    if gated and width % 2:
+        raise ValueError(
+            f"{op}: weight_in has {width} rows; {activation} needs an even number, the "
+            "gate's and the other half"
+        )
+    hidden = width // 2 if gated else width
+    if weight_out.shape[1] != hidden:
+        raise ValueError(
+            f"{op}: weight_out has in_features {weight_out.shape[1]}; weight_in and "
+            f"{activation} make it {hidden}"
+        )
+    for name, size in (("bias_in", width), ("bias_out", weight_out.shape[0])):
+        vector = tensors[name]
+        if vector is not None and vector.shape != (size,):
+            raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}; it must be ({size},)")

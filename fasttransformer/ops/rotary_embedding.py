@@ -1,0 +1,117 @@
+"""Rotary position embedding of queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ._front import is_float, needs_grad, same_device, same_dtype
+from ._index import checked_index, is_index
+
+_NONE: frozenset[str] = frozenset()
+_GRAD = frozenset({"grad"})
+
+
+def rotary_embedding(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    position_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""``query`` and ``key`` with each pair of features turned by its position's angle.
+
+    .. math:: (a, b) \mapsto (a \cos\theta - b \sin\theta,\; b \cos\theta + a \sin\theta)
+
+    The product of a query and a key then depends on their distance alone. The gradient is turned
+    back by the same angle; nothing is modified in place.
+
+    Args:
+        query: (batch, heads, length, head_dim), head_dim even.
+        key: (batch, kv_heads, length, head_dim).
+        cos, sin: (positions, width) or (batch or 1, positions, width), of any float dtype. The
+            width is head_dim / 2, an angle per pair, or, for half-split pairs, head_dim, the angles
+            twice, as transformers makes them.
+        interleaved: the pairs are features (2i, 2i + 1); else (i, i + head_dim / 2).
+        position_ids: (length,) or (batch or 1, length): the row of the tables for each token; row i
+            for token i unless given.
+        backend: forces one backend for this call.
+
+    Returns:
+        (query, key), in their shapes and dtype; computed in float32 for 16-bit types.
+
+    Raises:
+        TypeError: not floating point, query and key of different dtypes, ids that are no integers.
+        ValueError: shapes that don't fit; a position outside the tables, in compiled graphs too (a
+            device-side assertion on a GPU).
+
+    Source: Su et al., RoFormer, 2021 (arXiv:2104.09864).
+
+    >>> import torch, fasttransformer as ft
+    >>> query = key = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    >>> angle = torch.tensor([[torch.pi / 2]])
+    >>> ft.rotary_embedding(query, key, angle.cos(), angle.sin())[0].flatten().round().abs()
+    tensor([0., 1.])
+    """
+    op = "rotary_embedding"
+    is_float(op, query=query, key=key, cos=cos, sin=sin)
+    is_index(op, position_ids=position_ids)
+    same_device(op, query, key=key, cos=cos, sin=sin, position_ids=position_ids)
+    same_dtype(op, query, key=key)
+    for name, x in (("query", query), ("key", key)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(x.shape)}; it must have 4 dimensions, "
+                "(batch, heads, length, head_dim)"
+            )
+    batch, _, length, head_dim = query.shape
+    if (key.shape[0], *key.shape[2:]) != (batch, length, head_dim):
+        raise ValueError(
+            f"{op}: key has shape {tuple(key.shape)}, but query has "
+            f"{tuple(query.shape)}; only their numbers of heads may differ"
+        )
+    check_tables(op, cos, sin, batch, head_dim, interleaved)
+    positions = cos.shape[-2]
+    if position_ids is None:
+        if positions < length:
+            raise ValueError(
+                f"{op}: cos and sin have {positions} positions, but query has length {length}"
+            )
+    elif position_ids.shape not in ((length,), (1, length), (batch, length)):
+        raise ValueError(
+            f"{op}: position_ids has shape {tuple(position_ids.shape)}; it must be "
+            f"({length},), (1, {length}) or ({batch}, {length})"
+        )
+    else:
+        position_ids = checked_index(op, "position_ids", position_ids, positions)
+    options = _GRAD if needs_grad(query, key, cos, sin) else _NONE
+    choose(op, query.device.type, query.dtype, options, (), backend)
+    return reference.rotary_embedding(
+        query, key, cos, sin, interleaved=interleaved, position_ids=position_ids
+    )
+
+
+def check_tables(
+    op: str, cos: Tensor, sin: Tensor, batch: int | torch.SymInt, head_dim: int, interleaved: bool
+) -> None:
+    if cos.shape != sin.shape:
+        raise ValueError(f"{op}: cos has shape {tuple(cos.shape)}, but sin has {tuple(sin.shape)}")
+    if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"{op}: cos and sin have shape {tuple(cos.shape)}; it must be (positions, "
+            f"width), or (batch, positions, width) with batch 1 or {batch}"
+        )
+    if head_dim % 2:
+        raise ValueError(f"{op}: query has head_dim {head_dim}; it must be even, to make pairs")
+    widths = (head_dim // 2,) if interleaved else (head_dim // 2, head_dim)
+    if cos.shape[-1] not in widths:
+        allowed = " or ".join(map(str, widths))
+        raise ValueError(
+            f"{op}: cos and sin have width {cos.shape[-1]}; head_dim {head_dim} makes "
+            f"it {allowed}" + (", interleaved" if interleaved else "")
+        )

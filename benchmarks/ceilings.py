@@ -19,7 +19,8 @@ from fasttransformer.backends import backends
 from fasttransformer.benchmarks._shared import Case, cpu_name, dtype_name, randn, time_in_turns
 
 SIZES = {1 << 16: "64 KiB", 1 << 20: "1 MiB", 1 << 24: "16 MiB", 1 << 28: "256 MiB"}
-SECONDS = 0.15  # per measurement: long enough to see the best of some hundred samples
+SECONDS = 0.1  # per measurement: long enough to see the best of some hundred samples
+TRIES = 5
 
 
 def available(device: str = "cpu") -> bool:
@@ -27,14 +28,18 @@ def available(device: str = "cpu") -> bool:
     return device != "cpu" or backends()["cpu"] is None
 
 
-@cache
-def _fma(isa: str, threads: int) -> float:
-    return torch.ops.fasttransformer.measure_fma(SECONDS)
+_best: dict[tuple[object, ...], list[float]] = {}
 
 
-@cache
-def _dot(isa: str, threads: int) -> float:
-    return torch.ops.fasttransformer.measure_dot(SECONDS)
+def _ceiling(name: str, *sizes: int) -> float:
+    """The best of all measurements so far, of which the first :data:`TRIES` calls make one each.
+
+    Neighbours on the machine only ever lower a measurement, and they come and go.
+    """
+    measured = _best.setdefault((name, *sizes, *_here()), [])
+    if len(measured) < TRIES:
+        measured.append(getattr(torch.ops.fasttransformer, f"measure_{name}")(*sizes, SECONDS))
+    return max(measured)
 
 
 def _here() -> tuple[str, int]:
@@ -43,36 +48,26 @@ def _here() -> tuple[str, int]:
 
 def fma_gflops() -> float:
     """Float multiply-adds, in GFLOP/s, with the instruction set in use."""
-    return _fma(*_here())
+    return _ceiling("fma")
 
 
 def dot_gflops() -> float:
     """bf16 dot products, in GFLOP/s; 0 where the instruction set in use has none."""
-    return _dot(*_here())
+    return _ceiling("dot")
 
 
 def _power(bytes: int) -> int:
     return 1 << max(14, math.ceil(math.log2(max(bytes, 1))))
 
 
-@cache
-def _read(isa: str, threads: int, bytes: int) -> float:
-    return torch.ops.fasttransformer.measure_read(bytes, SECONDS)
-
-
-@cache
-def _copy(isa: str, threads: int, bytes: int) -> float:
-    return torch.ops.fasttransformer.measure_copy(bytes, SECONDS)
-
-
 def read_gbs(bytes: int) -> float:
     """Reading a buffer of about ``bytes`` (up to the next power of two), in GB/s."""
-    return _read(*_here(), _power(bytes))
+    return _ceiling("read", _power(bytes))
 
 
 def copy_gbs(bytes: int) -> float:
     """Copying where source and destination are about ``bytes`` together, in GB/s read + written."""
-    return _copy(*_here(), _power(bytes))
+    return _ceiling("copy", _power(bytes))
 
 
 @cache

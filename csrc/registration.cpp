@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "-> (Tensor d_input, Tensor d_weight)");
 
   m.def(
-      "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, float eps, float "
+      "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
+      "float "
       "dropout_p, Tensor? seed) -> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)");
   m.def(
       "add_layer_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? "
@@ -51,7 +52,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "Tensor? seed) -> (Tensor normed, Tensor summed, Tensor rstd)");
   m.def(
       "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? "
-      "weight, Tensor rstd, float dropout_p, Tensor? seed, bool weight_grad) -> (Tensor d_residual, "
+      "weight, Tensor rstd, float dropout_p, Tensor? seed, bool weight_grad) -> (Tensor "
+      "d_residual, "
       "Tensor d_input, Tensor d_weight)");
 
   m.def(

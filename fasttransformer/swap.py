@@ -106,8 +106,9 @@ def swap(model: Module) -> Report:
     """Replaces the classes of a model's modules by this package's, in place, where that is safe.
 
     Only ``module.__class__`` changes: parameters, buffers, hooks and attributes stay the same
-    objects, and ``state_dict`` keys the same. Covered are torch.nn's LayerNorm, RMSNorm, Softmax, Linear (on the CPU),
-    MultiheadAttention and the Transformer layers, and transformers' BERT family; see docs/swap.md.
+    objects, and ``state_dict`` keys the same. Covered are torch.nn's LayerNorm, RMSNorm, Softmax,
+    Linear (on the CPU), MultiheadAttention and the Transformer layers, and transformers' BERT
+    family; see docs/swap.md.
     Any module that the replacement might compute differently is left alone and listed: a subclass
     that is not known, a replaced ``forward``, a hook on a part that would not be called any more,
     a parametrized, quantized or wrapped part. Swapping again changes nothing and says so.

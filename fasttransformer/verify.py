@@ -6,6 +6,11 @@ ref64 is the original (a restored copy) in float64, ``original`` the same copy i
 rule holds for every output and for the gradient of every parameter and floating-point input. A
 gradient that is zero in exact arithmetic (that of a key projection's bias, which softmax cancels)
 is noise in all three runs: it is allowed the rounding step of the model's largest gradient.
+
+A deep model on a few tokens hands one rounding error on to all that follows, so the ratio of two
+single errors is a matter of luck (0.2 to 8 for MiniLM against itself on a few words). Where the
+first comparison breaks the rule, it is drawn again with all weights moved by a few roundings,
+the same in the three copies, and the largest errors over all draws are compared.
 """
 
 from __future__ import annotations
@@ -23,6 +28,10 @@ from torch.nn import Module
 
 #: A float64 gradient this far below the model's largest is what rounding left of zero.
 _ZERO = 2.0**-40
+#: Comparisons made before one that does not hold counts as failed.
+_DRAWS = 8
+#: An error this many times the bound is no matter of luck: no further draw.
+_HOPELESS = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,20 @@ class Compared:
     @property
     def ok(self) -> bool:
         return self.max_error <= self.allowed  # False for NaN
+
+    @property
+    def times_allowed(self) -> float:
+        """The error as a multiple of the bound: more than 1 is too much."""
+        if self.ok:
+            return self.max_error / self.allowed if self.allowed else 0.0
+        return self.max_error / self.allowed if self.allowed else math.inf
+
+    def pooled_with(self, other: Compared | None) -> Compared:
+        """The larger of two draws' errors and bounds."""
+        if other is None:
+            return self
+        pairs = zip(dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:])
+        return Compared(self.name, *(math.nan if a != a or b != b else max(a, b) for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -69,12 +92,9 @@ class Verification:
     def rows(self, gradients: int = 3) -> list[Compared]:
         """The outputs, and the gradients that come closest to their bound."""
 
-        def closeness(entry: Compared) -> float:
-            ratio = entry.max_error / entry.allowed if entry.allowed else math.inf
-            return -math.inf if math.isnan(ratio) else -ratio
-
         failed = [g for g in self.gradients if not g.ok]
-        worst = sorted((g for g in self.gradients if g.ok), key=closeness)[:gradients]
+        passed = (g for g in self.gradients if g.ok)
+        worst = sorted(passed, key=lambda g: -g.times_allowed)[:gradients]
         return [*self.outputs, *failed, *worst]
 
     def __str__(self) -> str:
@@ -146,15 +166,37 @@ def _verify(
             _make_calm(module)
             return module if calm else module.eval()
 
-        plain = _run(prepare(original), args, kwargs, gradients, None)
-        wide = _run(prepare(original.double()), args, kwargs, gradients, torch.float64)
-        del original
-        ours = _run(prepare(_copy(model)), args, kwargs, gradients, None)
+        wide = prepare(_copy(original).double())
+        ours = prepare(_copy(model))
+        plain = prepare(original)
+        pooled: dict[str, Compared] = {}
+        for draw in range(_DRAWS):
+            if draw:
+                _move_weights(plain, wide, ours)
+            runs = [_run(m, args, kwargs, gradients) for m in (ours, wide, plain)]
+            outputs = _compare(*(run.outputs for run in runs), "")
+            found = (*outputs, *_compare(*(run.gradients for run in runs), "grad "))
+            pooled = {entry.name: entry.pooled_with(pooled.get(entry.name)) for entry in found}
+            worst = max((entry.times_allowed for entry in pooled.values()), default=0.0)
+            if worst <= 1.0 or not worst < _HOPELESS:
+                break
+        if draw:
+            notes.append(f"the largest errors of {draw + 1} draws of the rounding errors")
+    entries = list(pooled.values())
     return Verification(
-        _compare(ours.outputs, wide.outputs, plain.outputs, ""),
-        _compare(ours.gradients, wide.gradients, plain.gradients, "grad "),
-        notes=tuple(notes),
+        tuple(entries[: len(outputs)]), tuple(entries[len(outputs) :]), notes=tuple(notes)
     )
+
+
+def _move_weights(plain: Module, *others: Module) -> None:
+    """Moves every weight by some roundings of its dtype, and the other copies' along with it."""
+    with torch.no_grad():
+        for p, *rest in zip(plain.parameters(), *(m.parameters() for m in others), strict=True):
+            if p.is_floating_point():
+                noise = torch.randn(p.shape, device=p.device, dtype=torch.float32)
+                p.copy_(p * (1.0 + 8.0 * torch.finfo(p.dtype).eps * noise))
+            for other in rest:
+                other.copy_(p)
 
 
 def _copy(model: Module) -> Module:
@@ -206,9 +248,9 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     gradients: bool,
-    dtype: torch.dtype | None,
 ) -> _Results:
     torch.manual_seed(0)
+    dtype = next((p.dtype for p in model.parameters() if p.dtype == torch.float64), None)
     args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
     wanted: dict[str, Tensor]
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -7,6 +7,7 @@ the first call. ``_register`` defines operators, ``_device`` holds functions tha
 
 from . import add_layer_norm as add_layer_norm
 from . import add_rms_norm as add_rms_norm
+from . import attention as attention
 from . import layer_norm as layer_norm
 from . import rms_norm as rms_norm
 from . import softmax as softmax

@@ -1,7 +1,22 @@
-"""Device functions that several kernels share: the dropout mask and tanh."""
+"""Device functions that several kernels share: dropout's mask, tanh, matrix products."""
+
+import os
 
 import triton
 import triton.language as tl
+
+# The interpreter holds bfloat16 as the bits of a uint16, and its tl.dot multiplies those integers.
+# Products of two 16-bit floats are exact in float32, so widening first gives what a GPU gives.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b + acc with a float32 sum; float32 operands are not rounded to TF32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import keep_mask, threshold_of
+from ._reduce import sum_partials
 
 # Reasoned from published kernels (Triton's layer-norm tutorial, Liger, Apex) and the registers
 # that ptxas reports for sm_80 and sm_90 (tests/test_triton.py prints them); not measured here.
@@ -35,7 +36,6 @@ WARPS = ((1024, 4), (4096, 8), (16384, 16))  # (tile entries at most, warps)
 # same on every device so that the sums are too.
 PROGRAMS = ((1024, 528), (MAX_BACKWARD, 264))  # (columns' block at most, programs of the backward)
 WEIGHT_ROWS, WEIGHT_COLUMNS, WEIGHT_SPLITS = 16, 128, 64  # tile and row splits of _weight_gradients
-SUM_ROWS, SUM_COLUMNS = 64, 32  # tile of _sum_partials
 
 
 def tiling(columns: int, tile: int, longest: int) -> tuple[int, int, int, bool]:
@@ -78,7 +78,9 @@ def _summed(
 
 
 @triton.jit
-def _affine(y, weight_ptr, bias_ptr, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _affine(
+    y, weight_ptr, bias_ptr, column, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
+):
     if HAS_WEIGHT:
         y *= _load(weight_ptr, column, inside)
     if HAS_BIAS:
@@ -319,28 +321,6 @@ def _weight_gradients(
         tl.store(d_bias_ptr + at, tl.sum(d_bias, axis=0), mask=in_row)
 
 
-@triton.jit
-def _sum_partials(
-    partial_ptr, out_ptr, partials, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Column sums of (partials, columns), always in the same order."""
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, partials, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < partials)[:, None] & (column < columns)[None, :]
-        total += _load(partial_ptr, row.to(tl.int64)[:, None] * columns + column[None, :], inside)
-    _store(out_ptr, column, tl.sum(total, axis=0), column < columns)
-
-
-def sum_partials(partial: Tensor, out: Tensor) -> None:
-    """out[...] = partial[:, ...].sum(0), in out's dtype; both contiguous."""
-    columns = out.numel()
-    _sum_partials[(triton.cdiv(columns, SUM_COLUMNS),)](
-        partial, out, partial.shape[0], columns, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4
-    )
-
-
 def forward(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     dropout_p: float, seed: Tensor | None, rms: bool,
@@ -357,9 +337,9 @@ def forward(
     kernel = _forward_looped if looped else _forward
     kernel[(triton.cdiv(rows, per_program),)](
         input, residual, weight, bias, normed, summed, mean, rstd, seed,
-        rows, columns, float(columns), input.stride(0), 0 if residual is None else residual.stride(0),
-        eps, threshold_of(dropout_p), 1.0 / (1.0 - dropout_p),
-        RMS=rms, ADD=residual is not None, DROPOUT=seed is not None,
+        rows, columns, float(columns), input.stride(0),
+        0 if residual is None else residual.stride(0), eps, threshold_of(dropout_p),
+        1.0 / (1.0 - dropout_p), RMS=rms, ADD=residual is not None, DROPOUT=seed is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, ROWS=per_program, BLOCK=block,
         num_warps=warps,
     )  # fmt: skip

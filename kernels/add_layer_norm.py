@@ -33,5 +33,6 @@ def add_layer_norm_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _norm.backward(
-        grad_normed, grad_summed, summed, weight, mean, rstd, dropout_p, seed, weight_grad, bias_grad
-    )
+        grad_normed, grad_summed, summed, weight, mean, rstd, dropout_p, seed, weight_grad,
+        bias_grad,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """The calls whose kernels test_triton.py compiles: one per kernel and interesting tile size."""
 
 import torch
-from fasttransformer.kernels import _norm
+from fasttransformer.kernels import _norm, attention
 from fasttransformer.kernels import softmax as soft
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -25,6 +25,29 @@ def _layer_norm(columns, dtype, dropout_p=0.0, rms=False, rows=64, add=True):
     _norm.backward(x, r, x, w, mean, row, dropout_p, seed, True, not rms)
 
 
+def _attention(D, dtype, E=None, S=256, T=256, G=2, H=4, mask=False, bias=None, everything=False,
+               is_causal=False):  # fmt: skip
+    def heads(h, n, d):
+        return torch.empty(2, n, h, d, dtype=dtype).transpose(1, 2)
+
+    E = E or D
+    q, k, v, out = heads(H, S, D), heads(G, T, D), heads(G, T, E), heads(H, S, E)
+    lse = torch.empty(2, H, S)
+    m = torch.ones(2, 1, 1, T, dtype=torch.bool).expand(2, H, S, T) if mask else None
+    b = None if bias is None else torch.empty(bias, dtype=dtype).expand(2, H, S, T)
+    slopes, sinks, lengths, seed, window, softcap, dropout_p = None, None, None, None, -1, 0.0, 0.0
+    if everything:
+        slopes, sinks, lengths = torch.ones(2, H), torch.ones(H), torch.ones(2, dtype=torch.int32)
+        seed, window, softcap, dropout_p = torch.zeros(1, dtype=torch.int64), 100, 30.0, 0.1
+    options = (m, b, is_causal, False, window, window, softcap, slopes, sinks, lengths, 0.1,
+               dropout_p, seed)  # fmt: skip
+    attention.attention(q, k, v, *options)
+    if S > 1:
+        attention.attention_backward(
+            out, lse if everything else None, q, k, v, out, lse, *options, b is not None, False
+        )
+
+
 CASES = {
     "softmax 64 bf16": lambda: _softmax(64, BF16),
     "softmax 1000 f32": lambda: _softmax(1000, F32, mask=True, log=True),
@@ -39,4 +62,18 @@ CASES = {
     "norm 8192 f32": lambda: _layer_norm(8192, F32),
     "norm 16384 bf16": lambda: _layer_norm(16384, BF16),
     "norm 65536 bf16": lambda: _layer_norm(65536, BF16, rms=True),
+    "attention 64 bf16": lambda: _attention(64, BF16),
+    "attention 64 f16 causal": lambda: _attention(64, torch.float16, is_causal=True),
+    "attention 128 bf16 causal": lambda: _attention(128, BF16, is_causal=True),
+    "attention 128 bf16 mask": lambda: _attention(128, BF16, mask=True),
+    "attention 128 bf16 bias": lambda: _attention(128, BF16, bias=(1, 4, 256, 256)),
+    "attention 128 bf16 decode": lambda: _attention(128, BF16, S=1),
+    "attention 96-80 bf16": lambda: _attention(96, BF16, E=80),
+    "attention 256 bf16 causal": lambda: _attention(256, BF16, is_causal=True),
+    "attention 64 bf16 everything": lambda: _attention(
+        64, BF16, mask=True, bias=(1, 4, 1, 256), everything=True
+    ),
+    "attention 64 f32": lambda: _attention(64, F32, bias=(2, 4, 256, 256)),
+    "attention 128 f32 causal": lambda: _attention(128, F32, is_causal=True),
+    "attention 256 f32": lambda: _attention(256, F32),
 }

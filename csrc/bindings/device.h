@@ -29,7 +29,8 @@ inline DType dtype_of(const Tensor& t) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Half: return DType::f16;
     case ScalarType::BFloat16: return DType::bf16;
-    default: throw std::invalid_argument("fasttransformer: dtype must be float32, float16 or bfloat16");
+    default:
+      throw std::invalid_argument("fasttransformer: dtype must be float32, float16 or bfloat16");
   }
 }
 

@@ -1,7 +1,8 @@
-// The linear operators' common arguments as params: rows, or attention's (B, H, S, E) read in place.
+// The linear operators' common arguments as params: rows, or attention's (B, H, S, E) read in
+// place.
 #pragma once
 #include "bindings/device.h"
-#include "params/linear_add.h"
+#include "params/linear_add_layer_norm.h"
 
 namespace ft::bindings {
 
@@ -32,5 +33,33 @@ inline LinearAddParams linear_input(const Tensor& input, const Tensor& weight,
   }
   return p;
 }
+
+// What linear_add_layer_norm and linear_add_rms_norm share: their outputs, and params that name
+// them.
+struct LinearNormCall {
+  LinearAddNormParams p;
+  Tensor normed, summed, rstd;
+
+  LinearNormCall(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& residual, const OptionalTensor& norm_weight,
+                 const OptionalTensor& norm_bias, double eps) {
+    p.linear = linear_input(input, weight, bias, residual);
+    const int64_t rows = p.linear.rows, features = p.linear.out_features;
+    normed = make(input, {rows, features});
+    summed = make(input, {rows, features});
+    rstd = make(input, {rows}, ScalarType::Float);
+    p.linear.output = summed.mutable_data_ptr();
+    p.norm.input = p.linear.output;
+    p.norm.normed = normed.mutable_data_ptr();
+    p.norm.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+    p.norm.weight = vector_arg(norm_weight);
+    p.norm.bias = vector_arg(norm_bias);
+    p.norm.dtype = p.linear.dtype;
+    p.norm.eps = static_cast<float>(eps);
+    p.norm.rows = rows;
+    p.norm.features = features;
+    p.norm.input_stride = features;
+  }
+};
 
 }  // namespace ft::bindings

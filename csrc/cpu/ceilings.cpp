@@ -1,9 +1,10 @@
 // The machine's own ceilings, so that a benchmark can say how far from the hardware it is: rate of
 // float fused multiply-adds, rate of bf16 dot products (vdpbf16ps), bandwidth of reading and of
-// copying a buffer of a given size. Every thread runs the same loop on data of its own; a sample
-// is the wall time of one parallel region, and the best sample counts, because whatever disturbs
-// a sample only makes it slower. An FMA has a latency of 4 to 5 cycles and two may start per
-// cycle, so ten independent sums are needed; twelve fit the 16 registers of AVX2.
+// copying a buffer of a given size. Every thread works through small pieces on data of its own and
+// counts those it ends in each millisecond; the best millisecond of all threads together is the
+// ceiling, because whatever disturbs a thread only makes it slower, and on a machine shared with
+// others a whole parallel region is seldom undisturbed. An FMA has a latency of 4 to 5 cycles and
+// two may start per cycle, so ten independent sums are needed; twelve fit AVX2's 16 registers.
 #include "params/ceilings.h"
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -19,25 +21,36 @@ namespace ft::FT_ISA {
 namespace {
 
 constexpr int kSums = 12;
-constexpr int64_t kSteps = 100'000;        // FMA steps per sample and thread: some 0.3 ms
-constexpr int64_t kSampleBytes = 8 << 20;  // bytes per sample and thread at least, likewise
+constexpr int64_t kSteps = 2000;            // FMA steps in a piece: some 10 µs
+constexpr int64_t kPieceBytes = 256 << 10;  // bytes in a piece, likewise
+constexpr double kWindow = 1e-3;            // pieces are counted by the window that they end in
 
-// Best rate of `work` units per run of sample(thread) on every thread.
+// Best rate over any window of piece(thread, number) on every thread, `work` units per piece.
 template <class F>
-double best_rate(double work, double seconds, const F& sample) {
+double best_rate(double work, double seconds, const F& piece) {
   using clock = std::chrono::steady_clock;
   const int threads = num_threads();
-  const auto end = clock::now() + std::chrono::duration<double>(seconds);
-  double best = 0;
-  do {
-    const auto start = clock::now();
-    parallel_for(threads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t thread = first; thread < last; ++thread) sample(thread);
-    });
-    const std::chrono::duration<double> took = clock::now() - start;
-    best = std::max(best, work / took.count());
-  } while (clock::now() < end);
-  return best;
+  const size_t windows = static_cast<size_t>(seconds / kWindow) + 2;
+  std::vector<std::vector<int64_t>> ended(threads, std::vector<int64_t>(windows));
+  const auto start = clock::now();
+  parallel_for(threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      for (int64_t number = 0;; ++number) {
+        piece(thread, number);
+        const std::chrono::duration<double> now = clock::now() - start;
+        const size_t window = static_cast<size_t>(now.count() / kWindow);
+        if (window >= windows) break;
+        ++ended[thread][window];
+      }
+    }
+  });
+  int64_t best = 0;
+  for (size_t window = 0; window < windows; ++window) {
+    int64_t pieces = 0;
+    for (const std::vector<int64_t>& of_thread : ended) pieces += of_thread[window];
+    best = std::max(best, pieces);
+  }
+  return static_cast<double>(best) * work / kWindow;
 }
 
 // Hides where a value comes from, so that the loop around it is really run.
@@ -47,8 +60,7 @@ FT_INLINE void opaque(V& value) {
 }
 
 double fma_rate(double seconds) {
-  const double work = 2.0 * W * kSums * kSteps * num_threads();
-  return best_rate(work, seconds, [](int64_t) {
+  return best_rate(2.0 * W * kSums * kSteps, seconds, [](int64_t, int64_t) {
     vf sums[kSums] = {}, a = splat(1.0f), b = splat(1e-9f);
     opaque(a);
     opaque(b);
@@ -62,8 +74,7 @@ double fma_rate(double seconds) {
 
 double dot_rate(double seconds) {
 #if defined(__AVX512BF16__)
-  const double work = 4.0 * W * kSums * kSteps * num_threads();
-  return best_rate(work, seconds, [](int64_t) {
+  return best_rate(4.0 * W * kSums * kSteps, seconds, [](int64_t, int64_t) {
     __m512 sums[kSums];
     for (__m512& sum : sums) sum = _mm512_setzero_ps();
     __m512i a = _mm512_set1_epi16(0x3f80), b = _mm512_set1_epi16(0x3080);  // 1 and 2^-30
@@ -123,23 +134,32 @@ class Buffer {
 };
 
 constexpr int kVectors = 8;  // independent loads in flight
+constexpr int64_t kStep = kVectors * W;
 
-int64_t floats_per_thread(int64_t bytes) {
-  const int64_t step = kVectors * W;
-  return std::max<int64_t>(bytes / static_cast<int64_t>(sizeof(float)) / num_threads() / step, 1) *
-         step;
-}
+// How a thread walks its buffer: in pieces of `floats`, `passes` times over a piece that is the
+// whole buffer (a small one), else once over each of `pieces` in turn.
+struct Walk {
+  Walk(int64_t bytes, int64_t piece_bytes) {
+    const int64_t step = kStep * static_cast<int64_t>(sizeof(float));
+    floats = std::max<int64_t>(std::min(bytes, piece_bytes) / step, 1) * kStep;
+    passes = std::max<int64_t>(piece_bytes / (floats * 4), 1);
+    pieces = std::max<int64_t>(bytes / (floats * 4), 1);
+  }
+  int64_t total() const { return floats * pieces; }
+  int64_t offset(int64_t number) const { return number % pieces * floats; }
+
+  int64_t floats, passes, pieces;
+};
 
 double read_rate(int64_t bytes, double seconds) {
   const int threads = num_threads();
-  const int64_t n = floats_per_thread(bytes);
-  const Buffer buffer(threads, n);
-  const int64_t passes = kSampleBytes / (n * 4) + 1;
-  return best_rate(4.0 * n * passes * threads, seconds, [&](int64_t thread) {
-    const float* p = buffer.of(thread);
+  const Walk walk(bytes / threads, kPieceBytes);
+  const Buffer buffer(threads, walk.total());
+  return best_rate(4.0 * walk.floats * walk.passes, seconds, [&](int64_t thread, int64_t number) {
+    const float* p = buffer.of(thread) + walk.offset(number);
     vf sums[kVectors] = {};
-    for (int64_t pass = 0; pass < passes; ++pass) {
-      for (int64_t i = 0; i < n; i += kVectors * W) {
+    for (int64_t pass = 0; pass < walk.passes; ++pass) {
+      for (int64_t i = 0; i < walk.floats; i += kStep) {
 #pragma GCC unroll 8
         for (int k = 0; k < kVectors; ++k) sums[k] += load(p + i + k * W);
       }
@@ -150,15 +170,15 @@ double read_rate(int64_t bytes, double seconds) {
 
 double copy_rate(int64_t bytes, double seconds) {
   const int threads = num_threads();
-  const int64_t n = floats_per_thread(bytes / 2);
-  const Buffer from(threads, n), to(threads, n);
-  const int64_t passes = kSampleBytes / (n * 8) + 1;
+  const Walk walk(bytes / 2 / threads, kPieceBytes / 2);
+  const Buffer from(threads, walk.total()), to(threads, walk.total());
   const auto rate = [&](auto write) {
-    return best_rate(8.0 * n * passes * threads, seconds / 2, [&](int64_t thread) {
-      const float* p = from.of(thread);
-      float* q = to.of(thread);
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        for (int64_t i = 0; i < n; i += kVectors * W) {
+    const double work = 8.0 * walk.floats * walk.passes;
+    return best_rate(work, seconds / 2, [&](int64_t thread, int64_t number) {
+      const float* p = from.of(thread) + walk.offset(number);
+      float* q = to.of(thread) + walk.offset(number);
+      for (int64_t pass = 0; pass < walk.passes; ++pass) {
+        for (int64_t i = 0; i < walk.floats; i += kStep) {
 #pragma GCC unroll 8
           for (int k = 0; k < kVectors; ++k) write(q + i + k * W, load(p + i + k * W));
         }

@@ -21,7 +21,7 @@ double time_tile() {
   double best = 1e9;
   for (int run = 0; run < 6; ++run) {
     const double start = seconds();
-    for (int i = 0; i < 20; ++i) micro<Unit, MR, false>(64, a, panel, c, NR, false);
+    for (int i = 0; i < 20; ++i) micro<Unit, MR>(64, BlockRows{a}, panel, c, NR, false);
     const double took = seconds() - start;
     if (took < best) best = took;
   }

@@ -1,9 +1,10 @@
 // The matrix product behind linear_add and its gradients, in three forms.
 //
-// Packed: B is packed once per call into panels that all threads share (a chunk of columns at a time when it
-// is large); a task is a block of rows × a block of columns, taken from a shared counter, so a slow
-// core takes fewer. Within a task, A is copied (and widened) a block at a time into rows that do not
-// collide in L1, and C accumulates as float in thread scratch until the epilogue takes it.
+// Packed: B is packed once per call into panels that all threads share (a chunk of columns at a
+// time when it is large); a task is a block of rows × a block of columns, taken from a shared
+// counter, so a slow core takes fewer. Within a task, A is copied (and widened) a block at a time
+// into rows that do not collide in L1, and C accumulates as float in thread scratch until the
+// epilogue takes it.
 //
 // Exchanged (few rows): Cᵀ = Bᵀ · Aᵀ, so that the weight is read once, in place, and the small A is
 // what gets packed; finished tiles are turned before the epilogue sees them.
@@ -18,9 +19,10 @@
 namespace ft::FT_ISA {
 namespace {
 
-constexpr int64_t kPackBytes = int64_t{12} << 20;  // packed B per chunk: stays in the last-level cache
-constexpr int64_t kTileFloats = 128 * 1024;        // C tile per thread: stays in L2
-constexpr int64_t kTaskColumns = 512;              // columns of a task that may split them
+constexpr int64_t kPackBytes = int64_t{12}
+                               << 20;        // packed B per chunk: stays in the last-level cache
+constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
+constexpr int64_t kTaskColumns = 512;        // columns of a task that may split them
 constexpr int64_t kWholeRowColumns = 4096;
 constexpr int64_t kSkinnyRows = 4;
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
@@ -74,17 +76,29 @@ void copy_a_transposed(const GemmA& a, int64_t row, int64_t rows, int64_t k, int
   }
 }
 
-template <class Unit, bool transposed, int nv>
-void block(int64_t rows, int64_t units, const float* a, const float* panel, float* c,
-           int64_t c_stride, bool accumulate) {
+template <class Unit, int nv, class A>
+void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
+           bool accumulate) {
   const int64_t tiles = ceil_div(rows, MR);
   for (int64_t t = 0, done = 0; t < tiles; ++t) {  // even heights: 16 rows are 8 + 8, not 14 + 2
     const int64_t n = ceil_div(rows - done, tiles - t);
-    const float* rows_at = transposed ? a + done : a + done * kRowUnits;
-    micro_rows<Unit, transposed, nv>(static_cast<int>(n), units, rows_at, panel, c + done * c_stride,
-                                 c_stride, accumulate);
+    micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
+                         c_stride, accumulate);
     done += n;
   }
+}
+
+// Rows whose distance is a multiple of this share the few lines of one L1 set and push each other
+// out.
+constexpr int64_t kAliasBytes = 1024;
+
+// Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1,
+// and used once (one panel), so that a copy would cost more than it saves.
+template <class Unit, class T>
+bool in_place(const Gemm& p) {
+  return sizeof(T) * Unit::elements == 4 && p.columns <= NR && p.depth % Unit::elements == 0 &&
+         !p.a.transposed && p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
+         p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
 
 template <class Unit, class T>
@@ -111,31 +125,42 @@ struct Engine {
 
   // One task: a tile of C over the whole summed dimension.
   void task(const float* panels, GemmTile tile, float* a_block) const {
+    if (in_place<Unit, T>(p)) {
+      const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+      multiply(InPlace{static_cast<const char*>(p.a.data) + tile.row * stride, stride}, tile,
+               panels, units, false);
+      return p.epilogue(tile, p.context);
+    }
     const int64_t blocks = ceil_div(units, kDepth);
     int64_t done = 0;
     for (int64_t s = 0; s < blocks; ++s) {
       const int64_t n = ceil_div(units - done, blocks - s);
       const int64_t k = done * Unit::elements, depth = min64(n * Unit::elements, p.depth - k);
+      const float* panel = panels + done * NR;
       if (p.a.transposed) {
         copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        multiply(BlockColumns{a_block}, tile, panel, n, s > 0);
       } else {
         copy_a<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
-      }
-      for (int64_t j = 0; j < tile.columns; j += NR) {
-        const float* panel = panels + j / NR * panel_floats + done * NR;
-        float* c = tile.data + j;
-        if (p.a.transposed) {
-          block<Unit, true, NV>(tile.rows, n, a_block, panel, c, tile.stride, s > 0);
-        } else if (tile.columns - j > W) {
-          block<Unit, false, NV>(tile.rows, n, a_block, panel, c, tile.stride, s > 0);
-        } else {
-          block<Unit, false, 1>(tile.rows, n, a_block, panel, c, tile.stride, s > 0);
-        }
+        multiply(BlockRows{a_block}, tile, panel, n, s > 0);
       }
       done += n;
     }
     if (blocks == 0) std::memset(tile.data, 0, sizeof(float) * tile.rows * tile.stride);
     p.epilogue(tile, p.context);
+  }
+
+  template <class A>
+  void multiply(const A& a, const GemmTile& tile, const float* panel, int64_t n,
+                bool accumulate) const {
+    for (int64_t j = 0; j < tile.columns; j += NR, panel += panel_floats) {
+      float* c = tile.data + j;
+      if (tile.columns - j > W) {
+        block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+      } else {
+        block<Unit, 1>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+      }
+    }
   }
 
   void run() {
@@ -174,16 +199,16 @@ struct Engine {
     const int64_t workers = work < 32768 ? 1 : min64(threads, total);
     int64_t next = 0;
     parallel_for(workers, 1, [&](int64_t, int64_t) {
-      float* c = static_cast<float*>(
-          thread_scratch(Scratch::accumulate, sizeof(float) * height * stride));
+      float* c =
+          static_cast<float*>(thread_scratch(Scratch::accumulate, sizeof(float) * height * stride));
       float* a = static_cast<float*>(
           thread_scratch(Scratch::pack, sizeof(float) * (kBlockRows * kRowUnits + W)));
       for (;;) {
         const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (t >= total) return;
         const int64_t row = t / column_blocks * height, j = t % column_blocks * width;
-        const GemmTile tile = {c,          stride, row, min64(height, p.rows - row), column + j,
-                               min64(width, columns - j)};
+        const GemmTile tile = {
+            c, stride, row, min64(height, p.rows - row), column + j, min64(width, columns - j)};
         task(panels + j / NR * panel_floats, tile, a);
       }
     });
@@ -292,7 +317,8 @@ void skinny(const Gemm& p) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t column = t * kWidth, columns = min64(kWidth, p.columns - column);
       for (int64_t j = 0; j < columns; j += kSkinnyColumns) {
-        // The last group steps back rather than past the end; the first may read one row repeatedly.
+        // The last group steps back rather than past the end; the first may read one row
+        // repeatedly.
         const int64_t at = min64(column + j, p.columns - kSkinnyColumns);
         const bool short_matrix = at < 0;
         if (!short_matrix) {

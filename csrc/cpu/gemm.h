@@ -18,7 +18,8 @@ struct GemmA {
   int64_t segment = INT64_MAX, segment_stride = 0;
 };
 
-// B: element (k, j) is at data + k * row_stride + j, or with `transposed` at data + j * row_stride + k.
+// B: element (k, j) is at data + k * row_stride + j, or with `transposed` at data + j * row_stride
+// + k.
 struct GemmB {
   const void* data = nullptr;
   bool transposed = false;

@@ -15,25 +15,25 @@ bool set_isa(const char* name);  // false: unknown, or this CPU lacks it
 }  // namespace ft
 
 #if defined(__x86_64__)
-#  define FT_DECLARE_CPU_KERNEL(name, Params)          \
-    namespace ft {                                     \
-    namespace portable { void name(const Params&); }   \
-    namespace avx2 { void name(const Params&); }       \
-    namespace avx512 { void name(const Params&); }     \
-    namespace avx512_bf16 { void name(const Params&); } \
-    inline void name(const Params& p) {                \
-      switch (isa()) {                                 \
+#  define FT_DECLARE_CPU_KERNEL(name, Params)               \
+    namespace ft {                                          \
+    namespace portable { void name(const Params&); }        \
+    namespace avx2 { void name(const Params&); }            \
+    namespace avx512 { void name(const Params&); }          \
+    namespace avx512_bf16 { void name(const Params&); }     \
+    inline void name(const Params& p) {                     \
+      switch (isa()) {                                      \
         case Isa::avx512_bf16: return avx512_bf16::name(p); \
-        case Isa::avx512: return avx512::name(p);      \
-        case Isa::avx2: return avx2::name(p);          \
-        default: return portable::name(p);             \
-      }                                                \
-    }                                                  \
+        case Isa::avx512: return avx512::name(p);           \
+        case Isa::avx2: return avx2::name(p);               \
+        default: return portable::name(p);                  \
+      }                                                     \
+    }                                                       \
     }
 #else
-#  define FT_DECLARE_CPU_KERNEL(name, Params)          \
-    namespace ft {                                     \
-    namespace portable { void name(const Params&); }   \
+#  define FT_DECLARE_CPU_KERNEL(name, Params)                \
+    namespace ft {                                           \
+    namespace portable { void name(const Params&); }         \
     inline void name(const Params& p) { portable::name(p); } \
     }
 #endif

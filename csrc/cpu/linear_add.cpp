@@ -21,10 +21,10 @@ void finish(const GemmTile& tile, const void* context) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const int64_t row = tile.row + i;
     const T* residual = static_cast<const T*>(p.residual);
-    finish_row<T, activation, false>(
-        tile.data + i * tile.stride, f.bias ? f.bias + tile.column : nullptr,
-        residual ? residual + row * p.residual_stride + tile.column : nullptr,
-        static_cast<T*>(p.output) + row * p.out_features + tile.column, tile.columns);
+    finish_row<T, activation>(tile.data + i * tile.stride, f.bias ? f.bias + tile.column : nullptr,
+                              residual ? residual + row * p.residual_stride + tile.column : nullptr,
+                              static_cast<T*>(p.output) + row * p.out_features + tile.column,
+                              tile.columns);
   }
 }
 
@@ -38,30 +38,41 @@ void store_plain(const GemmTile& tile, const void* context) {
   const Plain& p = *static_cast<const Plain*>(context);
   for (int64_t i = 0; i < tile.rows; ++i) {
     T* out = static_cast<T*>(p.out) + (tile.row + i) * p.row_stride + tile.column;
-    finish_row<T, Activation::none, false>(tile.data + i * tile.stride, nullptr, nullptr, out,
-                                           tile.columns);
+    finish_row<T, Activation::none>(tile.data + i * tile.stride, nullptr, nullptr, out,
+                                    tile.columns);
   }
 }
 
-// d_bias[j] = Σ_i grad[i][j]: each task owns a stretch of columns and reads all rows of it.
+// d_bias[j] = Σ_i grad[i][j]: each task owns a stretch of columns and reads all rows of it, in
+// blocks whose sums are added up, so that float rounding stays small.
 template <class T>
 void column_sum(const T* grad, int64_t stride, int64_t rows, int64_t columns, T* out) {
-  constexpr int64_t kStretch = 4 * W;
-  parallel_for((columns + kStretch - 1) / kStretch, 16384 / (rows * kStretch + 1) + 1,
+  constexpr int kVectors = 8;
+  constexpr int64_t kStretch = kVectors * W, kRowBlock = 64;
+  parallel_for((columns + kStretch - 1) / kStretch, 65536 / (rows * kStretch + 1) + 1,
                [&](int64_t begin, int64_t end) {
-                 for (int64_t s = begin; s < end; ++s) {
-                   for (int64_t j = s * kStretch; j < columns && j < (s + 1) * kStretch; j += W) {
-                     const int n = columns - j < W ? static_cast<int>(columns - j) : W;
-                     vf total = zero();  // in blocks of 64 rows, so that float rounding stays small
-                     for (int64_t i = 0; i < rows; i += 64) {
-                       vf sum = zero();
-                       for (int64_t r = i; r < rows && r < i + 64; ++r) {
-                         sum += n == W ? load(grad + r * stride + j) : load(grad + r * stride + j, n);
+                 for (int64_t j = begin * kStretch; j < end * kStretch && j < columns;) {
+                   const bool whole = j + kStretch <= columns;
+                   const int n = whole ? W : static_cast<int>(columns - j < W ? columns - j : W);
+                   const int vectors = whole ? kVectors : 1;
+                   vf total[kVectors] = {};
+                   for (int64_t i = 0; i < rows; i += kRowBlock) {
+                     const int64_t last = i + kRowBlock < rows ? i + kRowBlock : rows;
+                     vf sum[kVectors] = {};
+                     for (int64_t r = i; r < last; ++r) {
+                       const T* row = grad + r * stride + j;
+                       if (whole) {
+#pragma GCC unroll 8
+                         for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * W);
+                       } else {
+                         sum[0] += load(row, n);
                        }
-                       total += sum;
                      }
-                     store(out + j, total, n);
+#pragma GCC unroll 8
+                     for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
                    }
+                   for (int v = 0; v < vectors; ++v) store(out + j + v * W, total[v], n);
+                   j += vectors * n;
                  }
                });
 }
@@ -76,18 +87,11 @@ void linear_add(const LinearAddParams& p) {
     widen_vector(p.bias, p.out_features, bias);
     context.bias = bias;
   }
-  Gemm g;
-  g.dtype = p.dtype;
-  g.rows = p.rows;
-  g.columns = p.out_features;
-  g.depth = p.in_features;
-  g.a = input_of(p);
-  g.b = {p.weight, true, p.in_features};
+  Gemm g = forward_product(p);
   g.context = &context;
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation activation>() {
-      g.epilogue = finish<T, activation>;
-    });
+    with_activation(p.activation,
+                    [&]<Activation activation>() { g.epilogue = finish<T, activation>; });
   });
   gemm(g);
 }

@@ -16,10 +16,11 @@ FT_INLINE vf activate(Activation activation, vf x) {
   }
 }
 
-// One row's stretch of `n` columns: out = act(acc + bias) + residual, rounded to T; `acc` keeps the
-// rounded values when `keep`, for a norm that follows. Null bias or residual: absent.
-template <class T, Activation activation, bool keep>
-FT_INLINE void finish_row(float* acc, const float* bias, const T* residual, T* out, int64_t n) {
+// One row's stretch of `n` columns: out = act(acc + bias) + residual, rounded to T. Null bias
+// or residual: absent.
+template <class T, Activation activation>
+FT_INLINE void finish_row(const float* acc, const float* bias, const T* residual, T* out,
+                          int64_t n) {
   int64_t j = 0;
   for (; j + W <= n; j += W) {
     vf x = load(acc + j);
@@ -27,10 +28,6 @@ FT_INLINE void finish_row(float* acc, const float* bias, const T* residual, T* o
     x = activate(activation, x);
     if (residual) x += load(residual + j);
     store(out + j, x);
-    if constexpr (keep) {
-      if constexpr (sizeof(T) == 2) x = load(out + j);
-      store(acc + j, x);
-    }
   }
   if (j < n) {
     const int rest = static_cast<int>(n - j);
@@ -39,10 +36,6 @@ FT_INLINE void finish_row(float* acc, const float* bias, const T* residual, T* o
     x = activate(activation, x);
     if (residual) x += load(residual + j, rest);
     store(out + j, x, rest);
-    if constexpr (keep) {
-      if constexpr (sizeof(T) == 2) x = load(out + j, rest);
-      store(acc + j, x, rest);
-    }
   }
 }
 
@@ -58,17 +51,23 @@ FT_INLINE void with_activation(Activation activation, const F& f) {
   }
 }
 
-inline GemmA input_of(const LinearAddParams& p) {
-  GemmA a;
-  a.data = p.input;
-  a.row_stride = p.row_stride;
-  a.inner_rows = p.inner_rows;
-  a.outer_stride = p.outer_stride;
+// input · weightᵀ, for the caller to add an epilogue.
+inline Gemm forward_product(const LinearAddParams& p) {
+  Gemm g;
+  g.dtype = p.dtype;
+  g.rows = p.rows;
+  g.columns = p.out_features;
+  g.depth = p.in_features;
+  g.a.data = p.input;
+  g.a.row_stride = p.row_stride;
+  g.a.inner_rows = p.inner_rows;
+  g.a.outer_stride = p.outer_stride;
   if (p.heads > 1) {
-    a.segment = p.head_dim;
-    a.segment_stride = p.head_stride;
+    g.a.segment = p.head_dim;
+    g.a.segment_stride = p.head_stride;
   }
-  return a;
+  g.b = {p.weight, true, p.in_features};
+  return g;
 }
 
 }  // namespace ft::FT_ISA

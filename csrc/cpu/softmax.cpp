@@ -85,7 +85,8 @@ void row(const SoftmaxParams& p, const T* x, const bool* mask, int64_t allowed, 
 void softmax(const SoftmaxParams& p) {
   with_type(p.dtype, [&]<class T>() {
     parallel_for(p.rows, kGrain / (p.columns + 1) + 1, [&](int64_t begin, int64_t end) {
-      float* s = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * (p.columns + W)));
+      float* s =
+          static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * (p.columns + W)));
       for (int64_t r = begin; r < end; ++r) {
         int64_t rest = r, at = 0, mask_at = 0, position = 0;
         for (int d = p.dims - 1; d >= 0; --d) {
@@ -95,8 +96,7 @@ void softmax(const SoftmaxParams& p) {
           mask_at += i * p.mask_strides[d];
           if (d == p.dims - 1) position = i;
         }
-        const int64_t allowed =
-            p.is_causal && position + 1 < p.columns ? position + 1 : p.columns;
+        const int64_t allowed = p.is_causal && position + 1 < p.columns ? position + 1 : p.columns;
         row(p, static_cast<const T*>(p.input) + at, p.mask ? p.mask + mask_at : nullptr, allowed, s,
             static_cast<T*>(p.output) + r * p.columns);
       }
@@ -118,7 +118,8 @@ void softmax_backward(const SoftmaxBackwardParams& p) {
         for (int64_t j = 0; j < whole; j += W) {
           total += p.log ? load(g + j) : load(g + j) * load(y + j);
         }
-        if (rest) total += p.log ? load(g + whole, rest) : load(g + whole, rest) * load(y + whole, rest);
+        if (rest)
+          total += p.log ? load(g + whole, rest) : load(g + whole, rest) * load(y + whole, rest);
         const vf sum = splat(reduce_add(total));
         const vf scale = splat(p.scale);
         const auto derivative = [&](vf gj, vf yj) {

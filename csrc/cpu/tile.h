@@ -4,7 +4,8 @@
 // loaded B vector feeds MR fused multiply-adds and each broadcast A element feeds NR / W.
 //
 // Everything is counted in 32-bit units. A unit is one float (`Float`), or a pair of bf16 along the
-// summed dimension (`BfPair`, where the CPU has vdpbf16ps); packing and loops are the same for both.
+// summed dimension (`BfPair`, where the CPU has vdpbf16ps); packing and loops are the same for
+// both.
 #pragma once
 #include "cpu/vec.h"
 
@@ -18,7 +19,7 @@ constexpr int MR = 14;  // 28 accumulators + 2 of B + 1 broadcast of 32 register
 constexpr int MR = 6;  // 12 + 2 + 1 of 16
 #endif
 
-constexpr int kDepth = 512;           // units of the summed dimension in one A block
+constexpr int kDepth = 512;             // units of the summed dimension in one A block
 constexpr int kRowUnits = kDepth + 16;  // row stride of an A block: rows fall into distinct L1 sets
 constexpr int kBlockRows = MR * (84 / MR);  // rows of an A block, some 170 KB: it stays in L2
 
@@ -183,10 +184,32 @@ inline void pack_panel(const T* b, int64_t row_stride, int64_t columns, int64_t 
 
 // ---- micro-kernel -----------------------------------------------------------------------------
 
-// C[rows × nv·W] (+)= A[rows × units] · panel, of which nv vectors are used. A's element (i, k) stands
-// at a[i * kRowUnits + k], or, when `transposed`, at a[k * kBlockRows + i].
-template <class Unit, int rows, bool transposed, int nv = NV>
-FT_INLINE void micro(int64_t units, const float* a, const float* panel, float* c, int64_t c_stride,
+// Where the micro-kernel finds element (i, k) of A, in units. Addresses are spelled so that four
+// rows share one pointer: fourteen pointers would not fit the general registers.
+struct BlockRows {  // a copied block: a[i * kRowUnits + k]
+  const float* a;
+  FT_INLINE vf at(int i, int64_t k) const { return splat(a[i * kRowUnits + k]); }
+  FT_INLINE BlockRows below(int64_t rows) const { return {a + rows * kRowUnits}; }
+};
+struct BlockColumns {  // a copied transposed block: a[k * kBlockRows + i]
+  const float* a;
+  FT_INLINE vf at(int i, int64_t k) const { return splat(a[k * kBlockRows + i]); }
+  FT_INLINE BlockColumns below(int64_t rows) const { return {a + rows}; }
+};
+struct InPlace {  // the matrix itself, `stride` bytes from row to row
+  const char* a;
+  int64_t stride;
+  FT_INLINE vf at(int i, int64_t k) const {
+    float x;
+    std::memcpy(&x, a + (i / 4 * 4) * stride + (i % 4) * stride + k * 4, sizeof(x));
+    return splat(x);
+  }
+  FT_INLINE InPlace below(int64_t rows) const { return {a + rows * stride, stride}; }
+};
+
+// C[rows × nv·W] (+)= A[rows × units] · panel, of which nv vectors are used.
+template <class Unit, int rows, int nv = NV, class A>
+FT_INLINE void micro(int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
                      bool accumulate) {
   vf acc[rows][nv];
 #pragma GCC unroll 16
@@ -200,7 +223,7 @@ FT_INLINE void micro(int64_t units, const float* a, const float* panel, float* c
     for (int v = 0; v < nv; ++v) b[v] = load(panel + k * NR + v * W);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const vf x = splat(transposed ? a[k * kBlockRows + i] : a[i * kRowUnits + k]);
+      const vf x = a.at(i, k);
 #pragma GCC unroll 2
       for (int v = 0; v < nv; ++v) acc[i][v] = Unit::fma(x, b[v], acc[i][v]);
     }
@@ -216,12 +239,12 @@ FT_INLINE void micro(int64_t units, const float* a, const float* panel, float* c
 }
 
 // The same for any number of rows up to MR.
-template <class Unit, bool transposed, int nv, int rows = MR>
-FT_INLINE void micro_rows(int n, int64_t units, const float* a, const float* panel, float* c,
+template <class Unit, int nv, int rows = MR, class A>
+FT_INLINE void micro_rows(int n, int64_t units, const A& a, const float* panel, float* c,
                           int64_t c_stride, bool accumulate) {
   if constexpr (rows > 0) {
-    if (n == rows) return micro<Unit, rows, transposed, nv>(units, a, panel, c, c_stride, accumulate);
-    micro_rows<Unit, transposed, nv, rows - 1>(n, units, a, panel, c, c_stride, accumulate);
+    if (n == rows) return micro<Unit, rows, nv>(units, a, panel, c, c_stride, accumulate);
+    micro_rows<Unit, nv, rows - 1>(n, units, a, panel, c, c_stride, accumulate);
   }
 }
 

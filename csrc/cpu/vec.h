@@ -175,9 +175,7 @@ FT_INLINE void store(T* p, vf x, int n) {
 // max(a, b) and min(a, b) give b where either is NaN.
 FT_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 FT_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
-FT_INLINE vf fma(vf a, vf b, vf c) {
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
+FT_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 FT_INLINE vf select(vi mask, vf a, vf b) {
   return (vf)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)b, (__m512)a);
 }
@@ -255,9 +253,7 @@ FT_INLINE void store(T* p, vf x, int n) {
 
 FT_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 FT_INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
-FT_INLINE vf fma(vf a, vf b, vf c) {
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
+FT_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 FT_INLINE vf select(vi mask, vf a, vf b) {
   return (vf)_mm256_blendv_ps((__m256)b, (__m256)a, _mm256_castsi256_ps((__m256i)mask));
 }

@@ -27,9 +27,7 @@ struct Dropout {
 // FT_DECLARE_KERNEL(name, Params) stands in params/<op>.h and declares ft::name for this device.
 #if defined(FT_CUDA)
 #  define FT_DECLARE_KERNEL(name, Params) \
-    namespace ft::cuda {                  \
-    void name(const Params&, void* stream); \
-    }
+    namespace ft::cuda { void name(const Params&, void* stream); }
 #else
 #  include "cpu/isa.h"
 #  define FT_DECLARE_KERNEL(name, Params) FT_DECLARE_CPU_KERNEL(name, Params)

@@ -5,10 +5,10 @@ namespace ft {
 
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
-// out = act(input · weightᵀ + bias) + residual, and with a norm its normed rows as well.
+// out = act(input · weightᵀ + bias) + residual.
 // Input rows: row r is at input + (r / inner_rows) * outer_stride + (r % inner_rows) * row_stride;
-// its in_features come in heads of `head_dim` elements, `head_stride` apart (attention's output read
-// in place), or in one run when heads == 1.
+// its in_features come in heads of `head_dim` elements, `head_stride` apart (attention's output
+// read in place), or in one run when heads == 1.
 struct LinearAddParams {
   const void* input = nullptr;
   const void* weight = nullptr;  // (out_features, in_features), contiguous
@@ -21,19 +21,6 @@ struct LinearAddParams {
   int64_t row_stride = 0, inner_rows = INT64_MAX, outer_stride = 0;
   int64_t heads = 1, head_dim = 0, head_stride = 0;
   int64_t residual_stride = 0;
-};
-
-enum class Norm : int32_t { layer, rms };
-
-// output is `summed`; normed = norm(summed), statistics float32 per row.
-struct LinearAddNormParams {
-  LinearAddParams linear;
-  Norm norm = Norm::layer;
-  VectorArg norm_weight, norm_bias;
-  void* normed = nullptr;
-  float* mean = nullptr;  // layer norm only
-  float* rstd = nullptr;
-  float eps = 0.f;
 };
 
 // d_input = grad · weight, d_weight = gradᵀ · input, d_bias = Σ rows of grad; null = not wanted.
@@ -49,5 +36,4 @@ struct LinearAddBackwardParams {
 }  // namespace ft
 
 FT_DECLARE_KERNEL(linear_add, LinearAddParams)
-FT_DECLARE_KERNEL(linear_add_norm, LinearAddNormParams)
 FT_DECLARE_KERNEL(linear_add_backward, LinearAddBackwardParams)

@@ -16,7 +16,7 @@ struct SoftmaxParams {
   bool is_causal = false, log = false;
   float scale = 1.f;
   int64_t rows = 0, columns = 0;
-  int dims = 0;                               // leading dimensions in use, outermost first
+  int dims = 0;  // leading dimensions in use, outermost first
   int64_t sizes[kSoftmaxDims] = {};
   int64_t input_strides[kSoftmaxDims] = {};
   int64_t mask_strides[kSoftmaxDims] = {};

@@ -43,10 +43,10 @@ class UsageError(Exception):
     """Bad use of the command line: one line on stderr and exit status 2."""
 
 
-def console() -> Console:
+def console(record: bool = False) -> Console:
     """stdout; 120 columns where it is no terminal, so that a log doesn't wrap."""
     return Console(
-        width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False, emoji=False
+        width=None if sys.stdout.isatty() else 120, highlight=False, emoji=False, record=record
     )
 
 

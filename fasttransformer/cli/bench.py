@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
     kept = keep_allocations()
     out = console()
     out.print(
-        f"{escape(here['cpu'])}, {here.get('cpu_isa', 'no C++ kernels')}, {here['threads']} threads, "
-        f"torch {here['torch']}" + (f", {escape(here['gpu'])}" if "gpu" in here else "")
+        f"{escape(here['cpu'])}, {here.get('cpu_isa', 'no C++ kernels')}, {here['threads']} "
+        f"threads, torch {here['torch']}" + (f", {escape(here['gpu'])}" if "gpu" in here else "")
     )
     if ceilings.available():
         dot = ceilings.dot_gflops()

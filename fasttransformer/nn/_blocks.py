@@ -2,61 +2,58 @@
 
 torch's layers call their submodules one by one, so hooks on them fire, and whatever a user put in
 their place runs. The fused path reads their parameters instead. So it is taken only while every
-submodule that it would bypass is plain: of the very class that torch or this package builds
-(parametrized, quantized and wrapped ones have a class of their own) and without hooks.
+submodule that it would bypass is plain: its class's ``forward`` is torch's or ours (quantized and
+wrapped ones have their own; parametrized ones don't need it, their parameters are read as
+attributes), and it has no hooks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import linear_add
+from ..ops.linear_add import linear_add
 from .attention import MultiheadAttention
 from .linear import Linear
 from .norms import LayerNorm, RMSNorm
 
-_ATTENTIONS = (nn.MultiheadAttention, MultiheadAttention)
-_LINEARS = (nn.Linear, Linear, NonDynamicallyQuantizableLinear)
-_LAYER_NORMS = (nn.LayerNorm, LayerNorm)
-_RMS_NORMS = (nn.RMSNorm, RMSNorm)
-_DROPOUTS = (nn.Dropout,)
-_PLAIN = {
-    "self_attn": _ATTENTIONS,
-    "multihead_attn": _ATTENTIONS,
-    "linear1": _LINEARS,
-    "linear2": _LINEARS,
-    "norm1": _LAYER_NORMS + _RMS_NORMS,
-    "norm2": _LAYER_NORMS + _RMS_NORMS,
-    "norm3": _LAYER_NORMS + _RMS_NORMS,
-    "dropout": _DROPOUTS,
-    "dropout1": _DROPOUTS,
-    "dropout2": _DROPOUTS,
-    "dropout3": _DROPOUTS,
+_ATTENTION = (nn.MultiheadAttention.forward, MultiheadAttention.forward)
+_LINEAR = (nn.Linear.forward, Linear.forward)
+_NORM = (nn.LayerNorm.forward, LayerNorm.forward, nn.RMSNorm.forward, RMSNorm.forward)
+_DROPOUT = (nn.Dropout.forward,)
+#: submodule → the forwards that the fused path stands for
+_PLAIN: dict[str, tuple[Callable[..., Any], ...]] = {
+    "self_attn": _ATTENTION,
+    "multihead_attn": _ATTENTION,
+    "linear1": _LINEAR,
+    "linear2": _LINEAR,
+    "norm1": _NORM,
+    "norm2": _NORM,
+    "norm3": _NORM,
+    "dropout": _DROPOUT,
+    "dropout1": _DROPOUT,
+    "dropout2": _DROPOUT,
+    "dropout3": _DROPOUT,
 }
+ENCODER = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+DECODER = (*ENCODER, "multihead_attn", "norm3", "dropout3")
 
 
 def why_not_fused(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     """Why the named submodules must be called one by one, or None."""
     if _has_any_global_hook():
         return "global module hooks: submodules are called one by one"
-    modules = layer._modules
+    modules: dict[str, Any] = layer._modules
     for name in names:
-        module = modules.get(name)
-        if type(module) not in _PLAIN[name]:
+        module: Any = modules.get(name)
+        if getattr(type(module), "forward", None) not in _PLAIN[name]:
             return f"{name} is a {type(module).__name__}: submodules are called one by one"
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
+        if hooked(module):
             return f"{name} has hooks: submodules are called one by one"
         if name.startswith("norm") and len(module.normalized_shape) != 1:
             return f"{name} normalizes over more than one dimension"
@@ -65,13 +62,24 @@ def why_not_fused(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     return None
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` is more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def dropout_p(module: nn.Dropout) -> float:
     """The probability in force; a single Dropout may be in another mode than its layer."""
     return module.p if module.training else 0.0
 
 
 #: Activations that linear_add applies while the product is in registers.
-_FUSED = {
+_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
     F.gelu: "gelu",
@@ -81,24 +89,20 @@ _FUSED = {
 
 def fused_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
     """linear_add's name of an activation function or module, or None: then it is called."""
-    kind = type(activation)
-    if kind is nn.ReLU or kind is nn.SiLU or kind is nn.GELU:
-        if activation._forward_hooks or activation._forward_pre_hooks:  # type: ignore[attr-defined]
-            return None
-        if kind is nn.ReLU:
-            return "relu"
-        if kind is nn.SiLU:
-            return "silu"
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"  # type: ignore[attr-defined]
     if isinstance(activation, nn.Module):
-        return None
+        kind = type(activation)
+        if kind not in (nn.ReLU, nn.GELU, nn.SiLU) or hooked(activation):
+            return None
+        if isinstance(activation, nn.GELU):
+            return "gelu" if activation.approximate == "none" else "gelu_tanh"
+        return "relu" if kind is nn.ReLU else "silu"
     try:
-        return _FUSED.get(activation)
+        return _FUNCTIONS.get(activation)
     except TypeError:  # a callable that can't be hashed
         return None
 
 
-def hidden(x: Tensor, layer: nn.Module) -> Tensor:
+def hidden(x: Tensor, layer: Any) -> Tensor:
     """dropout(activation(linear1(x))) of a layer's feed-forward."""
     modules = layer._modules
     linear1, dropout = modules["linear1"], modules["dropout"]

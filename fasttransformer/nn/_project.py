@@ -6,13 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import (
-    add_layer_norm,
-    add_rms_norm,
-    linear_add,
-    linear_add_layer_norm,
-    linear_add_rms_norm,
-)
+from ..ops.add_layer_norm import add_layer_norm
+from ..ops.add_rms_norm import add_rms_norm
+from ..ops.linear_add import linear_add
+from ..ops.linear_add_layer_norm import linear_add_layer_norm
+from ..ops.linear_add_rms_norm import linear_add_rms_norm
 
 
 def project_add(

@@ -1,4 +1,4 @@
-"""MultiheadAttention on our kernels: packed projection, attention on strided views, projection back."""
+"""MultiheadAttention: packed projection, attention on strided views of it, projection back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import attention, linear_add, softmax
+from ..ops.attention import attention
+from ..ops.linear_add import linear_add
+from ..ops.softmax import softmax
 from ._fallback import record
 from ._masks import attention_masks
 
@@ -43,7 +45,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         add_zero_attn: appends a key and value of zeros that every query sees.
         kdim: features of key.
         vdim: features of value.
-        batch_first: inputs and output are (batch, length, features), else (length, batch, features).
+        batch_first: inputs and output are (batch, length, features), else lengths come first.
 
     Shapes:
         query (B, L, E), key (B, S, kdim), value (B, S, vdim), or with L and S before B, or without
@@ -149,10 +151,10 @@ def heads_output(
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
 
     q, k, v = _project(mha, query, key, value, batch_first)  # each (B, H, length, D), strided
-    batch, _, q_len, head_dim = q.shape
+    batch, _, q_len, _ = q.shape
     k_len = k.shape[2]
     added = 0
-    if mha.bias_k is not None:
+    if mha.bias_k is not None and mha.bias_v is not None:
         k = torch.cat([k, _one_key(mha.bias_k, k)], dim=2)
         v = torch.cat([v, _one_key(mha.bias_v, v)], dim=2)
         added += 1
@@ -161,9 +163,10 @@ def heads_output(
         added += 1
 
     if is_causal and not need_weights and key_padding_mask is None:
-        attn_mask = None  # the hint stands for it, as in torch; beside padding it is merged
-    elif need_weights:
-        is_causal = False  # the mask itself says it
+        attn_mask = None  # the hint stands for it, as in torch
+    elif need_weights or added:
+        is_causal = False  # the mask says it, and leaves the added keys open
+    # else: the mask is merged with the padding, and the hint lets the kernel skip half the tiles
     mask = bias = None
     if attn_mask is not None or key_padding_mask is not None:
         mask, bias = attention_masks(
@@ -179,9 +182,7 @@ def heads_output(
         if not batched:
             weights = weights.squeeze(0)
     else:
-        out = attention(
-            q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p
-        )
+        out = attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
     if not batched:
         return out.transpose(1, 2).reshape(q_len, embed_dim), weights
     if batch_first:  # a view: attention leaves its output as (B, L, H, D)
@@ -218,7 +219,7 @@ def _check_shapes(mha: nn.MultiheadAttention, query: Tensor, key: Tensor, value:
 
 def _project(
     mha: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, batch_first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """q, k, v as (B, H, length, D) views of one, two or three products."""
     heads, embed_dim = mha.num_heads, mha.embed_dim
     bias = mha.in_proj_bias
@@ -228,23 +229,23 @@ def _project(
             *_split(linear_add(query, mha.q_proj_weight, b_q), 1, heads, batch_first),
             *_split(linear_add(key, mha.k_proj_weight, b_k), 1, heads, batch_first),
             *_split(linear_add(value, mha.v_proj_weight, b_v), 1, heads, batch_first),
-        )  # type: ignore[return-value]
+        )
     weight = mha.in_proj_weight
     if key is value:
         if query is key:
-            return _split(linear_add(query, weight, bias), 3, heads, batch_first)  # type: ignore[return-value]
+            return _split(linear_add(query, weight, bias), 3, heads, batch_first)
         b_q, b_kv = (None, None) if bias is None else (bias[:embed_dim], bias[embed_dim:])
         return (
             *_split(linear_add(query, weight[:embed_dim], b_q), 1, heads, batch_first),
             *_split(linear_add(key, weight[embed_dim:], b_kv), 2, heads, batch_first),
-        )  # type: ignore[return-value]
+        )
     w_q, w_k, w_v = weight.chunk(3)
     b_q, b_k, b_v = (None,) * 3 if bias is None else bias.chunk(3)
     return (
         *_split(linear_add(query, w_q, b_q), 1, heads, batch_first),
         *_split(linear_add(key, w_k, b_k), 1, heads, batch_first),
         *_split(linear_add(value, w_v, b_v), 1, heads, batch_first),
-    )  # type: ignore[return-value]
+    )
 
 
 def _split(projected: Tensor, parts: int, heads: int, batch_first: bool) -> tuple[Tensor, ...]:

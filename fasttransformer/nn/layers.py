@@ -1,4 +1,4 @@
-"""TransformerEncoderLayer and TransformerDecoderLayer with every residual, norm and activation fused.
+"""TransformerEncoderLayer and TransformerDecoderLayer: residuals, norms and activations fused.
 
 What one layer runs, post-norm: packed projection, attention, output projection + residual + norm,
 linear + activation, linear + residual + norm: five kernels. Pre-norm: one norm at the entry; every
@@ -8,20 +8,18 @@ later norm is fused with the residual sum before it.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._blocks import dropout_p, hidden, why_not_fused
+from ._blocks import DECODER, ENCODER, dropout_p, hidden, why_not_fused
 from ._fallback import record
 from ._project import project_add, project_add_norm
 from .attention import MultiheadAttention, heads_output, why_not
 from .linear import Linear
 from .norms import LayerNorm
 
-_ENCODER = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
-_DECODER = (*_ENCODER, "multihead_attn", "norm3", "dropout3")
 _OURS = {nn.MultiheadAttention: MultiheadAttention, nn.Linear: Linear, nn.LayerNorm: LayerNorm}
 
 
@@ -34,7 +32,7 @@ def _adopt(layer: nn.Module) -> None:
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    r"""Drop-in :class:`torch.nn.TransformerEncoderLayer`: same constructor, call and ``state_dict``.
+    r"""Drop-in :class:`torch.nn.TransformerEncoderLayer`: same constructor, call, ``state_dict``.
 
     .. math::
         \text{post-norm:}\quad x &\leftarrow \text{norm}_1(x + \text{SA}(x)), \quad
@@ -69,7 +67,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     torch.Size([2, 5, 16])
     """
 
-    @functools.wraps(nn.TransformerEncoderLayer.__init__)
+    @functools.wraps(nn.TransformerEncoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -85,11 +83,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.is_nested:
             record(self, "nested tensors")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        reason = _why_not(self, _ENCODER, src) or _overridden(self, TransformerEncoderLayer)
+        reason = _why_not(self, ENCODER, src) or _overridden(self, TransformerEncoderLayer)
         if reason is not None:
             record(self, reason)
             return self._one_by_one(src, src_mask, src_key_padding_mask, is_causal)
-        m = self._modules
+        m: dict[str, Any] = self._modules
         attn, norm1, norm2 = m["self_attn"], m["norm1"], m["norm2"]
         linear2, out_proj = m["linear2"], attn.out_proj
         p1, p2 = dropout_p(m["dropout1"]), dropout_p(m["dropout2"])
@@ -135,7 +133,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch.Size([2, 3, 16])
     """
 
-    @functools.wraps(nn.TransformerDecoderLayer.__init__)
+    @functools.wraps(nn.TransformerDecoderLayer.__init__)  # type: ignore[misc]
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -158,7 +156,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
-        reason = _why_not(self, _DECODER, tgt) or _overridden(self, TransformerDecoderLayer)
+        reason = _why_not(self, DECODER, tgt) or _overridden(self, TransformerDecoderLayer)
         if reason is None:
             reason = why_not(self.multihead_attn, tgt, memory, memory)
         if reason is not None:
@@ -167,7 +165,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
-        m = self._modules
+        m: dict[str, Any] = self._modules
         self_attn, cross_attn = m["self_attn"], m["multihead_attn"]
         norm1, norm2, norm3, linear2 = m["norm1"], m["norm2"], m["norm3"], m["linear2"]
         p1, p2 = dropout_p(m["dropout1"]), dropout_p(m["dropout2"])
@@ -213,8 +211,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return self.norm3(x + self._ff_block(x))
 
 
-def _why_not(layer: nn.Module, names: tuple[str, ...], x: Tensor) -> str | None:
-    return why_not_fused(layer, names) or why_not(layer.self_attn, x, x, x)  # type: ignore[arg-type]
+def _why_not(layer: Any, names: tuple[str, ...], x: Tensor) -> str | None:
+    return why_not_fused(layer, names) or why_not(layer.self_attn, x, x, x)
 
 
 _BLOCKS = ("_sa_block", "_mha_block", "_ff_block")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import linear_add, softmax
+from ..ops.linear_add import linear_add
+from ..ops.softmax import softmax
 from ._fallback import record
 from ._project import project_add, project_add_norm
 from .norms import LayerNorm, RMSNorm, checked_dropout
@@ -117,8 +118,8 @@ class FeedForward(nn.Module):
 
     .. math:: y = \text{dropout}(\phi(x W_1^\top + b_1))\, W_2^\top + b_2
 
-    or, gated, :math:`(\phi(g) \odot u)` with :math:`g, u` the halves of :math:`x W_1^\top + b_1`, the
-    gate's rows first. Input and output (..., d_model).
+    or, gated, :math:`\phi(g) \odot u` in place of :math:`\phi`, with :math:`g, u` the halves of
+    :math:`x W_1^\top + b_1`, the gate's rows first. Input and output (..., d_model).
 
     Args:
         d_model: features in and out.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from ..ops.add_layer_norm import add_layer_norm
+from ..ops.add_rms_norm import add_rms_norm
+from ..ops.layer_norm import layer_norm
+from ..ops.rms_norm import rms_norm
 
 
 class LayerNorm(nn.LayerNorm):

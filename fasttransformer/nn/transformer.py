@@ -117,7 +117,7 @@ class Transformer(nn.Transformer):
     torch.Size([2, 3, 16])
     """
 
-    @functools.wraps(nn.Transformer.__init__)
+    @functools.wraps(nn.Transformer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = _SIGNATURE.bind(self, *args, **kwargs)
         given.apply_defaults()
@@ -138,10 +138,8 @@ class Transformer(nn.Transformer):
         super().__init__(*given.args[1:], **given.kwargs)
 
 
-def _is_causal(
-    mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.ModuleList
-) -> bool:
-    """torch's detection of a causal mask; under compilation, where it can't look, the mask rules."""
+def _is_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.ModuleList) -> bool:
+    """torch's detection of a causal mask; not under compilation, where the mask alone speaks."""
     if mask is None or hint is not None:
         return bool(hint)
     if torch.compiler.is_compiling():

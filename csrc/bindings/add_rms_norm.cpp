@@ -1,0 +1,47 @@
+#include "params/add_rms_norm.h"
+
+#include "bindings/row_norm.h"
+
+namespace ft::bindings {
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& residual,
+                                                const OptionalTensor& weight, double eps,
+                                                double dropout_p, const OptionalTensor& seed) {
+  RowNormParams p = row_norm_params(input, weight, eps);
+  p.residual = data(residual);
+  p.residual_stride = residual.stride(0);
+  p.dropout = dropout_of(dropout_p, seed);
+  Tensor normed = make(input, {p.rows, p.features});
+  Tensor summed = make(input, {p.rows, p.features});
+  Tensor rstd = make(input, {p.rows}, ScalarType::Float);
+  p.normed = normed.mutable_data_ptr();
+  p.summed = summed.mutable_data_ptr();
+  p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  FT_LAUNCH(add_rms_norm, p, input);
+  return {normed, summed, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(
+    const Tensor& grad_normed, const OptionalTensor& grad_summed, const Tensor& summed,
+    const OptionalTensor& weight, const Tensor& rstd, double dropout_p, const OptionalTensor& seed,
+    bool weight_grad) {
+  RowNormBackwardParams p = row_norm_backward_params(grad_normed, summed, weight);
+  p.grad_summed = data(grad_summed);
+  if (grad_summed) p.grad_summed_stride = grad_summed->stride(0);
+  p.dropout = dropout_of(dropout_p, seed);
+  Tensor d_residual = make(summed, {p.rows, p.features});
+  Tensor d_input = make_if(seed.has_value(), summed, {p.rows, p.features});
+  Tensor d_weight = vector_grad(summed, weight, weight_grad, &p.d_weight);
+  p.rstd = static_cast<const float*>(data(rstd));
+  p.d_residual = d_residual.mutable_data_ptr();
+  if (seed) p.d_input = d_input.mutable_data_ptr();
+  FT_LAUNCH(add_rms_norm_backward, p, summed);
+  return {d_residual, d_input, d_weight};
+}
+
+}  // namespace ft::bindings
+
+FT_REGISTER_IMPL(m) {
+  m.impl("add_rms_norm", TORCH_BOX(&ft::bindings::add_rms_norm));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&ft::bindings::add_rms_norm_backward));
+}

@@ -1,0 +1,22 @@
+#include "params/linear_add_layer_norm.h"
+
+#include "bindings/linear_input.h"
+
+namespace ft::bindings {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_add_layer_norm(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, double eps) {
+  LinearNormCall call(input, weight, bias, residual, norm_weight, norm_bias, eps);
+  Tensor mean = make(input, {call.p.norm.rows}, ScalarType::Float);
+  call.p.norm.mean = static_cast<float*>(mean.mutable_data_ptr());
+  FT_LAUNCH(linear_add_layer_norm, call.p, input);
+  return {call.normed, call.summed, mean, call.rstd};
+}
+
+}  // namespace ft::bindings
+
+FT_REGISTER_IMPL(m) {
+  m.impl("linear_add_layer_norm", TORCH_BOX(&ft::bindings::linear_add_layer_norm));
+}

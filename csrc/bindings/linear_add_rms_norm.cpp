@@ -1,0 +1,21 @@
+#include "params/linear_add_rms_norm.h"
+
+#include "bindings/linear_input.h"
+
+namespace ft::bindings {
+
+std::tuple<Tensor, Tensor, Tensor> linear_add_rms_norm(const Tensor& input, const Tensor& weight,
+                                                       const OptionalTensor& bias,
+                                                       const OptionalTensor& residual,
+                                                       const OptionalTensor& norm_weight,
+                                                       double eps) {
+  LinearNormCall call(input, weight, bias, residual, norm_weight, std::nullopt, eps);
+  FT_LAUNCH(linear_add_rms_norm, call.p, input);
+  return {call.normed, call.summed, call.rstd};
+}
+
+}  // namespace ft::bindings
+
+FT_REGISTER_IMPL(m) {
+  m.impl("linear_add_rms_norm", TORCH_BOX(&ft::bindings::linear_add_rms_norm));
+}

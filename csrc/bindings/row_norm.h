@@ -1,0 +1,47 @@
+// What the norms' bindings share: the parts of the params structs that all of them fill alike.
+#pragma once
+#include "bindings/device.h"
+#include "params/row_norm.h"
+
+namespace ft {
+
+inline RowNormParams row_norm_params(const Tensor& input, const OptionalTensor& weight,
+                                     double eps) {
+  RowNormParams p;
+  p.input = data(input);
+  p.weight = vector_arg(weight);
+  p.dtype = dtype_of(input);
+  p.eps = static_cast<float>(eps);
+  p.rows = input.size(0);
+  p.features = input.size(1);
+  p.input_stride = input.stride(0);
+  return p;
+}
+
+inline RowNormBackwardParams row_norm_backward_params(const Tensor& grad_normed,
+                                                      const Tensor& summed,
+                                                      const OptionalTensor& weight) {
+  RowNormBackwardParams p;
+  p.grad_normed = data(grad_normed);
+  p.summed = data(summed);
+  p.weight = vector_arg(weight);
+  p.dtype = dtype_of(summed);
+  p.rows = summed.size(0);
+  p.features = summed.size(1);
+  p.grad_normed_stride = grad_normed.stride(0);
+  p.summed_stride = summed.stride(0);
+  if (weight) p.weight_dtype = dtype_of(*weight);
+  return p;
+}
+
+// A d_weight or d_bias: weight's dtype, float32 without a weight; shape (0,) and a null pointer in
+// the params where it is not wanted.
+inline Tensor vector_grad(const Tensor& like, const OptionalTensor& weight, bool wanted,
+                          void** pointer) {
+  const ScalarType dtype = weight ? weight->scalar_type() : ScalarType::Float;
+  Tensor out = make_if(wanted, like, {like.size(1)}, dtype);
+  *pointer = wanted ? out.mutable_data_ptr() : nullptr;
+  return out;
+}
+
+}  // namespace ft

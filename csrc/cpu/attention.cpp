@@ -1,0 +1,258 @@
+// Attention forward: out = softmax(scale·QKᵀ + …)·V by tiles of keys with a running maximum, so that
+// no more than a tile of scores ever exists.
+// A work item is a block of query rows that read the same key head (several short heads of a group
+// share one). Per tile of 128 keys, K and V are packed once (widened, K transposed); then, a band of
+// a few strips of MR rows at a time, so that the band's scores stay in L1: scores = strip · Kᵀ, the
+// masks, exponentials, out = α·out + scores · V. Bound by the multiply-add units.
+// Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 3.1; online softmax: Milakov and
+// Gimelshein, 2018.
+#include "params/attention.h"
+
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+
+namespace ft::FT_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBandStrips = 2;
+#else
+constexpr int kBandStrips = 4;
+#endif
+constexpr int kBandRows = kBandStrips * MR;
+
+// Rows of a block share the packing of keys and values: the more the better, until packed queries
+// and sums leave L2.
+constexpr int64_t kBlockFloats = 40 * 1024;
+constexpr int64_t kMostRows = 256;
+// Multiply-adds below which a second thread costs more than it gives (about 10 µs of work).
+constexpr int64_t kWorkPerThread = 400'000;
+
+struct Plan {
+  int64_t heads_per_block, blocks_per_head, rows;  // rows of a head in one block
+  int64_t blocks;                                  // of one (batch, key head)
+  int64_t items;
+};
+
+Plan make_plan(const AttentionParams& p, int threads) {
+  const int64_t group = p.heads / p.kv_heads;
+  int64_t most = kBlockFloats / (p.head_dim + p.value_dim + 1);
+  most = max64(4 * MR, min64(most, kMostRows));
+  const int64_t groups = p.batch * p.kv_heads, total = groups * group * p.q_len;
+  // Enough items for the threads to share the work evenly, but not less than two strips each.
+  if (threads > 1) most = max64(2 * MR, min64(most, total / (4 * threads) + 1));
+  Plan plan;
+  plan.heads_per_block = max64(1, min64(group, most / max64(p.q_len, 1)));
+  plan.blocks_per_head = (p.q_len + most - 1) / most;
+  plan.rows = (p.q_len + plan.blocks_per_head - 1) / plan.blocks_per_head;
+  plan.blocks = (group + plan.heads_per_block - 1) / plan.heads_per_block * plan.blocks_per_head;
+  plan.items = groups * plan.blocks;
+  return plan;
+}
+
+// Scratch of one thread. Sums of a row are kept per lane and added up at the end.
+struct Workspace {
+  int64_t columns;  // of `sums`: value_dim rounded up to whole vectors
+  float *queries, *sums, *keys, *values, *scores, *top, *total, *alpha;
+  Row* rows;
+
+  Workspace(const AttentionParams& p, int64_t most_rows) {
+    columns = round_up(p.value_dim, W);
+    const int64_t strips = (most_rows + MR - 1) / MR;
+    int64_t sizes[] = {strips * kPanelRows * p.head_dim, most_rows * columns, kKeys * p.head_dim,
+                       kKeys * round_up(p.value_dim, NR), int64_t{kBandRows} * kKeys, most_rows,
+                       most_rows * W, kBandRows,
+                       most_rows * static_cast<int64_t>(sizeof(Row) / sizeof(float))};
+    float** places[] = {&queries, &sums, &keys, &values, &scores, &top, &total, &alpha};
+    int64_t all = 0;
+    for (int64_t& size : sizes) all += size = round_up(size, 16);
+    float* next = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * all));
+    for (int i = 0; i < 8; ++i) {
+      *places[i] = next;
+      next += sizes[i];
+    }
+    rows = reinterpret_cast<Row*>(next);
+  }
+};
+
+// The new maximum of a row into `top`; returns what it rose by, which earlier sums shrink by.
+FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top) {
+  vf most = splat(-__builtin_inff());
+  for (int64_t k = begin; k < end; k += W) most = max(load(s + k), most);
+  const float before = *top;
+  float now = reduce_max(most);
+  now = now > before ? now : before;
+  *top = now;
+  return before == -__builtin_inff() ? before : before - now;
+}
+
+// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`.
+FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
+                           float alpha, float* total) {
+  // Of a row that has seen −inf only, every exponential must come out 0.
+  const vf shift = splat(top == -__builtin_inff() ? 0.f : top);
+  vf sum = zero();
+  for (int64_t k = begin; k < end; k += W) {
+    const vf e = exp2((load(s + k) - shift) * splat(exponent));
+    store(s + k, e);
+    sum += e;
+  }
+  store(total, fma(load(total), splat(alpha), sum));
+}
+
+template <class T>
+void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, int64_t g,
+           const Strips& strips) {
+  const int64_t dim = p.head_dim, columns = w.columns;
+  int64_t first = p.kv_len, last = 0;
+  for (int64_t i = 0; i < strips.rows; ++i) {
+    if (w.rows[i].first < w.rows[i].last) {
+      first = min64(first, w.rows[i].first);
+      last = max64(last, w.rows[i].last);
+    }
+  }
+  for (int64_t i = 0; i < strips.rows; ++i) {
+    w.top[i] = -__builtin_inff();
+    store(w.total + i * W, zero());
+  }
+  for (int64_t i = 0; i < strips.rows * columns; i += W) store(w.sums + i, zero());
+  for (int64_t s = 0; s < strips.count; ++s) {
+    pack_strip<T>(p.query, b, w.rows + strips.begin(s), strips.height(s), dim,
+                  w.queries + s * kPanelRows * dim);
+  }
+  for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
+    const int64_t n = min64(kKeys, last - j);
+    pack_keys(at<T>(p.key, b, g, j), p.key.row, n, dim, w.keys);
+    pack_values(at<T>(p.value, b, g, j), p.value.row, n, p.value_dim, w.values);
+    for (int64_t band = 0; band < strips.count; band += kBandStrips) {
+      const int64_t band_end = min64(band + kBandStrips, strips.count);
+      Seen seen[kBandStrips];
+      int64_t from = n, to = 0;
+      for (int64_t s = band; s < band_end; ++s) {
+        Seen& see = seen[s - band];
+        see = seen_by(p, u, w.rows + strips.begin(s), strips.height(s), j, n);
+        if (see.end == 0) continue;
+        from = min64(from, see.begin);
+        to = max64(to, see.end);
+      }
+      const int64_t row0 = strips.begin(band);
+      for (int64_t k = from; k < to; k += NR) {
+        for (int64_t s = band; s < band_end; ++s) {
+          if (k < seen[s - band].begin || k >= seen[s - band].end) continue;
+          scores_product(strips.height(s), dim, w.queries + s * kPanelRows * dim, w.keys + k * dim,
+                         w.scores + (strips.begin(s) - row0) * kKeys + k);
+        }
+      }
+      const auto each_row = [&](const auto& f) {
+        for (int64_t s = band; s < band_end; ++s) {
+          const Seen& see = seen[s - band];
+          if (see.end == 0) continue;
+          for (int64_t i = strips.begin(s); i < strips.begin(s + 1); ++i) {
+            f(i, w.scores + (i - row0) * kKeys, see, round_up(see.end, W));
+          }
+        }
+      };
+      each_row([&](int64_t i, float* row, const Seen& see, int64_t end) {
+        if (!see.plain) finish_scores<T>(p, u, w.rows[i], j, see.begin, end, n, row);
+        w.alpha[i - row0] = raise_top(row, see.begin, end, w.top + i);
+      });
+      for (int64_t i = 0; i < kBandRows; i += W) {
+        const int have = static_cast<int>(min64(W, kBandRows - i));
+        store(w.alpha + i, exp2(load(w.alpha + i, have) * splat(u.exponent)), have);
+      }
+      each_row([&](int64_t i, float* row, const Seen& see, int64_t end) {
+        weights_row(row, see.begin, end, u.exponent, w.top[i], w.alpha[i - row0], w.total + i * W);
+      });
+      for (int64_t e = 0; e < columns; e += NR) {
+        const int vectors = columns - e > W ? NV : 1;
+        for (int64_t s = band; s < band_end; ++s) {
+          const Seen& see = seen[s - band];
+          if (see.end == 0) continue;
+          const int64_t i = strips.begin(s);
+          weighted_sum(strips.height(s), vectors, see.end - see.begin,
+                       w.scores + (i - row0) * kKeys + see.begin,
+                       w.values + e * kKeys + see.begin * NR, w.sums + i * columns + e, columns,
+                       w.alpha + (i - row0));
+        }
+      }
+    }
+  }
+}
+
+// Divides by the sums and writes a block's rows.
+template <class T>
+void write(const AttentionParams& p, const Units& u, const Workspace& w, int64_t b,
+           int64_t rows) {
+  const int64_t dim = p.value_dim;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Row& row = w.rows[i];
+    T* out = static_cast<T*>(p.out) + ((b * p.q_len + row.index) * p.heads + row.head) * dim;
+    float top = w.top[i], factor = 0.f;
+    float* lse = p.lse + (b * p.heads + row.head) * p.q_len + row.index;
+    if (!row.any) {  // told by the masks, never by the sum
+      for (int64_t e = 0; e < dim; ++e) out[e] = from_float<T>(0.f);
+      *lse = -__builtin_inff();
+      continue;
+    }
+    float total = reduce_add(load(w.total + i * W));
+    top *= u.lse_scale;
+    if (p.sinks) {
+      const float sink = p.sinks[row.head], most = sink > top ? sink : top;
+      const vf e = exp(select(lanes() == splat_int(0), splat(top - most), splat(sink - most)));
+      total = total * e[0] + e[1];
+      factor = e[0] / total;
+      top = most;
+    } else {
+      factor = 1.f / total;
+    }
+    *lse = top == __builtin_inff() ? top : top + __builtin_logf(total);
+    const float* sums = w.sums + i * w.columns;
+    int64_t e = 0;
+    for (; e + W <= dim; e += W) store(out + e, load(sums + e) * splat(factor));
+    if (e < dim) store(out + e, load(sums + e) * splat(factor), static_cast<int>(dim - e));
+  }
+}
+
+template <class T>
+void run(const AttentionParams& p) {
+  const int64_t work = p.batch * p.heads * p.q_len * max64(p.kv_len, 1) *
+                       (p.head_dim + p.value_dim);
+  const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
+  const Plan plan = make_plan(p, static_cast<int>(threads));
+  const Units u = units_of_case(p);
+  const int64_t group = p.heads / p.kv_heads;
+  int64_t next = 0;
+  // Items are taken one by one, the longest first, as their lengths differ with a causal mask.
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
+    Workspace w(p, plan.heads_per_block * plan.rows);
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item >= plan.items) break;
+      const int64_t b = item / (p.kv_heads * plan.blocks);
+      const int64_t g = item / plan.blocks % p.kv_heads;
+      const int64_t at = plan.blocks - 1 - item % plan.blocks;
+      const int64_t head = at / plan.blocks_per_head * plan.heads_per_block;
+      const int64_t heads = min64(plan.heads_per_block, group - head);
+      const int64_t begin = at % plan.blocks_per_head * plan.rows;
+      const int64_t end = min64(begin + plan.rows, p.q_len);
+      if (begin >= end) continue;
+      int64_t rows = 0;
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t i = begin; i < end; ++i) {
+          w.rows[rows++] = make_row(p, b, g * group + head + h, i);
+        }
+      }
+      block<T>(p, u, w, b, g, Strips(rows));
+      write<T>(p, u, w, b, rows);
+    }
+  });
+}
+
+}  // namespace
+
+void attention(const AttentionParams& p) {
+  if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
+  with_type(p.dtype, [&]<class T>() { run<T>(p); });
+}
+
+}  // namespace ft::FT_ISA

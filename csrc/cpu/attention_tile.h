@@ -1,0 +1,321 @@
+// What attention's forward and backward share: the products on a tile of scores that lies in cache,
+// the rows of a block with what each may see, and the passes that turn products into scores.
+#pragma once
+#include "cpu/tile.h"
+#include "params/attention.h"
+
+namespace ft::FT_ISA {
+
+constexpr int kKeys = 128;  // keys of a tile, a multiple of NR; also the row stride of a score tile
+constexpr int kPanelRows = (MR + W - 1) / W * W;  // row stride of a packed strip of queries
+static_assert(kKeys % NR == 0);
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- products ---------------------------------------------------------------------------------
+
+enum class Into { store, add, scaled };  // c = ab, c += ab, c = factor[row]·c + ab
+
+// rows × (vectors·W) of C. Element (i, k) of A stands at a[i * row_step + k * k_step]; `panel` is
+// [depth][NR].
+template <int rows, int vectors, int row_step, int k_step, Into into>
+FT_INLINE void product(int64_t depth, const float* a, const float* panel, float* c,
+                       int64_t c_stride, [[maybe_unused]] const float* factor) {
+  vf acc[rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) acc[i][v] = zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    vf b[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) b[v] = load(panel + k * NR + v * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const vf x = splat(a[i * row_step + k * k_step]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      float* at = c + i * c_stride + v * W;
+      if constexpr (into == Into::store) store(at, acc[i][v]);
+      if constexpr (into == Into::add) store(at, load(at) + acc[i][v]);
+      if constexpr (into == Into::scaled) store(at, fma(load(at), splat(factor[i]), acc[i][v]));
+    }
+  }
+}
+
+template <int row_step, int k_step, Into into, int rows = MR>
+FT_INLINE void product_rows(int n, int vectors, int64_t depth, const float* a, const float* panel,
+                            float* c, int64_t c_stride, const float* factor) {
+  if constexpr (rows > 0) {
+    if (n == rows) {
+      if (vectors == NV) {
+        product<rows, NV, row_step, k_step, into>(depth, a, panel, c, c_stride, factor);
+      } else {
+        product<rows, 1, row_step, k_step, into>(depth, a, panel, c, c_stride, factor);
+      }
+    } else {
+      product_rows<row_step, k_step, into, rows - 1>(n, vectors, depth, a, panel, c, c_stride,
+                                                     factor);
+    }
+  }
+}
+
+// scores[n × NR] = strip · panel, over `depth` = head_dim.
+inline __attribute__((noinline)) void scores_product(int n, int64_t depth, const float* strip,
+                                                     const float* panel, float* scores) {
+  product_rows<1, kPanelRows, Into::store>(n, NV, depth, strip, panel, scores, kKeys, nullptr);
+}
+
+// c[n × columns] = factor·c + scores[n × depth] · panel.
+inline __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t depth,
+                                                   const float* scores, const float* panel,
+                                                   float* c, int64_t c_stride,
+                                                   const float* factor) {
+  product_rows<kKeys, 1, Into::scaled>(n, vectors, depth, scores, panel, c, c_stride, factor);
+}
+
+// ---- a block of query rows --------------------------------------------------------------------
+
+// One query: where it reads, and the keys [first, last) that the causal rule, the window and
+// key_lengths leave it.
+struct Row {
+  int64_t head, index;     // index: its place in the sequence
+  int64_t position;        // as the keys see it: index (+ kv_len − q_len when bottom_right)
+  int64_t first, last;
+  const bool* mask;
+  const char* bias;
+  float slope;             // of ALiBi
+  bool any;                // some key takes part
+};
+
+// A score tile holds q·k itself where nothing but masks is done to it, which saves a pass; scale
+// then is part of `exponent`. Else it holds scores: scale·q·k, softcap, ALiBi, bias. A scale ≤ 0 would
+// turn the maximum and −inf round, so it is never left to `exponent`.
+struct Units {
+  bool raw;
+  float lse_scale;  // what a tile's numbers are multiplied by to be scores
+  float exponent;   // … and to be powers of 2
+};
+
+inline Units units_of_case(const AttentionCase& p) {
+  Units u;
+  u.raw = p.scale > 0.f && p.softcap == 0.f && !p.bias.data && !p.alibi_slopes;
+  u.lse_scale = u.raw ? p.scale : 1.f;
+  u.exponent = u.lse_scale * kLog2E;
+  return u;
+}
+
+FT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+FT_INLINE size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline Row make_row(const AttentionCase& p, int64_t b, int64_t h, int64_t i) {
+  Row r;
+  r.head = h;
+  r.index = i;
+  r.position = p.bottom_right ? i + p.kv_len - p.q_len : i;
+  r.first = 0;
+  r.last = p.kv_len;
+  if (p.key_lengths) r.last = max64(0, min64(r.last, p.key_lengths[b]));
+  if (p.is_causal) r.last = min64(r.last, r.position + 1);
+  if (p.window_right >= 0) r.last = min64(r.last, r.position + p.window_right + 1);
+  if (p.window_left >= 0) r.first = max64(0, r.position - p.window_left);
+  if (r.last <= r.first) r.first = r.last = 0;
+  r.mask = nullptr;
+  if (p.mask.data) {
+    r.mask = static_cast<const bool*>(p.mask.data) + b * p.mask.batch + h * p.mask.head +
+             i * p.mask.row;
+  }
+  r.bias = nullptr;
+  if (p.bias.data) {
+    r.bias = static_cast<const char*>(p.bias.data) +
+             (b * p.bias.batch + h * p.bias.head + i * p.bias.row) *
+                 static_cast<int64_t>(size_of(p.bias_dtype));
+  }
+  r.slope = p.alibi_slopes ? p.alibi_slopes[b * p.heads + h] : 0.f;
+  r.any = !r.mask && !r.bias && r.last > r.first;
+  return r;
+}
+
+template <class T>
+FT_INLINE const T* at(const HeadsView& v, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const T*>(v.data) + b * v.batch + h * v.head + row * v.row;
+}
+
+// The rows of a block cut into strips of nearly equal height, none above MR.
+struct Strips {
+  int64_t rows, count;
+  explicit Strips(int64_t n) : rows(n), count((n + MR - 1) / MR) {}
+  int64_t begin(int64_t s) const { return rows * s / count; }
+  int height(int64_t s) const { return static_cast<int>(begin(s + 1) - begin(s)); }
+};
+
+// A strip of rows as [dim][kPanelRows].
+template <class T>
+inline void pack_strip(const HeadsView& view, int64_t b, const Row* rows, int n, int64_t dim,
+                       float* out) {
+  for (int base = 0; base < kPanelRows; base += W) {
+    const T* from[W];
+    for (int i = 0; i < W; ++i) {
+      from[i] = base + i < n ? at<T>(view, b, rows[base + i].head, rows[base + i].index) : nullptr;
+    }
+    for (int64_t k = 0; k < dim; k += W) {
+      vi r[W];
+      const int64_t have = dim - k;
+      for (int i = 0; i < W; ++i) {
+        r[i] = from[i] ? load_units<Float>(from[i] + k, have) : vi{};
+      }
+      transpose(r);
+      const int64_t count = min64(have, W);
+      for (int i = 0; i < count; ++i) store_units(out + (k + i) * kPanelRows + base, r[i]);
+    }
+  }
+}
+
+// Keys [j, j + n) as panels [dim][NR], for products over dim.
+template <class T>
+inline void pack_keys(const T* key, int64_t stride, int64_t n, int64_t dim, float* out) {
+  for (int64_t j = 0; j < n; j += NR, out += dim * NR) {
+    pack_panel_transposed<Float>(key + j * stride, stride, min64(NR, n - j), dim, out);
+  }
+}
+
+// The same rows as panels [n][NR] of NR columns each, `kKeys` rows apart, for products over rows.
+template <class T>
+inline void pack_values(const T* value, int64_t stride, int64_t n, int64_t dim, float* out) {
+  for (int64_t e = 0; e < dim; e += NR, out += kKeys * NR) {
+    pack_panel<Float>(value + e, stride, dim - e, n, out);
+  }
+}
+
+// ---- from products to scores ------------------------------------------------------------------
+
+// tanh: an odd polynomial on [−0.6, 0.6] (our own fit, relative error 1e-8), else by exp.
+FT_INLINE vf tanh(vf x) {
+  const vf z = x * x;
+  vf p = splat(-0.006276389118f);
+  p = fma(p, z, splat(0.021116215736f));
+  p = fma(p, z, splat(-0.053875137120f));
+  p = fma(p, z, splat(0.133329242468f));
+  p = fma(p, z, splat(-0.333333313465f));
+  const vf near = fma(p * z, x, x);
+  const vf far = splat(1.f) - splat(2.f) / (exp(x + x) + splat(1.f));
+  return select(z < splat(0.36f), near, far);
+}
+
+typedef uint8_t vbytes __attribute__((vector_size(W)));
+
+FT_INLINE vi load_flags(const bool* p, int n) {
+  vbytes bytes = {};
+  if (n >= W) {
+    std::memcpy(&bytes, p, W);
+  } else {
+    std::memcpy(&bytes, p, static_cast<size_t>(n));
+  }
+  return __builtin_convertvector(bytes, vi) != vi{};
+}
+
+// Rows of mask and bias with a column stride other than 1 are first copied beside each other.
+template <class T>
+FT_INLINE const T* beside(const T* p, int64_t stride, int64_t j, int64_t n, T* copy) {
+  if (stride == 1) return p + j;
+  for (int64_t i = 0; i < n; ++i) copy[i] = p[(j + i) * stride];
+  return copy;
+}
+
+// s[k] for keys j + k, k in [begin, end), begin a multiple of W: bias added, −inf where the row does
+// not see the key. `n` keys of the tile exist. Whole vectors are written.
+template <class B, bool has_bias, bool has_mask>
+FT_INLINE void mask_row(const AttentionCase& p, Row& row, int64_t j, int64_t begin, int64_t end,
+                        int64_t n, float* s) {
+  alignas(64) B bias_copy[has_bias ? kKeys : 1];
+  alignas(64) bool mask_copy[has_mask ? kKeys : 1];
+  [[maybe_unused]] const B* bias = nullptr;
+  [[maybe_unused]] const bool* mask = nullptr;
+  if constexpr (has_bias) {
+    bias = beside(reinterpret_cast<const B*>(row.bias), p.bias.column, j, n, bias_copy);
+  }
+  if constexpr (has_mask) mask = beside(row.mask, p.mask.column, j, n, mask_copy);
+  const vi low = splat_int(static_cast<int32_t>(max64(row.first - j, 0)));
+  const vi high = splat_int(static_cast<int32_t>(max64(min64(row.last - j, n), 0)));
+  vi any = {};
+  for (int64_t k = begin; k < end; k += W) {
+    const vi at = lanes() + splat_int(static_cast<int32_t>(k));
+    vi allowed = (at >= low) & (at < high);
+    vf x = load(s + k);
+    const int have = static_cast<int>(min64(W, n - k));
+    if constexpr (has_mask) allowed &= load_flags(mask + k, have);
+    if constexpr (has_bias) {
+      const vf add = have == W ? load(bias + k) : load(bias + k, have);
+      allowed &= ~(add == splat(-__builtin_inff()));
+      x += add;
+    }
+    store(s + k, select(allowed, x, splat(-__builtin_inff())));
+    any |= allowed;
+  }
+  if (!row.any && reduce_max(select(any, splat(1.f), zero())) > 0.f) row.any = true;
+}
+
+// Scale, softcap, ALiBi, bias and masks on one row of a tile's products.
+template <class T>
+inline __attribute__((noinline)) void finish_scores(const AttentionCase& p, const Units& u,
+                                                    Row& row, int64_t j, int64_t begin,
+                                                    int64_t end, int64_t n, float* s) {
+  if (p.softcap != 0.f) {
+    const vf inner = splat(p.scale / p.softcap), outer = splat(p.softcap);
+    for (int64_t k = begin; k < end; k += W) store(s + k, tanh(load(s + k) * inner) * outer);
+  } else if (!u.raw) {
+    for (int64_t k = begin; k < end; k += W) store(s + k, load(s + k) * splat(p.scale));
+  }
+  if (p.alibi_slopes) {
+    for (int64_t k = begin; k < end; k += W) {
+      const int64_t from = j + k - row.position;  // exact in float up to 2^24
+      const vf away = splat(static_cast<float>(from)) + __builtin_convertvector(lanes(), vf);
+      const vf distance = max(away, zero() - away);
+      store(s + k, fma(distance, splat(-row.slope), load(s + k)));
+    }
+  }
+  if (row.bias && row.mask) {
+    if (p.bias_dtype == DType::f32) return mask_row<float, true, true>(p, row, j, begin, end, n, s);
+    return mask_row<T, true, true>(p, row, j, begin, end, n, s);
+  }
+  if (row.bias) {
+    if (p.bias_dtype == DType::f32) return mask_row<float, true, false>(p, row, j, begin, end, n, s);
+    return mask_row<T, true, false>(p, row, j, begin, end, n, s);
+  }
+  if (row.mask) return mask_row<float, false, true>(p, row, j, begin, end, n, s);
+  mask_row<float, false, false>(p, row, j, begin, end, n, s);
+}
+
+// The keys [begin, end) of the tile at j that some row of a strip sees, and whether every row sees
+// all `n` of them as they are, so that the products are the scores.
+struct Seen {
+  int64_t begin, end;
+  bool plain;
+};
+
+inline Seen seen_by(const AttentionCase& p, const Units& u, const Row* rows, int count, int64_t j, int64_t n) {
+  int64_t begin = n, end = 0, all_from = 0, all_to = n;
+  for (int i = 0; i < count; ++i) {
+    const int64_t from = max64(rows[i].first - j, 0), to = min64(rows[i].last - j, n);
+    if (from < to) {
+      begin = min64(begin, from);
+      end = max64(end, to);
+    }
+    all_from = max64(all_from, from);
+    all_to = min64(all_to, to);
+  }
+  if (begin >= end) return {0, 0, false};
+  begin = begin / NR * NR;
+  return {begin, end, u.raw && !p.mask.data && end % W == 0 && all_from <= begin && all_to >= end};
+}
+
+}  // namespace ft::FT_ISA

@@ -1,0 +1,352 @@
+// Layer norm and RMS norm of rows, with or without a residual added first, forward and backward:
+// what layer_norm.cpp, rms_norm.cpp, add_layer_norm.cpp and add_rms_norm.cpp have in common.
+//
+// Forward: a thread owns a run of rows and takes kRows of them at a time, so that weight and bias
+// are loaded once for all and one row's reductions hide behind another's. A row is read from memory
+// once and then twice from cache: sum; squares of the centred values; write. The variance is that
+// of centred values, and the sum of what centring left corrects the mean, so a mean far from 0
+// costs no digits (Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983,
+// eq. 1.7).
+//
+// Backward: rows are cut into chunks by shape alone. A chunk sums its weight gradients over its
+// rows in order, and the chunks' sums are added in order: the same bits on any number of threads.
+// Bound by memory bandwidth; in cache by loads.
+#pragma once
+#include "cpu/parallel.h"
+#include "cpu/philox.h"
+#include "cpu/vec.h"
+#include "params/row_norm.h"
+
+namespace ft::FT_ISA {
+
+// Tuned on a Zen 4 (2 cores, AVX-512) at 128 … 16384 features.
+constexpr int kRows = 2;                   // forward: rows in flight
+constexpr int kSums = 2;                   // forward: partial sums of a row
+constexpr int kGradRows = 4;               // backward: rows in flight
+constexpr int64_t kNormGrain = 32768;      // elements below which a second thread costs more
+constexpr int64_t kChunkElements = 32768;  // backward: elements that a chunk has at least …
+constexpr int64_t kChunkRows = 8;          // … unless that is fewer rows than these
+constexpr int64_t kChunks = 64;            // … and at most as many chunks
+constexpr int64_t kPlainSumRows = 64;      // rows added one by one before a sum goes up a level
+
+enum class Add { none, residual, dropped };  // what is added to what before the norm
+
+// A vector's worth of columns, or what is left of one at a row's end.
+struct Whole {};
+struct Part {
+  int count;
+};
+
+template <class T>
+FT_INLINE vf load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+FT_INLINE vf load(const T* p, Part part) {
+  return load(p, part.count);
+}
+template <class T>
+FT_INLINE void store(T* p, vf x, Whole) {
+  store(p, x);
+}
+template <class T>
+FT_INLINE void store(T* p, vf x, Part part) {
+  store(p, x, part.count);
+}
+FT_INLINE vf keep(vf x, Whole) { return x; }
+FT_INLINE vf keep(vf x, Part part) { return select(lanes() < splat_int(part.count), x, zero()); }
+
+// Calls f(column, u, Whole or Part) over n columns, u going round 0 … U−1.
+template <int U, class F>
+FT_INLINE void over_columns(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + U * W <= n; j += U * W) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) f(j + u * W, u, Whole{});
+  }
+  for (; j + W <= n; j += W) f(j, 0, Whole{});
+  if (j < n) f(j, 0, Part{static_cast<int>(n - j)});
+}
+
+// `vector` as floats: itself, or a copy in `room`; `absent` everywhere if there is none.
+inline const float* float_vector(const VectorArg& vector, int64_t n, float absent, float* room) {
+  if (vector.data == nullptr) {
+    for (int64_t j = 0; j < n; ++j) room[j] = absent;
+    return room;
+  }
+  if (vector.dtype == DType::f32) return static_cast<const float*>(vector.data);
+  widen_vector(vector, n, room);
+  return room;
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+template <class T, bool Center, Add A, int R>
+void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float* b,
+               uint32_t* random) {
+  const int64_t n = p.features;
+  const float count = static_cast<float>(n);
+  const T* x[R];  // what is normed
+  T* out[R];
+  vf sum[R][kSums] = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const T* in = static_cast<const T*>(p.input) + (row + r) * p.input_stride;
+    out[r] = static_cast<T*>(p.normed) + (row + r) * n;
+    x[r] = in;
+    if constexpr (A != Add::none) {
+      const T* residual = static_cast<const T*>(p.residual) + (row + r) * p.residual_stride;
+      T* summed = static_cast<T*>(p.summed) + (row + r) * n;
+      x[r] = summed;
+      const uint32_t* words = nullptr;
+      if constexpr (A == Add::dropped) {
+        words = random_words(p.dropout.seed, static_cast<uint64_t>((row + r) * n), n, random);
+      }
+      over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+        vf v = load(in + j, part);
+        if constexpr (A == Add::dropped) {
+          v = dropped(v, words + j, p.dropout.threshold, p.dropout.scale);
+        }
+        store(summed + j, load(residual + j, part) + v, part);
+        v = load(summed + j, part);  // rounded to T
+        sum[r][u] = Center ? sum[r][u] + v : fma(v, v, sum[r][u]);
+      });
+    }
+  }
+  if constexpr (A == Add::none) {
+    over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf v = load(x[r] + j, part);
+        sum[r][u] = Center ? sum[r][u] + v : fma(v, v, sum[r][u]);
+      }
+    });
+  }
+  float mean[R] = {}, rstd[R];
+  if constexpr (Center) {
+    vf squares[R][kSums] = {}, left[R][kSums] = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) mean[r] = reduce_add(sum[r][0] + sum[r][1]) / count;
+    over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf centred = keep(load(x[r] + j, part) - splat(mean[r]), part);
+        squares[r][u] = fma(centred, centred, squares[r][u]);
+        left[r][u] += centred;
+      }
+    });
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float shift = reduce_add(left[r][0] + left[r][1]) / count;
+      float variance = reduce_add(squares[r][0] + squares[r][1]) / count - shift * shift;
+      if (variance < 0.f) variance = 0.f;
+      mean[r] += shift;
+      rstd[r] = 1.f / __builtin_sqrtf(variance + p.eps);
+      p.mean[row + r] = mean[r];
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      rstd[r] = 1.f / __builtin_sqrtf(reduce_add(sum[r][0] + sum[r][1]) / count + p.eps);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) p.rstd[row + r] = rstd[r];
+  over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const vf scale = load(w + j, part);
+    const vf shift = Center ? load(b + j, part) : zero();
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf v = load(x[r] + j, part);
+      const vf y = (Center ? v - splat(mean[r]) : v) * splat(rstd[r]);
+      store(out[r] + j, Center ? fma(y, scale, shift) : y * scale, part);
+    }
+  });
+}
+
+template <bool Center, Add A>
+void norm_forward(const RowNormParams& p) {
+  with_type(p.dtype, [&]<class T>() {
+    const int64_t n = p.features;
+    parallel_for(p.rows, kNormGrain / (n + 1) + 1, [&](int64_t begin, int64_t end) {
+      const int64_t room = (n + W - 1) / W * W;
+      float* vectors = nullptr;
+      if (p.weight.data == nullptr || p.weight.dtype != DType::f32 ||
+          (Center && (p.bias.data == nullptr || p.bias.dtype != DType::f32))) {
+        vectors = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * 2 * room));
+      }
+      uint32_t* random = nullptr;
+      if constexpr (A == Add::dropped) {
+        random = static_cast<uint32_t*>(
+            thread_scratch(Scratch::pack, sizeof(uint32_t) * random_words_room(n)));
+      }
+      const float* w = float_vector(p.weight, n, 1.f, vectors);
+      const float* b = Center ? float_vector(p.bias, n, 0.f, vectors + room) : nullptr;
+      int64_t r = begin;
+      for (; r + kRows <= end; r += kRows) norm_rows<T, Center, A, kRows>(p, r, w, b, random);
+      for (; r < end; ++r) norm_rows<T, Center, A, 1>(p, r, w, b, random);
+    });
+  });
+}
+
+template <bool Center>
+void add_norm_forward(const RowNormParams& p) {
+  if (p.dropout.on()) return norm_forward<Center, Add::dropped>(p);
+  norm_forward<Center, Add::residual>(p);
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// The input gradients of R rows; adds their part of the weight gradients to dw and db unless null.
+template <class T, bool Center, int R>
+void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w, float* dw,
+                    float* db, uint32_t* random) {
+  const int64_t n = p.features;
+  const float count = static_cast<float>(n);
+  const T* grad[R];
+  const T* x[R];
+  float mean[R], rstd[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    grad[r] = static_cast<const T*>(p.grad_normed) + (row + r) * p.grad_normed_stride;
+    x[r] = static_cast<const T*>(p.summed) + (row + r) * p.summed_stride;
+    mean[r] = Center ? p.mean[row + r] : 0.f;
+    rstd[r] = p.rstd[row + r];
+  }
+  vf sum_grad[R] = {}, sum_product[R] = {};
+  over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const vf weight = load(w + j, part);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf g = load(grad[r] + j, part) * weight;
+      const vf v = load(x[r] + j, part);
+      if (Center) sum_grad[r] += g;
+      sum_product[r] = fma(g, Center ? v - splat(mean[r]) : v, sum_product[r]);
+    }
+  });
+  // With one feature x̂ is 0 and g is its own mean; the difference must be 0 and no rounding of it.
+  const bool constant = Center && n == 1;
+  float mean_grad[R], mean_product[R], factor[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    mean_grad[r] = Center ? reduce_add(sum_grad[r]) / count : 0.f;
+    mean_product[r] = reduce_add(sum_product[r]) * rstd[r] / count;
+    factor[r] = constant ? 0.f : rstd[r];
+  }
+  const T* grad_summed = static_cast<const T*>(p.grad_summed);
+  T* d_residual = static_cast<T*>(p.d_residual) + row * n;
+  T* d_input = p.d_input == nullptr ? nullptr : static_cast<T*>(p.d_input) + row * n;
+  const int64_t room = random_words_room(n);
+  const uint32_t* words[R];
+  if (d_input != nullptr) {
+    for (int r = 0; r < R; ++r) {
+      const uint64_t position = static_cast<uint64_t>((row + r) * n);
+      words[r] = random_words(p.dropout.seed, position, n, random + r * room);
+    }
+  }
+  over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const vf weight = load(w + j, part);
+    vf sum_w = zero(), sum_b = zero();
+    if (dw != nullptr) sum_w = load(dw + j, part);
+    if (db != nullptr) sum_b = load(db + j, part);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf g = load(grad[r] + j, part);
+      const vf v = load(x[r] + j, part);
+      const vf normed = (Center ? v - splat(mean[r]) : v) * splat(rstd[r]);
+      sum_w = fma(g, normed, sum_w);
+      sum_b += g;
+      vf d = fma(g, weight, -splat(mean_grad[r]));
+      d = fma(normed, -splat(mean_product[r]), d) * splat(factor[r]);
+      if (grad_summed != nullptr) {
+        d += load(grad_summed + (row + r) * p.grad_summed_stride + j, part);
+      }
+      store(d_residual + r * n + j, d, part);
+      if (d_input != nullptr) {
+        d = dropped(d, words[r] + j, p.dropout.threshold, p.dropout.scale);
+        store(d_input + r * n + j, d, part);
+      }
+    }
+    if (dw != nullptr) store(dw + j, sum_w, part);
+    if (db != nullptr) store(db + j, sum_b, part);
+  });
+}
+
+// Adds `from` to `to` and clears it.
+inline void move_sum(float* from, float* to, int64_t n) {
+  over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    store(to + j, load(to + j, part) + load(from + j, part), part);
+    store(from + j, zero(), part);
+  });
+}
+
+// out = sums[0] + sums[1] + … of `chunks` vectors that lie `stride` apart.
+inline void add_chunks(const float* sums, int64_t chunks, int64_t stride, int64_t n, DType dtype,
+                       void* out) {
+  with_type(dtype, [&]<class T>() {
+    parallel_for(
+        (n + W - 1) / W, kNormGrain / (W * (chunks + 1)) + 1, [&](int64_t begin, int64_t end) {
+          const int64_t from = begin * W, to = end * W < n ? end * W : n;
+          over_columns<1>(to - from, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+            vf sum = zero();
+            for (int64_t c = 0; c < chunks; ++c) sum += load(sums + c * stride + from + j, part);
+            store(static_cast<T*>(out) + from + j, sum, part);
+          });
+        });
+  });
+}
+
+template <bool Center>
+void norm_backward(const RowNormBackwardParams& p) {
+  const int64_t n = p.features, rows = p.rows;
+  int64_t chunk = kChunkElements / (n + 1) + 1;
+  if (chunk < kChunkRows) chunk = kChunkRows;
+  if (chunk < (rows + kChunks - 1) / kChunks) chunk = (rows + kChunks - 1) / kChunks;
+  chunk = (chunk + kGradRows - 1) / kGradRows * kGradRows;
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const int64_t room = (n + W - 1) / W * W;
+  const bool wants_weight = p.d_weight != nullptr, wants_bias = p.d_bias != nullptr;
+  float* sums = nullptr;  // (chunks, {weight, bias}, room)
+  if (wants_weight || wants_bias) {
+    sums = static_cast<float*>(
+        thread_scratch(Scratch::shared, sizeof(float) * 2 * room * (chunks + 1)));
+  }
+  with_type(p.dtype, [&]<class T>() {
+    parallel_for(chunks, kNormGrain / (chunk * n + 1) + 1, [&](int64_t begin, int64_t end) {
+      const float* w = float_vector(
+          p.weight, n, 1.f,
+          static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * 2 * room)));
+      float* level =
+          static_cast<float*>(thread_scratch(Scratch::accumulate, sizeof(float) * 2 * room));
+      uint32_t* random = nullptr;
+      if (p.d_input != nullptr) {
+        random = static_cast<uint32_t*>(
+            thread_scratch(Scratch::pack, sizeof(uint32_t) * kGradRows * random_words_room(n)));
+      }
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t last = c * chunk + chunk < rows ? c * chunk + chunk : rows;
+        float* total = nullptr;
+        if (sums != nullptr) {
+          total = sums + 2 * room * c;
+          std::memset(total, 0, sizeof(float) * 2 * room);
+          std::memset(level, 0, sizeof(float) * 2 * room);
+        }
+        float* dw = wants_weight ? level : nullptr;
+        float* db = wants_bias ? level + room : nullptr;
+        for (int64_t first = c * chunk; first < last; first += kPlainSumRows) {
+          const int64_t stop = first + kPlainSumRows < last ? first + kPlainSumRows : last;
+          int64_t r = first;
+          for (; r + kGradRows <= stop; r += kGradRows) {
+            norm_grad_rows<T, Center, kGradRows>(p, r, w, dw, db, random);
+          }
+          for (; r < stop; ++r) norm_grad_rows<T, Center, 1>(p, r, w, dw, db, random);
+          if (sums != nullptr) move_sum(level, total, 2 * room);
+        }
+      }
+    });
+  });
+  if (wants_weight) add_chunks(sums, chunks, 2 * room, n, p.weight_dtype, p.d_weight);
+  if (wants_bias) add_chunks(sums + room, chunks, 2 * room, n, p.weight_dtype, p.d_bias);
+}
+
+}  // namespace ft::FT_ISA

@@ -1,0 +1,5 @@
+#pragma once
+#include "params/row_norm.h"
+
+FT_DECLARE_KERNEL(add_rms_norm, RowNormParams)
+FT_DECLARE_KERNEL(add_rms_norm_backward, RowNormBackwardParams)

@@ -1,0 +1,64 @@
+#pragma once
+#include "params/common.h"
+
+namespace ft {
+
+// (batch, heads, sequence, dim) with last stride 1; strides count elements and may be 0.
+struct HeadsView {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+// A view of the scores' shape (batch, heads, q_len, kv_len); stride 0 where it broadcasts.
+struct ScoresView {
+  const void* data = nullptr;  // null: absent
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+// What forward and backward share: inputs and every option. See fasttransformer/reference/
+// attention.py for the meaning; query head h reads key head h / (heads / kv_heads).
+struct AttentionCase {
+  DType dtype = DType::f32;
+  int64_t batch = 0, heads = 0, kv_heads = 0, q_len = 0, kv_len = 0;
+  int64_t head_dim = 0, value_dim = 0;
+  HeadsView query, key, value;
+  ScoresView mask;  // bool, true: takes part
+  ScoresView bias;
+  DType bias_dtype = DType::f32;
+  bool is_causal = false, bottom_right = false;
+  int64_t window_left = -1, window_right = -1;  // −1: unbounded
+  float softcap = 0.f;                          // 0: off
+  const float* alibi_slopes = nullptr;          // (batch, heads)
+  const float* sinks = nullptr;                 // (heads,)
+  const int32_t* key_lengths = nullptr;         // (batch,)
+  float scale = 1.f;
+  Dropout dropout;
+};
+
+struct AttentionParams : AttentionCase {
+  void* out = nullptr;  // memory (batch, q_len, heads, value_dim)
+  float* lse = nullptr;  // (batch, heads, q_len)
+};
+
+struct AttentionBackwardParams : AttentionCase {
+  HeadsView grad_out, out;
+  const float* grad_lse = nullptr;  // (batch, heads, q_len), or null
+  const float* lse = nullptr;
+  void* d_query = nullptr;  // memory (batch, q_len, heads, head_dim)
+  void* d_key = nullptr;    // memory (batch, kv_len, kv_heads, head_dim)
+  void* d_value = nullptr;  // memory (batch, kv_len, kv_heads, value_dim)
+  float* d_bias = nullptr;  // contiguous, size 1 where the bias has stride 0; null: not wanted
+  int64_t d_bias_sizes[4] = {};
+  float* d_sinks = nullptr;  // (heads,); null: not wanted
+  float* delta = nullptr;    // (batch, heads, q_len) of workspace
+  // Keys are split into this many parts that run in parallel, each with its own sum of d_query (and
+  // of d_bias where that broadcasts over keys) in `partial`; the sums are added in order.
+  int64_t parts = 1;
+  float* partial = nullptr;         // parts × (batch, heads, q_len, head_dim), if parts > 1
+  float* partial_bias = nullptr;    // parts × the shape of d_bias, if parts > 1 and it broadcasts
+};
+
+}  // namespace ft
+
+FT_DECLARE_KERNEL(attention, AttentionParams)
+FT_DECLARE_KERNEL(attention_backward, AttentionBackwardParams)

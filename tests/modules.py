@@ -1,0 +1,161 @@
+"""What the tests of ft.nn share: a module of torch's, ours with the same parameters, the truth.
+
+The truth is torch's module in float64 on the path it trains on (its evaluation path is wrong in
+places: known faults b34, b42), with dropout off. The peer is the same in the module's own dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import contract
+import fasttransformer as ft
+from fasttransformer._contract import compare as compare_tensors
+from fasttransformer.backends import TABLE
+
+OURS: dict[type, type] = {
+    nn.MultiheadAttention: ft.nn.MultiheadAttention,
+    nn.TransformerEncoderLayer: ft.nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: ft.nn.TransformerDecoderLayer,
+    nn.TransformerEncoder: ft.nn.TransformerEncoder,
+    nn.TransformerDecoder: ft.nn.TransformerDecoder,
+    nn.Transformer: ft.nn.Transformer,
+    nn.LayerNorm: ft.nn.LayerNorm,
+    nn.RMSNorm: ft.nn.RMSNorm,
+    nn.Linear: ft.nn.Linear,
+    nn.Softmax: ft.nn.Softmax,
+    nn.Embedding: ft.nn.Embedding,
+}
+
+
+def ours_of(module: nn.Module) -> nn.Module:
+    """A copy whose every module that has a class of ours is of that class."""
+    module = copy.deepcopy(module)
+    for child in module.modules():
+        if type(child) in OURS:
+            child.__class__ = OURS[type(child)]
+    return module
+
+
+@contextlib.contextmanager
+def torch_slow_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def skip_unless_runs(on: str, *ops: str) -> None:
+    """Skips a test that forces a backend on modules where it lacks one of their operations."""
+    backend = on.split(":")[0]
+    if contract.device_of(on) != "cpu":
+        pytest.skip("the module's truth is on the CPU")
+    for op in ops:
+        kernel = TABLE[op].get(backend)
+        if backend != "torch" and (kernel is None or kernel.forward is None):
+            pytest.skip(f"{backend} has no {op}")
+
+
+def without_dropout(module: nn.Module) -> nn.Module:
+    module = copy.deepcopy(module)
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        if isinstance(child, nn.MultiheadAttention):
+            child.dropout = 0.0
+    return module
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return tuple(o for o in (out if isinstance(out, tuple) else (out,)) if o is not None)
+
+
+def run(
+    module: nn.Module, call: Callable[..., Any], inputs: Sequence[Tensor], grads: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs, and the gradient of every parameter and input for fixed cotangents."""
+    module.zero_grad(set_to_none=True)
+    inputs = [x.detach().clone() for x in inputs]
+    if not grads:
+        with torch.no_grad():
+            return list(as_tuple(call(module, *inputs))), {}
+    inputs = [x.requires_grad_() for x in inputs]
+    outs = as_tuple(call(module, *inputs))
+    generator = torch.Generator().manual_seed(3)
+    loss = torch.zeros((), dtype=torch.float64)
+    for out in outs:
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (out.double() * weight.to(out.dtype)).sum()
+    loss.backward()
+    found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    found |= {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+    return list(outs), found
+
+
+def widened(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return value
+
+
+def assert_close(out: Tensor, want: Tensor, peer: Tensor, what: str, steps: int) -> None:
+    if out.dtype == torch.float64:  # the truth itself rounds in float64
+        torch.testing.assert_close(out, want, atol=1e-12, rtol=1e-10)
+        return
+    found = compare_tensors(out, want, peer)
+    if found.problem is None or not found.allowed:
+        assert found.problem is None, f"{what}: {found.problem}"
+        return
+    step = found.allowed - 2 * found.peer_error
+    assert found.error <= found.allowed + (steps - 1) * step, f"{what}: {found.problem}"
+
+
+def compare(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    grads: bool = True,
+    training: bool = False,
+    ours: nn.Module | None = None,
+    steps: int = 4,
+    call: Callable[..., Any] | None = None,
+    **options: Any,
+) -> None:
+    """Holds ours against torch's ``module``: outputs, and with ``grads`` every gradient.
+
+    ``options`` are keyword arguments of the call; floating masks are widened for the truth.
+    ``steps`` is how many rounding steps the contract grants beyond twice the peer's error: one for
+    an operation. A module rounds about six times in a row, and the largest error of a few numbers
+    (a bias's gradient) is a small sample, so a grid of hundreds of small cases gets four.
+    """
+    ours = (ours or ours_of(module)).train(training)
+    base = without_dropout(module).train()
+    true = copy.deepcopy(base).double()
+    call = call or (lambda m, *x, **kw: m(*x, **kw))
+    got, got_grads = run(ours, lambda m, *x: call(m, *x, **options), inputs, grads)
+    wide = {k: widened(v) for k, v in options.items()}
+    with torch_slow_path():
+        want, want_grads = run(
+            true, lambda m, *x: call(m, *x, **wide), [x.double() for x in inputs], grads
+        )
+        narrow = {
+            k: v.to(inputs[0].dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in options.items()
+        }
+        peer, peer_grads = run(base, lambda m, *x: call(m, *x, **narrow), inputs, grads)
+    assert len(got) == len(want)
+    for i, (a, b, c) in enumerate(zip(got, want, peer)):
+        assert a.dtype == c.dtype, f"output {i} has dtype {a.dtype}, torch's {c.dtype}"
+        assert_close(a, b, c, f"output {i}", steps)
+    assert got_grads.keys() == want_grads.keys()
+    for name, gradient in got_grads.items():
+        assert_close(gradient, want_grads[name], peer_grads[name], f"gradient of {name}", steps)

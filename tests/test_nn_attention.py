@@ -1,0 +1,635 @@
+"""ft.nn.MultiheadAttention against torch's, over every flag of constructor and call."""
+
+import copy
+import io
+import itertools
+import pickle
+import random
+import warnings
+
+import modules
+import pytest
+import torch
+from torch import nn
+
+import contract
+import fasttransformer as ft
+
+L, S, B, E, H = 5, 7, 3, 16, 4
+CAUSAL = torch.ones(L, L, dtype=torch.bool).triu(1)
+
+#: flag → values of the grid; see `build` and `arguments`.
+GRID = {
+    "batch_first": (True, False),
+    "bias": (True, False),
+    "kv_dims": ("same", "k", "both"),
+    "add_bias_kv": (False, True),
+    "add_zero_attn": (False, True),
+    "kind": ("self", "cross", "three"),
+    "batched": (True, False),
+    "weights": ("none", "mean", "heads"),
+    "attn_mask": ("none", "bool", "float", "bool_3d", "float_3d", "causal", "causal_float"),
+    "padding": ("none", "bool", "float"),
+    "training": (False, True),
+    "grads": (True, False),
+}
+
+
+def sample_grid(count: int, seed: int) -> list[dict]:
+    """Random points, few of which still show every pair of values (asserted below)."""
+    rng = random.Random(seed)
+    return [{flag: rng.choice(values) for flag, values in GRID.items()} for _ in range(count)]
+
+
+CASES = sample_grid(320, 1)
+
+
+def test_the_sample_has_every_pair_of_values():
+    seen = set()
+    for case in CASES:
+        seen |= set(itertools.combinations(case.items(), 2))
+    for (f, fs), (g, gs) in itertools.combinations(GRID.items(), 2):
+        for pair in itertools.product(fs, gs):
+            assert ((f, pair[0]), (g, pair[1])) in seen
+
+
+def build(case: dict, dtype=torch.float32) -> nn.MultiheadAttention:
+    dims = {"same": {}, "k": {"kdim": 6}, "both": {"kdim": 6, "vdim": 10}}[case["kv_dims"]]
+    if case["kind"] == "self":
+        dims = {}
+    mha = nn.MultiheadAttention(
+        E, H, dropout=0.0 if case["training"] else 0.5, bias=case["bias"],
+        add_bias_kv=case["add_bias_kv"], add_zero_attn=case["add_zero_attn"],
+        batch_first=case["batch_first"], **dims,
+    )  # fmt: skip
+    for p in mha.parameters():  # biases start at 0
+        nn.init.normal_(p, std=0.3)
+    return mha.to(dtype)
+
+
+def arguments(case: dict, mha: nn.MultiheadAttention, dtype=torch.float32):
+    """inputs, a call that gives them to a module, and the masks."""
+
+    def sequence(length, features):
+        if not case["batched"]:
+            shape = (length, features)
+        elif case["batch_first"]:
+            shape = (B, length, features)
+        else:
+            shape = (length, B, features)
+        return torch.randn(shape).to(dtype)
+
+    kind = case["kind"]
+    if kind == "cross" and mha.kdim != mha.vdim:
+        kind = "three"
+    k_len = L if kind == "self" else S
+    batch = B if case["batched"] else 1
+    x = sequence(L, E)
+    if kind == "self":
+        inputs, call = [x], lambda m, x, **kw: m(x, x, x, **kw)
+    elif kind == "cross":
+        inputs, call = [x, sequence(S, mha.kdim)], lambda m, x, y, **kw: m(x, y, y, **kw)
+    else:
+        inputs = [x, sequence(S, mha.kdim), sequence(S, mha.vdim)]
+        call = lambda m, q, k, v, **kw: m(q, k, v, **kw)  # noqa: E731
+    options = {
+        "need_weights": case["weights"] != "none",
+        "average_attn_weights": case["weights"] == "mean",
+    }
+    name = case["attn_mask"]
+    shape = (batch * H, L, k_len) if name.endswith("3d") else (L, k_len)
+    if name.startswith("bool"):
+        options["attn_mask"] = torch.rand(shape) < 0.3
+        options["attn_mask"][..., 0] = False  # no row without a key: torch gives NaN for those
+    elif name.startswith("float"):
+        options["attn_mask"] = torch.randn(shape).to(dtype)
+    elif name.startswith("causal"):
+        mask = torch.ones(L, k_len, dtype=torch.bool).triu(1)
+        if name.endswith("float"):
+            mask = torch.zeros(L, k_len).masked_fill(mask, float("-inf")).to(dtype)
+        options |= {"attn_mask": mask, "is_causal": True}
+    if case["padding"] != "none":
+        padding = torch.rand(batch, k_len) < 0.3
+        padding[:, 0] = False
+        if not case["batched"]:
+            padding = padding[0]
+        if case["padding"] == "float":
+            padding = torch.where(padding, float("-inf"), torch.randn(padding.shape)).to(dtype)
+        options["key_padding_mask"] = padding
+    return inputs, call, options
+
+
+def case_id(case: dict) -> str:
+    return "-".join(str(v) if not isinstance(v, bool) else f"{k}{v:d}" for k, v in case.items())
+
+
+@pytest.mark.parametrize("start", range(0, len(CASES), 40))
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+def test_against_torch_float32(start):
+    for case in CASES[start : start + 40]:
+        mha = build(case)
+        inputs, call, options = arguments(case, mha)
+        try:
+            modules.compare(
+                mha, inputs, grads=case["grads"], training=case["training"], call=call, **options
+            )
+        except Exception as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+def test_against_torch_other_dtypes(dtype):
+    for case in CASES[:40]:
+        mha = build(case, dtype)
+        inputs, call, options = arguments(case, mha, dtype)
+        try:
+            modules.compare(
+                mha, inputs, grads=case["grads"], training=case["training"], call=call, **options
+            )
+        except Exception as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.parametrize("on", contract.backends_of("attention"))
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_on_every_backend(on, batch_first):
+    case = dict.fromkeys(GRID) | {
+        "batch_first": batch_first, "bias": True, "kv_dims": "same", "add_bias_kv": False,
+        "add_zero_attn": False, "kind": "self", "batched": True, "weights": "none",
+        "attn_mask": "bool", "padding": "float", "training": True,
+    }  # fmt: skip
+    mha = build(case)
+    inputs, call, options = arguments(case, mha)
+    modules.skip_unless_runs(on, "attention", "linear_add")
+    with contract.running_on(on):
+        modules.compare(mha, inputs, training=True, call=call, **options)
+
+
+@pytest.mark.parametrize(
+    "mask_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_float_masks_of_every_dtype(mask_dtype, dtype, need_weights):
+    mha = nn.MultiheadAttention(E, H, batch_first=True).to(dtype)
+    x = torch.randn(B, L, E, dtype=dtype)
+    mask = torch.randint(-3, 3, (L, L)).to(mask_dtype)  # exact in every dtype
+    mask[0, 3] = float("-inf")
+    padding = torch.zeros(B, L, dtype=mask_dtype)
+    padding[1, 4] = float("-inf")
+    modules.compare(
+        mha, [x], call=lambda m, x, **kw: m(x, x, x, **kw), attn_mask=mask,
+        key_padding_mask=padding, need_weights=need_weights,
+    )  # fmt: skip
+
+
+def test_float_mask_may_require_a_gradient():
+    mha = nn.MultiheadAttention(E, H, batch_first=True).double()
+    x = torch.randn(B, L, E, dtype=torch.float64)
+    grads = []
+    for module in (mha, modules.ours_of(mha)):
+        for need_weights in (False, True):
+            mask = torch.linspace(-1, 1, L * L, dtype=torch.float64).view(L, L).requires_grad_()
+            module(x, x, x, attn_mask=mask, need_weights=need_weights)[0].square().sum().backward()
+            grads.append(mask.grad)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+
+
+# ---- rows without a key -------------------------------------------------------------------------
+
+
+def textbook(mha, x, allowed, bias=None):
+    """Self-attention, batch first: (B, H, L, S) weights with empty rows 0, and the output."""
+    batch, length, embed = x.shape
+    q, k, v = (x @ mha.in_proj_weight.T + mha.in_proj_bias).chunk(3, -1)
+    q, k, v = (t.view(batch, length, mha.num_heads, -1).transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    empty = ~allowed.expand_as(scores).any(-1, keepdim=True)
+    weights = torch.where(empty, 0.0, torch.where(empty, 0.0, scores).softmax(-1))
+    out = (weights @ v).transpose(1, 2).reshape(batch, length, embed)
+    return out @ mha.out_proj.weight.T + mha.out_proj.bias, weights
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_b06_one_head_fully_masked(training, as_float):
+    # pytorch/pytorch#160064
+    mha = nn.MultiheadAttention(3, 3, batch_first=True)
+    nn.init.normal_(mha.in_proj_bias)
+    nn.init.normal_(mha.out_proj.bias)
+    ours = modules.ours_of(mha).train(training)
+    x = torch.randn(1, 5, 3)
+    mask = torch.zeros(3, 1, 1, dtype=torch.bool)
+    mask[2] = True
+    mask = mask.expand(3, 5, 5)
+    given = torch.zeros(3, 5, 5).masked_fill(mask, float("-inf")) if as_float else mask
+    out, weights = ours(x, x, x, attn_mask=given, average_attn_weights=False)
+    plain, none = ours(x, x, x, attn_mask=given, need_weights=False)
+    want, want_weights = textbook(copy.deepcopy(mha).double(), x.double(), ~mask[None])
+    assert none is None
+    assert not weights[0, 2].any()
+    torch.testing.assert_close(weights, want_weights.float())
+    torch.testing.assert_close(out, want.float())
+    torch.testing.assert_close(plain, want.float())
+    for result in (out, plain):
+        ours.zero_grad()
+        result.sum().backward(retain_graph=True)
+        assert all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_b07_a_sample_of_length_zero(need_weights, as_float):
+    # pytorch/pytorch#27968
+    mha = nn.MultiheadAttention(20, 5, dropout=0.1)
+    nn.init.normal_(mha.out_proj.bias)
+    ours = modules.ours_of(mha).train()
+    x = torch.randn(5, 4, 20, requires_grad=True)
+    lengths = torch.tensor([5, 3, 1, 0])
+    padding = torch.arange(5) >= lengths[:, None]
+    given = torch.zeros(4, 5).masked_fill(padding, float("-inf")) if as_float else padding
+    for training in (True, False):
+        ours.train(training)
+        out, weights = ours(x, x, x, key_padding_mask=given, need_weights=need_weights)
+        assert out.isfinite().all()
+        torch.testing.assert_close(out[:, 3], mha.out_proj.bias.expand(5, 20))
+        if need_weights:
+            assert not weights[3].any()
+            assert not weights[padding[:, None].expand(4, 5, 5)].any()
+            if not training:
+                torch.testing.assert_close(weights[:3].sum(-1), torch.ones(3, 5))
+        x.grad = None
+        out.square().sum().backward()
+        assert x.grad.isfinite().all()
+        assert not x.grad[:, 3].any()
+        assert all(p.grad.isfinite().all() for p in ours.parameters())
+
+
+def test_b07_weights_are_those_after_dropout():
+    mha = ft.nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True).train()
+    x = torch.randn(4, 32, 16)
+    _, weights = mha(x, x, x, average_attn_weights=False)
+    _, kept = mha.eval()(x, x, x, average_attn_weights=False)
+    dropped = weights == 0
+    assert 0.4 < dropped.float().mean() < 0.6
+    torch.testing.assert_close(weights[~dropped], 2 * kept[~dropped])
+
+
+# ---- dropout, causal rule -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_b29_no_dropout_in_eval(need_weights):
+    # pytorch/pytorch#124464
+    mha = nn.MultiheadAttention(E, H, dropout=0.5, batch_first=True)
+    ours = modules.ours_of(mha).eval()
+    x = torch.randn(B, L, E)
+    first = ours(x, x, x, need_weights=need_weights)[0]
+    assert torch.equal(first, ours(x, x, x, need_weights=need_weights)[0])
+    ours.dropout = 0.0
+    assert torch.equal(first, ours(x, x, x, need_weights=need_weights)[0])
+
+
+def test_dropout_in_training_drops_and_keeps_the_mean():
+    mha = ft.nn.MultiheadAttention(16, 2, dropout=0.3, batch_first=True).train()
+    x = torch.randn(1, 16, 16).expand(400, -1, -1)
+    with torch.no_grad():
+        kept = mha.eval()(x, x, x, need_weights=False)[0]
+        draws = mha.train()(x, x, x, need_weights=False)[0]
+    assert not torch.equal(draws[0], draws[1])
+    torch.testing.assert_close(draws.mean(0), kept[0], atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("hint", [False, True])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_b31_causal_is_never_dropped(padded, need_weights, dropout, hint, as_float):
+    # keras-team/keras#23038
+    mha = ft.nn.MultiheadAttention(E, H, dropout=dropout, batch_first=True).train()
+    mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    if as_float:
+        mask = nn.Transformer.generate_square_subsequent_mask(6)
+    padding = torch.zeros(2, 6, dtype=torch.bool) if padded else None
+    x = torch.randn(2, 6, E)
+    y = x.clone()
+    y[:, 5] += 1.0
+    outs = []
+    for value in (x, y):
+        torch.manual_seed(3)
+        outs.append(
+            mha(
+                value, value, value, attn_mask=mask, is_causal=hint, need_weights=need_weights,
+                key_padding_mask=padding,
+            )[0]
+        )  # fmt: skip
+    assert torch.equal(outs[0][:, :5], outs[1][:, :5])
+    assert not torch.equal(outs[0][:, 5], outs[1][:, 5])
+
+
+def test_is_causal_is_a_hint_and_needs_the_mask():
+    mha = ft.nn.MultiheadAttention(E, H)
+    x = torch.randn(L, B, E)
+    with pytest.raises(ValueError, match="attn_mask must be given"):
+        mha(x, x, x, is_causal=True)
+
+
+# ---- shapes and bad input -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("heads, embed, bias", [(8, 128, False), (3, 9, True), (1, 7, True)])
+def test_b36_no_bias_and_odd_heads(training, heads, embed, bias):
+    # pytorch/pytorch#97128
+    mha = nn.MultiheadAttention(embed, heads, bias=bias, batch_first=True)
+    ours = ft.nn.MultiheadAttention(embed, heads, bias=bias, batch_first=True)
+    assert ours.state_dict().keys() == mha.state_dict().keys()
+    assert any("bias" in key for key in ours.state_dict()) == bias
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    modules.compare(
+        mha, [torch.randn(2, 5, embed)], grads=training, training=training,
+        call=lambda m, x, **kw: m(x, x, x, **kw), key_padding_mask=padding,
+    )  # fmt: skip
+
+
+def test_b37_mask_per_batch_and_head():
+    # pytorch/pytorch#97409
+    mha = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(3, 10, 32)
+    mask = torch.rand(12, 10, 10) < 0.4
+    mask[..., 0] = False
+    ours = modules.ours_of(mha)
+    outs = [
+        ours.train(mode)(x, x, x, attn_mask=mask, need_weights=False)[0] for mode in (True, False)
+    ]
+    assert torch.equal(*outs)
+    want, _ = textbook(copy.deepcopy(mha).double(), x.double(), ~mask.view(3, 4, 10, 10))
+    torch.testing.assert_close(outs[0], want.float())
+
+
+def test_b41_wrong_shapes_are_named():
+    # pytorch/pytorch#99945
+    mha = ft.nn.MultiheadAttention(256, 4)
+    x = torch.randn(20, 6, 256)
+    with pytest.raises(ValueError, match=r"\(20, 6\).*\(6, 20\)"):
+        mha(x, x, x, key_padding_mask=torch.zeros(20, 6, dtype=torch.bool))
+    mha = ft.nn.MultiheadAttention(640, 4, batch_first=True)
+    query, key = torch.randn(1, 1, 640), torch.randn(4, 196, 640)
+    with pytest.raises(ValueError, match=r"\(1, 1, 640\).*\(4, 196, 640\)"):
+        mha(query, key, key)
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"attn_mask": torch.zeros(L, L + 1)}, ValueError, r"attn_mask has shape \(5, 6\)"),
+        ({"attn_mask": torch.zeros(B, L, L)}, ValueError, r"\(12, 5, 5\)"),
+        ({"attn_mask": torch.zeros(L, L, dtype=torch.uint8)}, TypeError, "uint8"),
+        ({"key_padding_mask": torch.zeros(B, L, dtype=torch.long)}, TypeError, "int64"),
+        ({"key_padding_mask": torch.zeros(L, B)}, ValueError, r"\(3, 5\)"),
+        ({"query": torch.zeros(B, L, E + 1)}, ValueError, "17"),
+        ({"query": torch.zeros(L, E)}, ValueError, "dimensions"),
+        ({"query": torch.zeros(1, B, L, E)}, ValueError, "dimensions"),
+        ({"value": torch.zeros(B, L + 1, E)}, ValueError, "length"),
+    ],
+)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_bad_input(change, error, match, need_weights):
+    mha = ft.nn.MultiheadAttention(E, H, batch_first=True)
+    x = torch.randn(B, L, E)
+    arguments = {"query": x, "key": x, "value": x, "need_weights": need_weights} | change
+    with pytest.raises(error, match=match):
+        mha(**arguments)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_empty_batch_and_empty_lengths(batch_first, need_weights):
+    mha = ft.nn.MultiheadAttention(E, H, batch_first=batch_first)
+    for batch, q_len in ((0, 3), (2, 0)):
+        shape = (batch, q_len) if batch_first else (q_len, batch)
+        x = torch.randn(*shape, E)
+        out, _ = mha(x, x, x, need_weights=need_weights)
+        assert out.shape == x.shape
+        out.sum().backward()
+    query = torch.randn(2, 3, E) if batch_first else torch.randn(3, 2, E)
+    memory = torch.randn(2, 0, E) if batch_first else torch.randn(0, 2, E)
+    out, _ = mha(query, memory, memory, need_weights=need_weights)
+    torch.testing.assert_close(out, mha.out_proj.bias.expand_as(out))
+
+
+def test_output_is_contiguous_and_strided_input_is_read_right():
+    for batch_first in (True, False):
+        mha = nn.MultiheadAttention(E, H, batch_first=batch_first)
+        ours = modules.ours_of(mha)
+        x = torch.randn(B, L, E).transpose(0, 1)
+        assert ours(x, x, x)[0].is_contiguous()
+        x = torch.randn(E, L, B).permute(2, 1, 0)
+        torch.testing.assert_close(ours(x, x, x)[0], mha(x, x, x)[0])
+
+
+def test_one_projection_for_self_attention_two_for_cross(monkeypatch):
+    calls = []
+    import fasttransformer.nn.attention as where
+
+    real = where.linear_add
+    monkeypatch.setattr(where, "linear_add", lambda *a, **k: calls.append(1) or real(*a, **k))
+    mha = ft.nn.MultiheadAttention(E, H)
+    x, y = torch.randn(L, B, E), torch.randn(S, B, E)
+    for arguments, count in (((x, x, x), 2), ((x, y, y), 3), ((x, y, y.clone()), 4)):
+        calls.clear()
+        mha(*arguments)
+        assert len(calls) == count  # the last one is the output projection
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_b14_packed_projection_at_large_heads(head_dim):
+    # Dao-AILab/flash-attention#2541
+    mha = nn.MultiheadAttention(2 * head_dim, 2, batch_first=True)
+    modules.compare(
+        mha, [torch.randn(1, 128, 2 * head_dim)], training=True,
+        call=lambda m, x: m(x, x, x, need_weights=False),
+    )  # fmt: skip
+
+
+# ---- autocast -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masks", ["attn", "padding", "both"])
+def test_b42_float_masks_under_autocast(need_weights, training, masks):
+    # pytorch/pytorch#99012
+    mha = nn.MultiheadAttention(256, 8).train(training)
+    ours = modules.ours_of(mha)
+    x = torch.randn(64, 2, 256)
+    options = {"need_weights": need_weights}
+    if masks != "padding":
+        options["attn_mask"] = torch.zeros(64, 64)
+    if masks != "attn":
+        options["key_padding_mask"] = torch.zeros(2, 64).index_fill(1, torch.tensor([63]), -1e4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, weights = ours(x, x, x, **options)
+    want, want_weights = mha(x, x, x, **options)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), want, atol=2e-2, rtol=0)
+    if need_weights:
+        torch.testing.assert_close(weights.float(), want_weights, atol=2e-3, rtol=0)
+
+
+# ---- falling back -------------------------------------------------------------------------------
+
+
+def test_nested_tensors_fall_back_with_a_reason():
+    mha = nn.MultiheadAttention(E, H, batch_first=True).eval()
+    ours = modules.ours_of(mha)
+    x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = mha(x, x, x, need_weights=False)[0].to_padded_tensor(0.0)
+        got = ours(x, x, x, need_weights=False)[0].to_padded_tensor(0.0)
+    assert torch.equal(got, want)
+    assert ft.nn.fallbacks(ours) == {"": {"nested tensors": 1}}
+
+
+def test_reasons_to_fall_back():
+    mha = ft.nn.MultiheadAttention(E, H, dropout=1.0).train()
+    x = torch.randn(L, B, E)
+    out = mha(x, x, x, need_weights=False)[0]
+    torch.testing.assert_close(out, mha.out_proj.bias.expand_as(out))
+    mha.eval()(x, x, x)
+    assert ft.nn.fallbacks(mha) == {"": {"dropout of 1.0": 1}}
+    mha = ft.nn.MultiheadAttention(E, H).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(mha, (x, x, x), check_trace=False)
+    torch.testing.assert_close(traced(x, x, x), mha(x, x, x))
+    assert ft.nn.fallbacks(mha) == {"": {"torch.jit.trace": 1}}
+
+
+# ---- being a module -----------------------------------------------------------------------------
+
+
+def test_state_dict_pickle_deepcopy_to_half():
+    torch.manual_seed(1)
+    ours = ft.nn.MultiheadAttention(E, H, add_bias_kv=True, batch_first=True)
+    torch.manual_seed(1)
+    torchs = nn.MultiheadAttention(E, H, add_bias_kv=True, batch_first=True)
+    assert isinstance(ours, nn.MultiheadAttention)
+    for (name, a), (other, b) in zip(ours.state_dict().items(), torchs.state_dict().items()):
+        assert name == other
+        assert torch.equal(a, b)
+    x = torch.randn(B, L, E)
+    want = ours(x, x, x)[0]
+    ours.load_state_dict(torchs.state_dict())
+    torchs.load_state_dict(ours.state_dict())
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for copied in (
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert type(copied) is ft.nn.MultiheadAttention
+        assert torch.equal(copied(x, x, x)[0], want)
+    assert ours.half()(x.half(), x.half(), x.half())[0].dtype == torch.float16
+    assert ours.to(torch.bfloat16)(*(x.bfloat16(),) * 3)[0].dtype == torch.bfloat16
+    assert ours.double()(*(x.double(),) * 3)[0].dtype == torch.float64
+
+
+def test_hooks_fire():
+    mha = ft.nn.MultiheadAttention(E, H)
+    seen = []
+    mha.register_forward_pre_hook(lambda m, args: seen.append("pre"))
+    mha.register_forward_hook(lambda m, args, out: (out[0] + 1, out[1]))
+    mha.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
+    x = torch.randn(L, B, E, requires_grad=True)
+    out = mha(x, x, x)[0]
+    out.sum().backward()
+    assert seen == ["pre", "backward"]
+    torch.testing.assert_close(out, mha.forward(x, x, x)[0] + 1)
+
+
+def test_parametrizations_are_felt():
+    mha = nn.MultiheadAttention(E, H, batch_first=True)
+    ours = modules.ours_of(mha)
+    for module in (mha, ours):
+        for name in ("in_proj_weight", "in_proj_bias"):
+            nn.utils.parametrize.register_parametrization(module, name, Doubled())
+        nn.utils.parametrize.register_parametrization(module.out_proj, "weight", Doubled())
+    x = torch.randn(B, L, E)
+    torch.testing.assert_close(ours(x, x, x)[0], mha(x, x, x)[0])
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_compile_fullgraph_forward_and_backward():
+    mha = ft.nn.MultiheadAttention(E, H, batch_first=True)
+    compiled = torch.compile(mha, fullgraph=True, backend="aot_eager")
+    x = torch.randn(B, L, E, requires_grad=True)
+    padding = torch.zeros(B, L, dtype=torch.bool)
+    padding[0, 3:] = True
+    for options in (
+        {"need_weights": False, "key_padding_mask": padding},
+        {"need_weights": False, "attn_mask": CAUSAL, "is_causal": True},
+        {"need_weights": True, "attn_mask": CAUSAL},
+    ):
+        grads = []
+        outs = []
+        for module in (mha, compiled):
+            mha.zero_grad()
+            x.grad = None
+            out = module(x, x, x, **options)[0]
+            out.square().sum().backward()
+            outs.append(out)
+            grads.append([x.grad, *(p.grad for p in mha.parameters())])
+        torch.testing.assert_close(*outs)
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_b47_export_with_a_bool_mask(grad):
+    # pytorch/pytorch#179287
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = ft.nn.MultiheadAttention(E, H, batch_first=True)
+
+        def forward(self, x, mask):
+            out, _ = self.attention(x, x, x, attn_mask=mask, need_weights=False)
+            return out.transpose(0, 1).reshape(-1, E).view(-1)
+
+    model = Model().eval()
+    x, mask = torch.randn(B, L, E), CAUSAL
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (x, mask))
+        torch.testing.assert_close(program.module()(x, mask), model(x, mask))
+
+
+def test_b46_vmap_and_per_sample_gradients():
+    # pytorch/pytorch#151558
+    mha = ft.nn.MultiheadAttention(E, H, batch_first=True)
+    parameters = {k: v.detach() for k, v in mha.named_parameters()}
+    x = torch.randn(4, 2, L, E)
+    mask = torch.rand(4, L, L) < 0.3
+    mask[..., 0] = False
+
+    def loss(parameters, x, mask):
+        call = (x, x, x)
+        options = {"attn_mask": mask, "need_weights": False}
+        return torch.func.functional_call(mha, parameters, call, options)[0].square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, mask)
+    for i in range(4):
+        one = torch.func.grad(loss)(parameters, x[i], mask[i])
+        for name in one:
+            torch.testing.assert_close(grads[name][i], one[name])

@@ -64,7 +64,7 @@ SPLIT_K = 512  # … into parts no shorter than this
 # and there are FUSED_PROGRAMS such tiles to fill the device; otherwise _norm's kernel, which reads
 # the rows again, follows. A tile of whole rows has few programs: 2048 rows in tiles of 64 are 32.
 FUSED = {
-    "sm_90": {128: Tile(64, 128, 64, 4, 3), 256: Tile(64, 256, 64, 8, 3), 512: Tile(64, 512, 32, 8, 3)},
+    "sm_90": {128: Tile(64, 128, 64, 4, 3), 256: Tile(64, 256, 64, 8, 3), 512: Tile(64, 512, 32, 16, 3)},
     "sm_80": {128: Tile(64, 128, 32, 4, 3), 256: Tile(64, 256, 32, 8, 3), 512: Tile(32, 512, 32, 8, 3)},
     "small": {128: Tile(64, 128, 32, 4, 3), 256: Tile(32, 256, 32, 8, 3), 512: Tile(16, 512, 32, 8, 2)},
     "hip": {128: Tile(64, 128, 32, 4, 2), 256: Tile(64, 256, 32, 8, 2), 512: Tile(32, 512, 32, 8, 2)},

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import assert_close, rounding_step
 from torch import Tensor
 
+from contract import assert_close, rounding_step
 from fasttransformer import reference
 from fasttransformer.backends import backends
 
@@ -316,6 +316,10 @@ def run_attention(q, k, v, mask=None, bias=None, sinks=None, slack=4.0, **option
     return out, lse, grads
 
 
+#: The operator's arguments after the value, for no option and a head size of 16.
+PLAIN = (None, None, False, False, -1, -1, 0.0, None, None, None, 0.25, 0.0, None)
+
+
 def heads(B, H, S, D, dtype=F32):
     """(B, H, S, D) as a projection leaves it: heads last in memory."""
     return rand(B, S, H, D, dtype=dtype).transpose(1, 2)
@@ -395,9 +399,8 @@ def test_attention_masks_b01_b04():
     hidden = k.clone()
     hidden[:, :, 7] = math.nan
     mask[..., 7] = False
-    clean = T.attention(q, k, v, mask, None, False, False, -1, -1, 0.0, None, None, None, 0.25, 0.0, None)  # fmt: skip
-    felt = T.attention(q, hidden, v, mask, None, False, False, -1, -1, 0.0, None, None, None, 0.25, 0.0, None)  # fmt: skip
-    assert torch.equal(clean[0], felt[0])
+    clean, felt = (T.attention(q, keys, v, mask.to(DEVICE), *PLAIN[1:])[0] for keys in (k, hidden))
+    assert torch.equal(clean, felt)
     run_attention(q, k, v, mask=torch.rand(40, 1) > 0.5)
     run_attention(q, k, v, bias=torch.where(mask, 0.0, -math.inf).to(DEVICE))
 
@@ -412,11 +415,10 @@ def test_attention_keys_behind_lengths_are_never_read():
 
 def test_attention_nan_query_stays_in_its_row():
     q, k, v = heads(1, 1, 40, 16), heads(1, 1, 40, 16), heads(1, 1, 40, 16)
-    plain = (None, None, False, False, -1, -1, 0.0, None, None, None, 0.25, 0.0, None)
-    clean, _ = T.attention(q, k, v, *plain)
+    clean, _ = T.attention(q, k, v, *PLAIN)
     q = q.clone()
     q[:, :, 3] = math.nan
-    out, lse = T.attention(q, k, v, *plain)
+    out, lse = T.attention(q, k, v, *PLAIN)
     assert out[:, :, 3].isnan().all() and lse[:, :, 3].isnan().all()
     assert torch.equal(out[:, :, 4:], clean[:, :, 4:])
 
@@ -440,19 +442,17 @@ def test_attention_beyond_16_bits_b24(monkeypatch):
     monkeypatch.setattr(attention, "INTERPRETED", attention.Tile(16, 8192, 4, 1))
     q, k, v = rand(1, 1, 4, 16), rand(1, 1, 65537, 16), rand(1, 1, 65537, 16)
     mask = torch.arange(65537, device=DEVICE) >= 65530
-    args = (mask.expand(1, 1, 4, 65537), None, False, False, -1, -1, 0.0, None, None, None, 0.25, 0.0, None)  # fmt: skip
-    out, _ = T.attention(q, k, v, *args)
+    out, _ = T.attention(q, k, v, mask.expand(1, 1, 4, 65537), *PLAIN[1:])
     want = reference.attention(q.cpu(), k[:, :, 65530:].cpu(), v[:, :, 65530:].cpu())
     torch.testing.assert_close(out.cpu(), want)
 
 
 def test_attention_empty():
-    plain = (None, None, False, False, -1, -1, 0.0, None, None, None, 0.25, 0.0, None)
-    out, lse = T.attention(heads(2, 2, 3, 16), heads(2, 2, 0, 16), heads(2, 2, 0, 8), *plain)
+    out, lse = T.attention(heads(2, 2, 3, 16), heads(2, 2, 0, 16), heads(2, 2, 0, 8), *PLAIN)
     assert out.shape == (2, 2, 3, 8) and not out.any() and (lse == -math.inf).all()
     q, k = heads(2, 2, 0, 16), heads(2, 2, 5, 16)
-    out, lse = T.attention(q, k, k, *plain)
-    grads = T.attention_backward(out, None, q, k, k, out, lse, *plain, False, False)
+    out, lse = T.attention(q, k, k, *PLAIN)
+    grads = T.attention_backward(out, None, q, k, k, out, lse, *PLAIN, False, False)
     assert out.shape == (2, 2, 0, 16) and not grads[1].any() and not grads[2].any()
 
 
@@ -516,7 +516,7 @@ def test_linear_add_backward_splits_long_sums(monkeypatch):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("op", ["linear_add_layer_norm", "linear_add_rms_norm"])
 def test_linear_add_norm(op, dtype, N):
-    x, weight, residual = rand(37, 50, dtype=dtype), rand(N, 50, dtype=dtype), rand(37, N, dtype=dtype)  # fmt: skip
+    x, weight, residual = (rand(*s, dtype=dtype) for s in ((37, 50), (N, 50), (37, N)))
     norm = [rand(N, dtype=dtype)] + ([rand(N, dtype=dtype)] if op.endswith("layer_norm") else [])
     outs = getattr(T, op)(x, weight, norm[0], residual, *norm, 1e-5)
     hold(
@@ -556,14 +556,15 @@ def test_compiles_offline(target):
         if name.startswith(("softmax", "_norm", "_reduce")):
             assert row["spilled"] == 0, row
         matmul = name.startswith(("_attention.f", "_attention_backward.d", "_matmul.m"))
-        if matmul and "delta" not in name and "f32" not in name and not FEW_ROWS.intersection(name.split()):  # fmt: skip
+        full = not FEW_ROWS.intersection(name.replace("]", " ").split())
+        if matmul and full and "delta" not in name:
             assert mma in row["mma"], row
         if name.startswith("_attention.forward") and target != "gfx942":
             assert "ex2.approx" in row["mma"], row
 
 
-#: Cases whose tiles have fewer rows than wgmma's 64.
-FEW_ROWS = {"decode]", "4x4096x4096"}
+#: Cases whose tiles have fewer rows than wgmma's 64, or float32, which runs on FMA units.
+FEW_ROWS = {"decode", "4x4096x4096", "256", "f32"}
 KERNELS = {
     "softmax._forward", "softmax._forward_looped", "softmax._backward", "softmax._backward_looped",
     "_norm._forward", "_norm._forward_looped", "_norm._backward", "_norm._backward_looped",

@@ -1,6 +1,7 @@
 """The calls whose kernels test_triton.py compiles: one per kernel and interesting tile size."""
 
 import torch
+
 from fasttransformer.kernels import _norm, attention, linear_add
 from fasttransformer.kernels import softmax as soft
 
@@ -52,7 +53,7 @@ def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
     x = torch.empty(M, K, dtype=dtype)
     if heads:
         x = torch.empty(2, M // 2, heads, K // heads, dtype=dtype).transpose(1, 2)
-    w, b, r = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype), torch.empty(M, N, dtype=dtype)  # fmt: skip
+    w, b, r = (torch.empty(*size, dtype=dtype) for size in ((N, K), (N,), (M, N)))
     if backward:
         linear_add.linear_add_backward(r, x, w, True, True, True)
     elif norm:

@@ -59,8 +59,18 @@ def linear_add_backward(
     if M == 0 or N == 0:
         return d_input.zero_(), d_weight.zero_(), d_bias.zero_()
     if d_input.numel():
-        heads = ("c", d_input) if input.dim() == 4 else ("", None)
-        _matmul.matmul(grad, weight, d_input, M, K, N, (grad.stride(0), 1), weight.stride(), heads)
+        heads: tuple[str, Tensor | None] = ("c", d_input) if input.dim() == 4 else ("", None)
+        _matmul.matmul(
+            grad,
+            weight,
+            d_input,
+            M,
+            K,
+            N,
+            (grad.stride(0), 1),
+            (weight.stride(0), weight.stride(1)),
+            heads,
+        )
     if d_weight.numel():
         steps, heads = operand("b", input)
         _matmul.matmul(

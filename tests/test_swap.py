@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fasttransformer as ft
 from fasttransformer import patterns
@@ -250,7 +251,9 @@ def test_b66_meta_device_tied_weights():
     with torch.device("meta"):
         model = Tied()
     assert len(ft.swap(model).swapped) == 2
+    assert model.lm_head.weight is model.wte.weight
     model.to_empty(device="cpu")
+    model.lm_head.weight = model.wte.weight  # to_empty parts them in plain torch as well
     model.load_state_dict(Tied().state_dict())
     assert model.lm_head.weight is model.wte.weight
     model(ids()).sum().backward()
@@ -324,7 +327,7 @@ def test_subclasses_replaced_forwards_and_parametrizations():
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcd"} | {"norm": Child(4)})
     model.a.forward = lambda x: x
     nn.utils.parametrizations.orthogonal(model.b)
-    nn.utils.prune.l1_unstructured(model.c, "weight", 0.5)
+    prune.l1_unstructured(model.c, "weight", 0.5)
     report = ft.swap(model)
     found = reasons(report)
     assert found["a"] == "its forward is replaced on this instance"
@@ -389,7 +392,6 @@ def test_script_modules():
     report = ft.swap(model)
     assert reasons(report) == {"0": "it is a TorchScript module"}
     assert [s.name for s in report.swapped] == ["1"]
-    assert report.verify(torch.randn(2, 4), show=False).ok or True
 
 
 def test_inside_fully_sharded_data_parallel():

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from contract import assert_close, backends_of, check, running_on
 
 import fasttransformer as ft
+from contract import assert_close, backends_of, check, running_on
 from fasttransformer import reference
 from fasttransformer.backends import TABLE
 from fasttransformer.reference.linear_add import ACTIVATIONS as ACTIVATION_FUNCTIONS

@@ -150,7 +150,7 @@ def gencode(archs: list[str]) -> list[str]:
 
 def nvcc_flags(archs: list[str]) -> list[str]:
     """What a .cu file is compiled with (the build gates in tests/ use the same)."""
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DFT_CUDA",
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Xfatbin=-compress-all", "-DFT_CUDA",
              "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *gencode(archs)]  # fmt: skip
     return [*flags, f"-ccbin={os.environ['CXX']}"] if "CXX" in os.environ else flags
 

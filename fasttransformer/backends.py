@@ -193,7 +193,10 @@ def _bind() -> None:
 def _operator(backend: str, name: str) -> Any:
     """The operator, or None if the loaded library does not implement it for the backend."""
     namespace = _NAMESPACES[backend]
-    key = "CPU" if backend == "cpu" or not torch.cuda.is_available() else "CUDA"
+    if backend == "cpu" or (backend == "triton" and interpreted()):
+        key = "CPU"
+    else:
+        key = "CUDA" if torch.cuda.is_available() else "XPU"
     packet = getattr(getattr(torch.ops, namespace), name, None)
     if packet is None:
         return None

@@ -99,7 +99,7 @@ def padding_of(kind: str, case: dict, length: int, dtype) -> torch.Tensor | None
     return padding if case["batched"] else padding[0]
 
 
-def check(case: dict, kind: type, dtype=torch.float32) -> None:
+def check(case: dict, kind: type, dtype=torch.float32, collect=None) -> None:
     layer = build(case, kind, dtype)
     inputs = [sequence(case, L, dtype)]
     mask = mask_of(case["mask"], case, L, L, dtype)
@@ -118,7 +118,7 @@ def check(case: dict, kind: type, dtype=torch.float32) -> None:
     try:
         modules.compare(
             layer, inputs, grads=case["grads"], training=case["training"], ours=ours, steps=8,
-            **options,
+            collect=collect, **options,
         )  # fmt: skip
     except Exception as error:
         raise AssertionError(f"{case}: {error}") from error
@@ -140,11 +140,17 @@ def test_against_torch_float32(kind, start):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_other_dtypes(kind, dtype):
+    errors = None if dtype == torch.float64 else []
     for case in CASES[:20]:
+        if errors is not None and case["activation"] not in ("gelu", "F.silu", "Mish"):
+            # a rounding step near a kink flips the derivative, in torch's 16-bit run too
+            case = case | {"activation": "GELU(tanh)"}
         if dtype != torch.float64 and case["activation"] not in ("gelu", "F.silu", "Mish"):
             # a rounding step near a kink flips the derivative, in torch's 16-bit run too
             case = case | {"activation": "GELU(tanh)"}
-        check(case, kind, dtype)
+        check(case, kind, dtype, errors)
+    if errors is not None:
+        modules.assert_distribution(errors)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

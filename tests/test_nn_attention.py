@@ -228,7 +228,7 @@ def test_float_mask_may_require_a_gradient():
         torch.testing.assert_close(grad, grads[0])
 
 
-# ---- rows without a key -------------------------------------------------------------------------
+# ---- rows without a key ----
 
 
 def textbook(mha, x, allowed, bias=None):
@@ -309,7 +309,7 @@ def test_b07_weights_are_those_after_dropout():
     torch.testing.assert_close(weights[~dropped], 2 * kept[~dropped])
 
 
-# ---- dropout, causal rule -----------------------------------------------------------------------
+# ---- dropout, causal rule ----
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -369,7 +369,7 @@ def test_is_causal_is_a_hint_and_needs_the_mask():
         mha(x, x, x, is_causal=True)
 
 
-# ---- shapes and bad input -----------------------------------------------------------------------
+# ---- shapes and bad input ----
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -488,7 +488,7 @@ def test_b14_packed_projection_at_large_heads(head_dim):
     )  # fmt: skip
 
 
-# ---- autocast -----------------------------------------------------------------------------------
+# ---- autocast ----
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -513,7 +513,7 @@ def test_b42_float_masks_under_autocast(need_weights, training, masks):
         torch.testing.assert_close(weights.float(), want_weights, atol=2e-3, rtol=0)
 
 
-# ---- falling back -------------------------------------------------------------------------------
+# ---- falling back ----
 
 
 def test_nested_tensors_fall_back_with_a_reason():
@@ -543,7 +543,7 @@ def test_reasons_to_fall_back():
     assert ft.nn.fallbacks(mha) == {"": {"torch.jit.trace": 1}}
 
 
-# ---- being a module -----------------------------------------------------------------------------
+# ---- being a module ----
 
 
 def test_state_dict_pickle_deepcopy_to_half():

@@ -160,7 +160,7 @@ def test_a_layer_of_real_size_keeps_the_strict_contract(norm_first, training):
     modules.compare(layer, [torch.randn(2, 64, 128)], training=training, steps=1)
 
 
-# ---- masks --------------------------------------------------------------------------------------
+# ---- masks ----
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -255,7 +255,7 @@ def test_b67_memory_padding_is_kept():
     assert a.abs().sum(-1).gt(0).all()
 
 
-# ---- dropout ------------------------------------------------------------------------------------
+# ---- dropout ----
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -307,7 +307,7 @@ def test_gradient_with_dropout_is_that_of_the_mask_drawn():
     assert torch.autograd.gradcheck(call, (x,))
 
 
-# ---- flags, activations, bias -------------------------------------------------------------------
+# ---- flags, activations, bias ----
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -381,7 +381,7 @@ def test_rms_norms_in_the_place_of_layer_norms_are_fused():
         assert ft.nn.fallbacks(ours) == {}
 
 
-# ---- what is not plain is called ----------------------------------------------------------------
+# ---- what is not plain is called ----
 
 
 class Doubled(nn.Module):
@@ -491,7 +491,7 @@ def test_parametrized_parts_are_felt():
         torch.testing.assert_close(ours(x), layer(x))
 
 
-# ---- stacks -------------------------------------------------------------------------------------
+# ---- stacks ----
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -567,7 +567,7 @@ def test_nested_input_falls_back_with_a_reason():
     assert "nested tensors" in ft.nn.fallbacks(ours)[""]
 
 
-# ---- autocast, transformations ------------------------------------------------------------------
+# ---- autocast, transformations ----
 
 
 @pytest.mark.parametrize("padded", [False, True])

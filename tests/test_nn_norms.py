@@ -84,7 +84,7 @@ def test_embedding_is_torchs():
         assert torch.equal(ours(ids), table(ids))
 
 
-# ---- residual and norm ----------------------------------------------------------------------------
+# ---- residual and norm ----
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -110,7 +110,7 @@ def test_add_norms_drop_in_training_only(rms):
     assert 0.4 < (summed == 0).float().mean() < 0.6
     norm.eval()
     assert torch.equal(norm(x, residual)[1], x)
-    with pytest.raises(ValueError, match="dropout is 1.0"):
+    with pytest.raises(ValueError, match=r"dropout is 1\.0"):
         type(norm)(8, dropout=1.0)
 
 
@@ -170,7 +170,7 @@ def test_output_projection_refuses_what_it_does_not_know():
         ft.nn.OutputProjection(4, 4, norm="batch")
 
 
-# ---- feed-forward ---------------------------------------------------------------------------------
+# ---- feed-forward ----
 
 
 class PlainFeedForward(nn.Module):
@@ -211,7 +211,7 @@ def test_feed_forward_dropout_and_bad_activation():
         ft.nn.FeedForward(8, 8, "tanh")
 
 
-# ---- being a module -------------------------------------------------------------------------------
+# ---- being a module ----
 
 
 @pytest.mark.parametrize(

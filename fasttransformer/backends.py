@@ -92,7 +92,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "attention": {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
-        "cpu": Kernel("cpu", lacks=_lacks("dropout", "grad")),
+        "cpu": Kernel("cpu"),
     },
     **{
         op: {}

@@ -174,8 +174,8 @@ def _verify(
             if draw:
                 _move_weights(plain, wide, ours)
             runs = [_run(m, args, kwargs, gradients) for m in (ours, wide, plain)]
-            outputs = _compare(*(run.outputs for run in runs), "")
-            found = (*outputs, *_compare(*(run.gradients for run in runs), "grad "))
+            outputs = _compare("", *(run.outputs for run in runs))
+            found = (*outputs, *_compare("grad ", *(run.gradients for run in runs)))
             pooled = {entry.name: entry.pooled_with(pooled.get(entry.name)) for entry in found}
             worst = max((entry.times_allowed for entry in pooled.values()), default=0.0)
             if worst <= 1.0 or not worst < _HOPELESS:
@@ -309,7 +309,7 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _compare(
-    ours: dict[str, Tensor], wide: dict[str, Tensor], plain: dict[str, Tensor], prefix: str
+    prefix: str, ours: dict[str, Tensor], wide: dict[str, Tensor], plain: dict[str, Tensor]
 ) -> tuple[Compared, ...]:
     largest = max((_largest(t) for t in wide.values()), default=0.0) if prefix else 0.0
     found = []

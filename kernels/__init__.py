@@ -12,5 +12,8 @@ if __name__ != "kernels":
     from . import add_rms_norm as add_rms_norm
     from . import attention as attention
     from . import layer_norm as layer_norm
+    from . import linear_add as linear_add
+    from . import linear_add_layer_norm as linear_add_layer_norm
+    from . import linear_add_rms_norm as linear_add_rms_norm
     from . import rms_norm as rms_norm
     from . import softmax as softmax

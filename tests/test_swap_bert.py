@@ -154,7 +154,7 @@ def test_minilm_outputs_and_gradients(minilm, sentences, implementation, capsys)
     report = ft.swap(minilm)
     assert not report.skipped, str(report)
     names = [s.target.__name__ for s in report.swapped]
-    for part in ("SelfAttention", "SelfOutput", "Intermediate", "Output"):
+    for part in ("Layer", "SelfAttention", "SelfOutput", "Intermediate", "Output"):
         assert names.count("Bert" + part) == 6
     check = report.verify(**sentences)
     assert check.ok, str(check)
@@ -268,6 +268,11 @@ def test_activations(activation):
     report = ft.swap(small("bert", hidden_act=activation))
     assert "Intermediate" in str(report)
     assert report.verify(**padded(), show=False).ok
+
+
+def test_a_feed_forward_in_chunks():
+    model = small("bert", chunk_size_feed_forward=1)
+    assert ft.swap(model).verify(**padded(), show=False).ok
 
 
 def test_an_activation_without_a_kernel_is_named():

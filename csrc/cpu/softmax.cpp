@@ -72,11 +72,13 @@ void row(const SoftmaxParams& p, const T* x, const bool* mask, int64_t allowed, 
   }
   const float sum = reduce_add(total);
   const vf scale = splat(p.log ? 1.f : 1.f / sum);
-  const vf shift = splat(p.log ? -(top + std::log(sum)) : 0.f);
-  for (j = 0; j + W <= n; j += W) store(out + j, fma(load(s + j), scale, shift));
+  // Near the top, log softmax is a small number: take the maximum off first, then the logarithm.
+  const vf first = splat(p.log ? top : 0.f);
+  const vf shift = splat(p.log ? -std::log(sum) : 0.f);
+  for (j = 0; j + W <= n; j += W) store(out + j, fma(load(s + j) - first, scale, shift));
   if (j < n) {
     const int rest = static_cast<int>(n - j);
-    store(out + j, fma(load(s + j, rest), scale, shift), rest);
+    store(out + j, fma(load(s + j, rest) - first, scale, shift), rest);
   }
 }
 

@@ -129,6 +129,11 @@ def known_case(
         and (mask.dtype is torch.bool or mask.is_floating_point())
     ):
         return False
+    # Eager's masks can hold finfo.min for every key of a row (left padding under a causal mask). The
+    # row's log-sum-exp, which the backward kernels start from, is then finfo.min too, whatever the
+    # number of keys: its weights would come out as 1.
+    if mask is not None and mask.dtype is not torch.bool and torch.is_grad_enabled():
+        return False
     return (
         module.config._attn_implementation in _IMPLEMENTATIONS
         and not _wants_weights(module, options)

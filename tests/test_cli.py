@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from fasttransformer import backends, cli, reference
-from fasttransformer.backends import ALIASES, TABLE
+from fasttransformer import cli, reference
+from fasttransformer.backends import ALIASES, COMPOSED, NAMES, TABLE, backends
 from fasttransformer.benchmarks import minilm
 from fasttransformer.benchmarks._shared import OURS, Case, time_in_turns, timing_of
 from fasttransformer.cli import bench, check, explain, info
@@ -100,7 +100,7 @@ def test_info_as_text_and_as_json(out):
     assert torch.__version__ in text and "softmax" in text
     assert run("info", "--json") == 0
     facts = json.loads(out())
-    assert set(facts["backends"]) == set(backends.NAMES)
+    assert set(facts["backends"]) == set(NAMES)
     assert set(facts["operations"]) == set(TABLE)
     assert facts["threads"] == torch.get_num_threads()
     for name, state in facts["backends"].items():
@@ -143,7 +143,7 @@ def test_explain_every_operation(op, out):
 )
 def test_explain_attention_with_options(options, out):
     assert run("explain", "attention", "--shape", "2,4,6,8", *options, "--json") == 0
-    assert json.loads(out())["backend"] in backends.NAMES
+    assert json.loads(out())["backend"] in NAMES
 
 
 def test_explain_says_why_not(out):
@@ -154,21 +154,23 @@ def test_explain_says_why_not(out):
 
 
 def test_explain_a_backend_that_can_not_is_a_finding(out):
-    if backends.backends()["cpu"] is not None:
+    if backends()["cpu"] is not None:
         pytest.skip("no C++ kernels here")
     asked = ("explain", "softmax", "--shape", "4,8", "--dtype", "f64", "--backend", "cpu")
     assert run(*asked) == 1
     assert "float64" in out()
 
 
-def test_explain_computes_nothing(out):
-    # 4 TB if it were touched
-    assert run("explain", "softmax", "--shape", "1000000,1000000", "--device", "meta") == 0
+def test_explain_computes_nothing():
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run("explain", "softmax", "--shape", "20000,50000") == 0  # 4 GB if it were touched
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 def test_explain_knows_every_operation_that_has_kernels():
-    composed = getattr(backends, "COMPOSED", {})
-    with_kernels = {op for op, row in TABLE.items() if len(row) > 1 and op not in composed}
+    with_kernels = {op for op, row in TABLE.items() if len(row) > 1 and op not in COMPOSED}
     assert with_kernels <= set(explain.FAMILIES)
 
 

@@ -77,8 +77,7 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_ATTENTION_LACKS = _lacks("window", "softcap", "alibi_slopes", "sinks", "key_lengths", "dropout")
-_ATTENTION_LACKS |= _lacks("query_positions", "mixed_dtypes")  # what attention_decode also asks for
+_ATTENTION_LACKS = _lacks("query_positions", "mixed_dtypes")  # what attention_decode also asks for
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {

@@ -64,10 +64,18 @@ SPLIT_K = 512  # … into parts no shorter than this
 # and there are FUSED_PROGRAMS such tiles to fill the device; otherwise _norm's kernel, which reads
 # the rows again, follows. A tile of whole rows has few programs: 2048 rows in tiles of 64 are 32.
 FUSED = {
-    "sm_90": {128: Tile(64, 128, 64, 4, 3), 256: Tile(64, 256, 64, 8, 3), 512: Tile(64, 512, 32, 8, 3)},
-    "sm_80": {128: Tile(64, 128, 32, 4, 3), 256: Tile(64, 256, 32, 8, 3), 512: Tile(32, 512, 32, 8, 3)},
-    "small": {128: Tile(64, 128, 32, 4, 3), 256: Tile(32, 256, 32, 8, 3), 512: Tile(16, 512, 32, 8, 2)},
-    "hip": {128: Tile(64, 128, 32, 4, 2), 256: Tile(64, 256, 32, 8, 2), 512: Tile(32, 512, 32, 8, 2)},
+    "sm_90": {
+        128: Tile(64, 128, 64, 4, 3), 256: Tile(64, 256, 64, 8, 3), 512: Tile(64, 512, 32, 16, 3)
+    },
+    "sm_80": {
+        128: Tile(64, 128, 32, 4, 3), 256: Tile(64, 256, 32, 8, 3), 512: Tile(32, 512, 32, 8, 3)
+    },
+    "small": {
+        128: Tile(64, 128, 32, 4, 3), 256: Tile(32, 256, 32, 8, 3), 512: Tile(16, 512, 32, 8, 2)
+    },
+    "hip": {
+        128: Tile(64, 128, 32, 4, 2), 256: Tile(64, 256, 32, 8, 2), 512: Tile(32, 512, 32, 8, 2)
+    },
     "interpreter": {64: Tile(32, 64, 32, 4, 1)},
 }  # fmt: skip
 FUSED_PROGRAMS = {"sm_90": 96, "sm_80": 80, "small": 48, "hip": 160, "interpreter": 1}
@@ -290,8 +298,9 @@ def heads_of(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 def matmul(
     a: Tensor, b: Tensor, c: Tensor, M: int, N: int, K: int, a_steps: tuple[int, int],
-    b_steps: tuple[int, int], heads: tuple[str, Tensor | None] = ("", None), bias: Tensor | None = None,
-    residual: Tensor | None = None, activation: str = "", split: bool = False,
+    b_steps: tuple[int, int], heads: tuple[str, Tensor | None] = ("", None),
+    bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "",
+    split: bool = False,
 ) -> None:  # fmt: skip
     """c[M, N] = activation(a @ b + bias) + residual; ``heads`` names the operand that has heads."""
     tile = tile_for(a, M, N)

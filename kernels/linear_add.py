@@ -29,7 +29,8 @@ def linear_add(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     if activation not in _matmul.ACTIVATIONS:
-        raise ValueError(f"linear_add: activation {activation!r} is not one of {_matmul.ACTIVATIONS}")
+        allowed = ", ".join(map(repr, _matmul.ACTIVATIONS))
+        raise ValueError(f"linear_add: activation {activation!r} is not one of {allowed}")
     M, (N, K) = row_count(input), weight.shape
     out = input.new_empty((M, N))
     if out.numel() == 0:
@@ -58,9 +59,17 @@ def linear_add_backward(
     if M == 0 or N == 0:
         return d_input.zero_(), d_weight.zero_(), d_bias.zero_()
     if d_input.numel():
-        heads = ("c", d_input) if input.dim() == 4 else ("", None)
+        heads: tuple[str, Tensor | None] = ("c", d_input) if input.dim() == 4 else ("", None)
         _matmul.matmul(
-            grad, weight, d_input, M, K, N, (grad.stride(0), 1), weight.stride(), heads
+            grad,
+            weight,
+            d_input,
+            M,
+            K,
+            N,
+            (grad.stride(0), 1),
+            (weight.stride(0), weight.stride(1)),
+            heads,
         )
     if d_weight.numel():
         steps, heads = operand("b", input)

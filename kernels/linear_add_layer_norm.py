@@ -1,4 +1,4 @@
-"""Output projection, residual and layer normalization; the kernels are _matmul.py's and _norm.py's."""
+"""Output projection, residual and layer norm; the kernels are _matmul.py's and _norm.py's."""
 
 from torch import Tensor
 
@@ -16,6 +16,4 @@ def linear_add_layer_norm(
     norm_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return linear_add_norm(
-        input, weight, bias, residual, norm_weight, norm_bias, eps, rms=False
-    )
+    return linear_add_norm(input, weight, bias, residual, norm_weight, norm_bias, eps, rms=False)

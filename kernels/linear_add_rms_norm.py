@@ -1,4 +1,4 @@
-"""Output projection, residual and RMS normalization; the kernels are _matmul.py's and _norm.py's."""
+"""Output projection, residual and RMS norm; the kernels are _matmul.py's and _norm.py's."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""ft.swap on transformers' BERT family: the pretrained MiniLM, and small random models of each kind."""
+"""ft.swap on transformers' BERT family: the pretrained MiniLM, and a small model of each kind."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -115,9 +116,6 @@ def _normal_form(cls: type, prefix: str) -> str:
     return re.sub(rf"\b{prefix}(?=[A-Z])", "Bert", ast.unparse(tree))
 
 
-ROWS = [(file, prefix, part) for file, (prefix, parts) in bert.FAMILIES.items() for part in parts]
-
-
 @pytest.mark.parametrize("file", list(bert.FAMILIES))
 def test_every_class_of_the_table_is_written_as_berts(file):
     prefix, parts = bert.FAMILIES[file]
@@ -134,7 +132,7 @@ def test_targets_are_importable_and_know_their_source():
         assert target.__dict__["_ft_swapped_from"] is pattern.source_class()
         assert pickle.loads(pickle.dumps(target)) is target
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        bert.Nothing
+        _ = bert.Nothing
     assert distilbert.FFN.__module__ == "fasttransformer.integrations.distilbert"
 
 
@@ -175,7 +173,7 @@ def test_minilm_restore_is_exact(minilm, sentences):
     assert list(minilm.state_dict()) == keys
     assert all(p is parameters[name] for name, p in minilm.named_parameters())
     last(minilm, **sentences)
-    assert ft.restore(minilm) > 24
+    assert ft.restore(minilm) >= 24
     assert classes(minilm) == classes(before)
     assert [set(vars(m)) for m in minilm.modules()] == inside
     assert torch.equal(last(minilm, **sentences), out)
@@ -420,7 +418,7 @@ def test_output_hidden_states_stay_ours():
 # ---- training -----------------------------------------------------------------------------------
 
 
-def test_training_without_dropout(capsys):
+def test_training_without_dropout():
     model = small("bert").train()
     report = ft.swap(model)
     check = report.verify(**padded(), show=False)
@@ -509,7 +507,8 @@ def test_b66_meta_device():
         setattr(model.bert.embeddings, name, buffer)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     with torch.no_grad():
-        assert torch.allclose(model(**padded()).logits, real(**padded()).logits, atol=1e-4)
+        inputs = padded()
+        assert torch.allclose(model(**inputs).logits, real(**inputs).logits, atol=1e-4)
 
 
 # ---- what is left alone -------------------------------------------------------------------------
@@ -519,7 +518,7 @@ def skipped_reason(report, name):
     return {s.name: s.reason for s in report.skipped}.get(name)
 
 
-def test_hooks_on_parts_keep_the_parent(capsys):
+def test_hooks_on_parts_keep_the_parent():
     model = small("bert")
     seen = []
     layer = model.encoder.layer[0]
@@ -538,16 +537,16 @@ def test_hooks_on_parts_keep_the_parent(capsys):
 def test_hooks_after_the_swap_fire_too():
     model = small("bert")
     ft.swap(model)
-    before = last(model, **padded(1))
+    inputs = padded()
+    before = last(model, **inputs)
     seen = []
     layer = model.encoder.layer[1]
     for part in (layer.output.LayerNorm, layer.attention.self.query, layer.intermediate.dense):
         part.register_forward_hook(lambda *_: seen.append(1))
-    torch.manual_seed(0)
-    assert torch.allclose(last(model, **padded(1)), last(model, **padded(1)), atol=10)
-    assert len(seen) == 6
+    assert torch.allclose(last(model, **inputs), before, atol=1e-4)
+    assert len(seen) == 3
     handle = layer.attention.output.dense.register_forward_hook(lambda m, a, out: out * 0)
-    assert not torch.allclose(last(model, **padded(1)), before)
+    assert not torch.allclose(last(model, **inputs), before, atol=1e-2)
     handle.remove()
 
 
@@ -585,10 +584,7 @@ def test_parts_that_are_not_plain():
     torch.nn.utils.parametrizations.weight_norm(a.output.dense)
     b.output.LayerNorm.forward = lambda x: x
     b.intermediate.adapter = torch.nn.Linear(2, 2)
-    torch.nn.utils.prune = importlib.import_module("torch.nn.utils.prune")
-    torch.nn.utils.prune.l1_unstructured(b.attention.output.dense, "weight", 0.5)
-    with torch.no_grad():
-        want = model(**padded(1)).last_hidden_state
+    prune.l1_unstructured(b.attention.output.dense, "weight", 0.5)
     report = ft.swap(model)
     assert "Lora" in skipped_reason(report, "encoder.layer.0.attention.self")
     assert "Parametrized" in skipped_reason(report, "encoder.layer.0.output")
@@ -597,8 +593,6 @@ def test_parts_that_are_not_plain():
     assert "replaced" in skipped_reason(report, "encoder.layer.1.output.LayerNorm")
     assert "adapter" in skipped_reason(report, "encoder.layer.1.intermediate")
     assert "hook" in skipped_reason(report, "encoder.layer.1.attention.output")
-    torch.manual_seed(0)
-    del want
     inputs = padded(2)
     ours = last(model, **inputs)
     ft.restore(model)

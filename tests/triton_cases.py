@@ -1,6 +1,7 @@
-"""The calls whose kernels test_triton.py compiles: one per kernel and interesting tile size."""
+"""Calls whose kernels are compiled offline: CASES by hand, FEW of them by test_triton.py."""
 
 import torch
+
 from fasttransformer.kernels import _norm, attention, linear_add
 from fasttransformer.kernels import softmax as soft
 
@@ -52,7 +53,7 @@ def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
     x = torch.empty(M, K, dtype=dtype)
     if heads:
         x = torch.empty(2, M // 2, heads, K // heads, dtype=dtype).transpose(1, 2)
-    w, b, r = torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype), torch.empty(M, N, dtype=dtype)  # fmt: skip
+    w, b, r = (torch.empty(*size, dtype=dtype) for size in ((N, K), (N,), (M, N)))
     if backward:
         linear_add.linear_add_backward(r, x, w, True, True, True)
     elif norm:
@@ -76,6 +77,7 @@ CASES = {
     "norm 16384 bf16": lambda: _layer_norm(16384, BF16),
     "norm 65536 bf16": lambda: _layer_norm(65536, BF16, rms=True),
     "attention 64 bf16": lambda: _attention(64, BF16),
+    "attention 64 bf16 bias": lambda: _attention(64, BF16, bias=(1, 4, 256, 256)),
     "attention 64 f16 causal": lambda: _attention(64, torch.float16, is_causal=True),
     "attention 128 bf16 causal": lambda: _attention(128, BF16, is_causal=True),
     "attention 128 bf16 mask": lambda: _attention(128, BF16, mask=True),
@@ -98,3 +100,19 @@ CASES = {
     "linear norm 32768x384x384 bf16": lambda: _linear(32768, 384, 384, BF16, norm=True),
     "linear norm 32768x256x256 bf16": lambda: _linear(32768, 256, 256, BF16, norm=True),
 }
+
+#: Every kernel once, and the tiles with most registers; seconds, where CASES takes minutes.
+FEW = {
+    "softmax 1000 f32",
+    "softmax 16384 f32",
+    "softmax 65536 bf16",
+    "norm 768 bf16",
+    "norm 8192 f32",
+    "norm 65536 bf16",
+    "attention 64 bf16 bias",
+    "attention 128 bf16 causal",
+    "linear 2048x768x768 bf16",
+    "linear backward 2048x768x768 bf16",
+    "linear norm 32768x384x384 bf16",
+}
+assert FEW <= CASES.keys()

@@ -505,7 +505,8 @@ int64_t cached_chunks(const char* name, int64_t chunks, int arrays) {
   return chunks < fits ? chunks : fits;
 }
 
-int block_of(int group) { return group < kSmallBlock ? kSmallBlock : group; }
+// A group is a part of a warp, or the whole block (see group_reduce).
+int block_of(int group) { return group <= kWarp ? kSmallBlock : group; }
 
 int lanes_of(DType dtype) { return dtype == DType::f32 ? kLanes<float> : kLanes<bf16>; }
 
@@ -576,7 +577,7 @@ void add_layer_norm_backward(const AddLayerNormBackwardParams& params, void* str
     });
   }
   if (!weights) return;
-  launch(name, add_layer_norm_weights, grid_for(params.features, kReduceColumns),
+  launch(name, add_layer_norm_weights, (params.features + kReduceColumns - 1) / kReduceColumns,
          kReduceColumns * kReduceRows, 0, stream, a);
 }
 

@@ -119,10 +119,15 @@ FT_DEVICE float score(float x, float scale, uint32_t bits, int i) {
   return (bits >> i & 1) ? x * scale : -infinity();
 }
 
+// The product is rounded as it was when `top` was found, so that the largest score gives exactly 0.
+FT_DEVICE float centred(float x, float scale, float top, uint32_t bits, int i) {
+  return score(x, scale, bits, i) - top;
+}
+
 // What turns scores into outputs once the row's maximum and sum are known. A row without an allowed
 // entry is told by the mask, never by the sum: a row of −inf scores, or with a NaN, comes out NaN.
 struct Finish {
-  float top, scale, shift;  // out = exp(s − top)·scale, or for log (s − top) − shift
+  float top, scale, shift;  // out = exp(s − top) · scale, or for log (s − top) − shift
   bool log, empty;
 };
 
@@ -132,11 +137,11 @@ FT_DEVICE Chunk finish_chunk(const Chunk& raw, float scale, uint32_t bits, const
   unpack<T>(raw, x);
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
-    const float s = score(x[i], scale, bits, i);
+    const float d = centred(x[i], scale, f.top, bits, i);
     if (f.log) {
-      x[i] = (bits >> i & 1) ? (s - f.top) - f.shift : -infinity();
+      x[i] = (bits >> i & 1) ? d - f.shift : -infinity();
     } else {
-      x[i] = f.empty ? 0.f : exp_minus<T>(s, f.top) * f.scale;
+      x[i] = f.empty ? 0.f : exponential<T>(d) * f.scale;
     }
   }
   return pack<T>(x);
@@ -196,7 +201,7 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const For
       unpack<T>(raw[k], x);
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) {
-        sum += exp_minus<T>(score(x[i], p.scale, bits_of(k), i), top);
+        sum += exponential<T>(centred(x[i], p.scale, top, bits_of(k), i));
       }
     }
 #pragma unroll
@@ -244,14 +249,15 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
       float best = top;
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) {
-        x[i] = score(x[i], p.scale, bits, i);
-        best = maximum(best, x[i]);
+        best = maximum(best, score(x[i], p.scale, bits, i));
       }
       // −inf − (−inf) must not make NaN of a row whose finite scores come later.
       const float base = best == -infinity() ? 0.f : best;
-      sum *= exp_minus<T>(top, base);
+      sum *= exponential<T>(top - base);
 #pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) sum += exp_minus<T>(x[i], base);
+      for (int i = 0; i < kLanes<T>; ++i) {
+        sum += exponential<T>(centred(x[i], p.scale, base, bits, i));
+      }
       top = best;
     }
     const float mine = top;
@@ -260,7 +266,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
     if (top == -infinity()) {
       sum = not_a_number();  // nothing but −inf and NaN among the allowed
     } else {
-      sum *= exp_minus<T>(mine, top);
+      sum *= exponential<T>(mine - top);
     }
     sum = group_sum(sum, kWideBlock, scratch);
     Finish f = {top, 1.f / sum, 0.f, p.log, false};
@@ -308,7 +314,7 @@ FT_DEVICE Chunk backward_chunk(const Chunk& grad, const Chunk& output, float sum
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
     if (log) {
-      g[i] = y[i] == -infinity() ? 0.f : scale * (g[i] - exp_minus<T>(y[i], 0.f) * sum);
+      g[i] = y[i] == -infinity() ? 0.f : scale * (g[i] - exponential<T>(y[i]) * sum);
     } else {
       g[i] = scale * y[i] * (g[i] - sum);
     }
@@ -451,7 +457,8 @@ int64_t cached_chunks(const char* name, int64_t chunks, int arrays) {
   return chunks < fits ? chunks : fits;
 }
 
-int block_of(int group) { return group < kSmallBlock ? kSmallBlock : group; }
+// A group is a part of a warp, or the whole block (see group_reduce).
+int block_of(int group) { return group <= kWarp ? kSmallBlock : group; }
 
 }  // namespace
 

@@ -248,7 +248,7 @@ def _output_accepts(module: Any) -> str | None:
 
 def _intermediate_accepts(module: Any) -> str | None:
     if activation_name(module.intermediate_act_fn) is None:
-        return f"its activation, {module.intermediate_act_fn!r}, has no kernel"
+        return f"its activation, {module.intermediate_act_fn}, has no kernel"
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Kernel, choose
 from ._front import autocast_dtype, cast, fake, is_float, needs_grad, same_device, same_dtype
-from ._function import differentiable
+from ._function import differentiable, fold, vmap_rule
 from ._norm import fold_rows
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -101,8 +101,10 @@ def check_linear(
         raise ValueError(f"{op}: input has no dimensions; it must be (*, in_features)")
     out_features, in_features = weight.shape
     shape = input.shape
-    if shape[-1] == in_features:
-        out_shape = (*shape[:-1], out_features)
+    # One head reads either way: a residual of three dimensions asks for heads.
+    one_head = input.dim() == 4 and shape[1] == 1 and residual is not None and residual.dim() == 3
+    if shape[-1] == in_features and not one_head:
+        out_shape: tuple[int, ...] = (*shape[:-1], out_features)
     elif input.dim() == 4 and shape[1] * shape[3] == in_features:
         out_shape = (shape[0], shape[2], out_features)
     else:
@@ -227,5 +229,13 @@ def _(grad, input, weight, input_grad, weight_grad, bias_grad):
     )
 
 
-fold_rows("linear_add", batched=(0, 3), per_sample=())
+@vmap_rule("linear_add")
+def _(operator, batch_size, in_dims, input, weight, bias, residual, activation):
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return None
+    rows = fold(input, in_dims[0], batch_size), fold(residual, in_dims[3], batch_size)
+    out = operator(rows[0], weight, bias, rows[1], activation)
+    return out.view(batch_size, out.shape[0] // batch_size, out.shape[1]), 0
+
+
 fold_rows("linear_add_backward", batched=(0, 1), per_sample=(4, 5))

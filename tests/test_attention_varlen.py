@@ -39,7 +39,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
-@pytest.mark.parametrize("lengths", [((5, 1, 7), (3, 4, 9)), ((4, 0, 3), (2, 5, 0)), ((6,), (6,))], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [((5, 1, 7), (3, 4, 9)), ((4, 0, 3), (2, 5, 0)), ((6,), (6,))], ids=str
+)
 def test_equals_attention_of_each_sequence(lengths, options):
     q, k, v = problem(*lengths)
     cu = [bounds(*n) for n in lengths]

@@ -138,7 +138,7 @@ def test_backend():
     ({"input": torch.ones(2, 3).long()}, TypeError, "input has dtype torch.int64"),
     ({"input": torch.ones(1, 2, 3)}, ValueError, "input has shape (1, 2, 3)"),
     ({"input": torch.ones(2, 4)}, ValueError, "does not fit linear_weight's in_features 3"),
-    ({"linear_weight": torch.ones(5, 3).half()}, TypeError, "linear_weight has dtype torch.float16"),
+    ({"linear_weight": torch.ones(5, 3).half()}, TypeError, "linear_weight has dtype"),
     ({"linear_weight": torch.ones(3)}, ValueError, "linear_weight has shape (3,)"),
     ({"linear_bias": torch.ones(4)}, ValueError, "linear_bias has shape (4,)"),
     ({"target": torch.tensor([0, 5])}, ValueError, "target holds 5; it must be in [0, 5)"),

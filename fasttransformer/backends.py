@@ -77,7 +77,9 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_ATTENTION_LACKS = _lacks("window", "softcap", "alibi_slopes", "sinks", "key_lengths", "dropout")
+_ATTENTION_LACKS = _lacks(
+    "alibi_slopes_grad", "window", "softcap", "alibi_slopes", "sinks", "key_lengths", "dropout"
+)
 _ATTENTION_LACKS |= _lacks("query_positions", "mixed_dtypes")  # what attention_decode also asks for
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
@@ -92,7 +94,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "attention": {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
-        "cpu": Kernel("cpu"),
+        "cpu": Kernel("cpu", lacks=_lacks("alibi_slopes_grad")),
     },
     **{
         op: {}

@@ -77,7 +77,8 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_ATTENTION_LACKS = _lacks("query_positions", "mixed_dtypes")  # what attention_decode also asks for
+#: What attention_decode asks for beside attention's own options; no kernel has it.
+_DECODE_LACKS = _lacks("query_positions", "mixed_dtypes")
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
@@ -90,8 +91,8 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "linear_add_layer_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "attention": {
-        "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
-        "cpu": Kernel("cpu"),
+        "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_DECODE_LACKS),
+        "cpu": Kernel("cpu", lacks=_DECODE_LACKS),
     },
     **{
         op: {}

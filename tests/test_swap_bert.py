@@ -154,12 +154,11 @@ def test_minilm_outputs_and_gradients(minilm, sentences, implementation, capsys)
     report = ft.swap(minilm)
     assert not report.skipped, str(report)
     names = [s.target.__name__ for s in report.swapped]
-    for part in ("SelfAttention", "SelfOutput", "Intermediate", "Output"):
+    for part in ("Layer", "SelfAttention", "SelfOutput", "Intermediate", "Output"):
         assert names.count("Bert" + part) == 6
     check = report.verify(**sentences)
     assert check.ok, str(check)
     assert len(check.gradients) == 103
-    assert check.max_error <= 2 * check.reference_error + 1e-6
     assert "last_hidden_state" in capsys.readouterr().out
 
 
@@ -188,10 +187,12 @@ def test_minilm_16_bit(minilm, sentences, dtype):
 
 
 def test_minilm_half_and_back_after_the_swap(minilm, sentences):
-    ft.swap(minilm)
-    full = last(minilm, **sentences)
-    assert torch.allclose(last(minilm.bfloat16(), **sentences).float(), full, atol=0.2)
-    assert torch.allclose(last(minilm.float(), **sentences), full, atol=0.2)
+    report = ft.swap(minilm)
+    minilm.bfloat16()
+    assert report.verify(**sentences, gradients=False, show=False).ok
+    minilm.float()
+    assert last(minilm, **sentences).dtype == torch.float32
+    assert report.verify(**sentences, gradients=False, show=False).ok
 
 
 def test_minilm_autocast(minilm, sentences):
@@ -268,6 +269,11 @@ def test_activations(activation):
     report = ft.swap(small("bert", hidden_act=activation))
     assert "Intermediate" in str(report)
     assert report.verify(**padded(), show=False).ok
+
+
+def test_a_feed_forward_in_chunks():
+    model = small("bert", chunk_size_feed_forward=1)
+    assert ft.swap(model).verify(**padded(), show=False).ok
 
 
 def test_an_activation_without_a_kernel_is_named():

@@ -74,7 +74,7 @@ def compile_library(extra_sources: tuple[Path, ...] = ()) -> Path:
     link = [CXX, "-shared", *objects, "-o", f"{library}.{os.getpid()}",
             f"-L{TORCH_INCLUDE.parent / 'lib'}", "-ltorch_cpu"]  # fmt: skip
     subprocess.run(link, check=True)
-    os.replace(f"{library}.{os.getpid()}", library)  # whole or not at all, with processes side by side
+    os.replace(f"{library}.{os.getpid()}", library)  # whole, with other processes side by side
     for path in objects:
         os.unlink(path)
     return library

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -59,9 +58,9 @@ def nvcc_version() -> str:
 
 
 def command(source: Path, arch: str, target: Path) -> list[str]:
-    return [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DFT_CUDA", f"-I{ROOT / 'csrc'}",
-            f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", str(target),
-            "-Werror=all-warnings"]  # fmt: skip
+    return [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DFT_CUDA",
+            f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source),
+            "-o", str(target), "-Werror=all-warnings"]  # fmt: skip
 
 
 @functools.cache
@@ -83,7 +82,9 @@ def objects() -> dict[tuple[str, str], Path]:
 
 @functools.cache
 def dump(path: Path, option: str) -> str:
-    done = subprocess.run([str(tool("cuobjdump")), option, str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(tool("cuobjdump")), option, str(path)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -168,8 +169,8 @@ def test_bindings_compile_for_cuda(op, tmp_path):
     include = Path(torch.__file__).resolve().parent / "include"
     done = subprocess.run(
         [os.environ.get("CXX", "g++"), "-std=c++20", "-fsyntax-only", "-DFT_CUDA", "-DUSE_CUDA",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", "-isystem", str(include),
-         "-Wall", "-Wextra", str(ROOT / f"csrc/bindings/{op}.cpp")],
+         "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}",
+         "-isystem", str(include), "-Wall", "-Wextra", str(ROOT / f"csrc/bindings/{op}.cpp")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -183,17 +184,16 @@ def wants_cuda(tmp_path, monkeypatch, capsys):
     """Calls setup.py's wants_cuda() with a made-up nvcc of some version: (answer, what it said)."""
     source = (ROOT / "setup.py").read_text().split("\nEXTENSIONS = ")[0]
 
-    def call(version: str | None, environment: dict[str, str]) -> tuple[bool | None, str]:
-        for name in ("FASTTRANSFORMER_CUDA", "FASTTRANSFORMER_CUDA_ARCHS"):
-            monkeypatch.delenv(name, raising=False)
-        if version is not None:
-            nvcc = tmp_path / "nvcc"
-            nvcc.write_text(f"#!/bin/sh\ncase $1 in --version) echo release {version},;;\n"
-                            "*) echo compute_80; echo compute_90;; esac\n")  # fmt: skip
-            nvcc.chmod(0o755)
-            monkeypatch.setenv("NVCC", str(nvcc))
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+    def call(version: str | None, asked: str, archs: str) -> tuple[bool | None, str]:
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\ncase $1 in --version) echo release {version},;;\n"
+                        "*) echo compute_80; echo compute_90;; esac\n")  # fmt: skip
+        nvcc.chmod(0o755)
+        monkeypatch.setenv("NVCC", str(nvcc) if version else "/no/nvcc")
+        for name, value in (("", asked), ("_ARCHS", archs)):
+            monkeypatch.delenv(f"FASTTRANSFORMER_CUDA{name}", raising=False)
+            if value:
+                monkeypatch.setenv(f"FASTTRANSFORMER_CUDA{name}", value)
         space = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
         exec(compile(source, "setup.py", "exec"), space)
         try:
@@ -205,26 +205,26 @@ def wants_cuda(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("version", "environment", "answer", "message"),
+    ("version", "asked", "archs", "answer", "message"),
     (
-        ("12.4", {"FASTTRANSFORMER_CUDA": "0"}, False, "FASTTRANSFORMER_CUDA=0: the CUDA kernels are left out"),
-        ("12.4", {"FASTTRANSFORMER_CUDA": "yes"}, None, "it must be 0, 1 or unset"),
-        ("12.4", {"FASTTRANSFORMER_CUDA": "1", "FASTTRANSFORMER_CUDA_ARCHS": "80,90a"}, True, ""),
-        (None, {"FASTTRANSFORMER_CUDA": "1", "NVCC": "/no/nvcc"}, None, "no CUDA compiler (/no/nvcc) was found"),
-        ("12.3", {"FASTTRANSFORMER_CUDA": "1"}, None, "12.3, which is too old (12.4 at least)"),
-        ("12.4", {"FASTTRANSFORMER_CUDA": "1", "FASTTRANSFORMER_CUDA_ARCHS": "75"}, None, "75 is older than 80"),
-        ("12.4", {"FASTTRANSFORMER_CUDA": "1", "FASTTRANSFORMER_CUDA_ARCHS": "80;100a"}, None, "does not know 100a; it knows 80, 90"),
-        ("12.4", {"FASTTRANSFORMER_CUDA": "1", "FASTTRANSFORMER_CUDA_ARCHS": "sm_80"}, None, "'sm_80' is no architecture"),
+        ("12.4", "0", "", False, "FASTTRANSFORMER_CUDA=0: the CUDA kernels are left out"),
+        ("12.4", "yes", "", None, "it must be 0, 1 or unset"),
+        ("12.4", "1", "80,90a", True, ""),
+        (None, "1", "80", None, "no CUDA compiler (/no/nvcc) was found"),
+        ("12.3", "1", "80", None, "12.3, which is too old (12.4 at least)"),
+        ("12.4", "1", "75", None, "75 is older than 80"),
+        ("12.4", "1", "80;100a", None, "does not know 100a; it knows 80, 90"),
+        ("12.4", "1", "sm_80", None, "'sm_80' is no architecture"),
     ),
-)  # fmt: skip
-def test_setup_decides_and_says_why(wants_cuda, version, environment, answer, message):
-    got, said = wants_cuda(version, environment)
+)
+def test_setup_decides_and_says_why(wants_cuda, version, asked, archs, answer, message):
+    got, said = wants_cuda(version, asked, archs)
     assert (got, message in said) == (answer, True), said
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
 def test_setup_leaves_cuda_out_under_a_torch_without_it(wants_cuda):
-    got, said = wants_cuda("12.4", {})
+    got, said = wants_cuda("12.4", "", "")
     assert got is False and "the installed torch has no CUDA" in said
 
 
@@ -232,6 +232,8 @@ if __name__ == "__main__":
     assert not missing(), missing()
     table = {"nvcc": nvcc_version()}
     table |= {f"sm_{arch}": dict(sorted(kernels.items())) for arch, kernels in resources().items()}
-    lines = json.dumps(table, indent=1)
-    TABLE.write_text(re.sub(r"\{\s+(\"registers\".*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", lines, flags=re.S) + "\n")  # noqa: E501
+    text = json.dumps(table, indent=1)
+    one_line = re.compile(r"\{\s+(\"registers\".*?)\s+\}", re.S)  # a kernel's entry
+    text = one_line.sub(lambda m: "{" + " ".join(m[1].split()) + "}", text)
+    TABLE.write_text(text + "\n")
     print(f"wrote {TABLE}")

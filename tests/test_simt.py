@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 
-import contract
 import pytest
 import simt
 import torch
 
+import contract
 import fasttransformer as ft
 from fasttransformer import reference
 

@@ -129,9 +129,9 @@ def known_case(
         and (mask.dtype is torch.bool or mask.is_floating_point())
     ):
         return False
-    # Eager's masks can hold finfo.min for every key of a row (left padding under a causal mask). The
-    # row's log-sum-exp, which the backward kernels start from, is then finfo.min too, whatever the
-    # number of keys: its weights would come out as 1.
+    # Eager's masks can hold finfo.min for every key of a row (left padding under a causal mask).
+    # Its log-sum-exp, which the backward kernels start from, is then finfo.min too, whatever the
+    # number of keys, and its weights would come out as 1.
     if mask is not None and mask.dtype is not torch.bool and torch.is_grad_enabled():
         return False
     return (

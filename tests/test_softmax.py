@@ -37,10 +37,10 @@ def test_sizes(on, columns, dtype):
         pytest.skip("the interpreter is slow")
     if on == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter cuts float32 to bfloat16 where devices round")
-    x = torch.randn(5 if columns > 200 else 24, columns, dtype=dtype) * 4
+    x = torch.randn(5 if columns > 1000 else 24, columns, dtype=dtype) * 4
     for op in BOTH:
         if dtype == torch.float32:
-            compare(on, op, x, scale=0.7)
+            compare(on, op, x, scale=0.5)
             continue
         # The gradient of a 16-bit softmax is taken of its rounded output, in torch as here.
         ours, want, peer = (getattr(m, op) for m in (ft, reference, torch))

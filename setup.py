@@ -6,7 +6,7 @@ its Triton and torch backends. Environment variables:
 
   FASTTRANSFORMER_NO_BUILD=1     no compiled code at all: a pure-Python package
   FASTTRANSFORMER_CUDA=1|0       build the CUDA library though torch has no CUDA / don't build it
-  FASTTRANSFORMER_CUDA_ARCHS     default "80;90a"; PTX of the newest plain one is added for later GPUs
+  FASTTRANSFORMER_CUDA_ARCHS     default "80;90a"; PTX of the newest plain one is added
   CXX, NVCC, MAX_JOBS            compiler, CUDA compiler, parallel jobs
 """
 
@@ -108,7 +108,9 @@ def wants_cuda() -> bool:
     """Whether the CUDA library is built; says why where it is not, stops where it was asked for."""
     asked = os.environ.get("FASTTRANSFORMER_CUDA", "")
     if asked not in ("", "0", "1"):
-        raise SystemExit(f"fasttransformer build: FASTTRANSFORMER_CUDA is {asked!r}; it must be 0, 1 or unset")  # noqa: E501
+        raise SystemExit(
+            f"fasttransformer build: FASTTRANSFORMER_CUDA is {asked!r}; it must be 0, 1 or unset"
+        )
     if asked == "0":
         say("FASTTRANSFORMER_CUDA=0: the CUDA kernels are left out (CPU kernels and Triton work)")
         return False
@@ -116,8 +118,8 @@ def wants_cuda() -> bool:
 
     has_cuda = torch.version.cuda is not None
     if asked == "" and not has_cuda:
-        say("the installed torch has no CUDA: the CUDA kernels are left out (CPU kernels and Triton "
-            "work; FASTTRANSFORMER_CUDA=1 builds them all the same)")  # fmt: skip
+        say("the installed torch has no CUDA: the CUDA kernels are left out (CPU kernels and "
+            "Triton work; FASTTRANSFORMER_CUDA=1 builds them all the same)")  # fmt: skip
         return False
     problem = nvcc_problem() or arch_problem(CUDA_ARCHS)
     if problem is not None:
@@ -127,8 +129,8 @@ def wants_cuda() -> bool:
             "again to have them")  # fmt: skip
         return False
     if not has_cuda:
-        say("building the CUDA kernels though the installed torch has no CUDA: they load only where "
-            "torch has")  # fmt: skip
+        say("building the CUDA kernels though the installed torch has no CUDA: they load only "
+            "where torch has")  # fmt: skip
     return True
 
 
@@ -149,9 +151,10 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def nvcc_flags(archs: list[str]) -> list[str]:
-    """What a .cu file is compiled with (the build gates in tests/ use the same)."""
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DFT_CUDA",
-             "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *gencode(archs)]  # fmt: skip
+    """What a .cu file is compiled with."""
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo",
+             "-DFT_CUDA", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden",
+             f"-I{CSRC}", *gencode(archs)]  # fmt: skip
     return [*flags, f"-ccbin={os.environ['CXX']}"] if "CXX" in os.environ else flags
 
 
@@ -196,8 +199,9 @@ def build_graph(library: str, output: Path, work: Path) -> str:
         # that neither torch nor the system has.
         stub, directory = cuda_torch_library(torch_lib, work)
         lines.extend(stub)
-        link = ["-cudart=static", "-Xlinker=--no-as-needed,-z,defs", f"-L{directory}", f"-L{torch_lib}",
-                "-ltorch_cuda", "-ltorch_cpu", "-lpthread", "-ldl", "-lrt"]  # fmt: skip
+        link = ["-cudart=static", "-Xlinker=--no-as-needed,-z,defs", f"-L{directory}",
+                f"-L{torch_lib}", "-ltorch_cuda", "-ltorch_cpu", "-lpthread",
+                "-ldl", "-lrt"]  # fmt: skip
     else:
         for name in ("registration.cpp", "cpu/isa.cpp", "cpu/parallel.cpp"):
             compile_step(CSRC / name, name.replace("/", ".")[:-4], [*flags, *STABLE_ABI])

@@ -154,9 +154,9 @@ def children_reason(module: Module, kinds: Mapping[str, str]) -> str | None:
         problem = _parameter_reason(child, f"{name}.")
         if problem is not None:
             return problem
-    missing = [n for n, k in kinds.items() if k != "activation" and module._modules.get(n) is None]
-    if missing:
-        return f"it has no submodule {missing[0]}"
+    for name, kind in kinds.items():
+        if kind in KINDS and module._modules.get(name) is None:
+            return f"it has no submodule {name}"
     return None
 
 

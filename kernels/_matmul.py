@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import dot, tanh
-from ._reduce import sum_partials
+from ._reduce import sum_dtype, sum_partials
 from ._target import family
 
 
@@ -243,19 +243,27 @@ def matmul_norm_kernel(
 
 @triton.jit
 def column_sums_kernel(
-    x_ptr, partial_ptr, rows, columns, step, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    step,
+    splits,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Sums over every splits-th tile of rows of a strip of columns, float32."""
     split = tl.program_id(0) % splits
     column = (tl.program_id(0) // splits) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], ACC)
     for first in range(split * ROWS, rows, splits * ROWS):
         row = first + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         at = row[:, None] * step + column[None, :]
-        total += tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
     at = split.to(tl.int64) * columns + column
-    tl.store(partial_ptr + at, tl.sum(total, axis=0), mask=column < columns)
+    tl.store(partial_ptr + at, tl.sum(total, axis=0).to(tl.float32), mask=column < columns)
 
 
 def candidates(like: Tensor) -> tuple[Tile, ...]:
@@ -328,6 +336,15 @@ def column_sums(x: Tensor, out: Tensor) -> None:
     splits = max(1, min(64, triton.cdiv(rows, 64)))
     partial = torch.empty((splits, columns), dtype=torch.float32, device=x.device)
     column_sums_kernel[(splits * triton.cdiv(columns, 128),)](
-        x, partial, rows, columns, x.stride(0), splits, ROWS=16, COLUMNS=128, num_warps=4
+        x,
+        partial,
+        rows,
+        columns,
+        x.stride(0),
+        splits,
+        ACC=sum_dtype(x),
+        ROWS=16,
+        COLUMNS=128,
+        num_warps=4,
     )
     sum_partials(partial, out)

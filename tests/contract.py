@@ -44,7 +44,7 @@ RUNNABLE = runnable()
 def backends_of(op: str) -> list[str]:
     """The entries of :data:`RUNNABLE` that have a kernel for ``op``."""
     row = TABLE[op]
-    kernels = {name for name, kernel in row.items() if name == "torch" or kernel.forward is not None}
+    kernels = {name for name, kernel in row.items() if name == "torch" or kernel.forward}
     return [name for name in RUNNABLE if name.split(":")[0] in kernels]
 
 

@@ -11,10 +11,15 @@ import torch
 import fasttransformer as ft
 
 
-def refuses(op: str, arguments: dict[str, Any], change: dict[str, Any], error: type, text: str) -> None:
+def refuses(
+    op: str, arguments: dict[str, Any], change: dict[str, Any], error: type, text: str
+) -> None:
     """The changed call raises, naming the operation and what is wrong; so does explaining it."""
     function: Callable[..., Any] = getattr(ft, op)
-    for call in (lambda: function(**arguments | change), lambda: ft.explain(op, **arguments | change)):
+    for call in (
+        lambda: function(**arguments | change),
+        lambda: ft.explain(op, **arguments | change),
+    ):
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value).startswith(f"{op}: "), caught.value

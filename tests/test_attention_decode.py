@@ -26,7 +26,8 @@ def new(count, dtype=torch.float64):
             torch.randn(2, 2, count, 6, dtype=dtype))  # fmt: skip
 
 
-OPTIONS = [{}, {"window": (2, None)}, {"softcap": 3.0, "scale": 0.3}, {"alibi_slopes": torch.rand(4)},
+OPTIONS = [{}, {"window": (2, None)}, {"softcap": 3.0, "scale": 0.3},
+           {"alibi_slopes": torch.rand(4)},
            {"sinks": torch.randn(4)}, {"is_causal": False}]  # fmt: skip
 
 

@@ -39,7 +39,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
-@pytest.mark.parametrize("lengths", [((5, 1, 7), (3, 4, 9)), ((4, 0, 3), (2, 5, 0)), ((6,), (6,))], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [((5, 1, 7), (3, 4, 9)), ((4, 0, 3), (2, 5, 0)), ((6,), (6,))], ids=str
+)
 def test_equals_attention_of_each_sequence(lengths, options):
     q, k, v = problem(*lengths)
     cu = [bounds(*n) for n in lengths]
@@ -54,7 +56,7 @@ def test_equals_attention_of_each_sequence(lengths, options):
 
 
 def test_b21_empty_sequences():
-    """Dao-AILab/flash-attention#1537: lengths 0 and a longest query of 1; no queries at all; no keys."""
+    """Dao-AILab/flash-attention#1537: lengths 0 with a longest query of 1; no queries; no keys."""
     q, k, v = problem((0, 1, 0, 1), (0, 3, 0, 5), torch.float32, heads=9, kv_heads=3)
     cu_q, cu_k = bounds(0, 1, 0, 1), bounds(0, 3, 0, 5)
     out = ft.attention_varlen(q, k, v, cu_q, cu_k, is_causal=True)
@@ -110,7 +112,7 @@ CU = bounds(3, 2)
 @pytest.mark.parametrize("change, error, text", [
     ({"query": torch.ones(5, 4, 8).int()}, TypeError, "query has dtype torch.int32"),
     ({"query": torch.ones(1, 5, 4, 8)}, ValueError, "query has shape (1, 5, 4, 8); it must have 3"),
-    ({"query": torch.ones(5, 3, 8)}, ValueError, "key has 2 heads, which does not divide query's 3"),
+    ({"query": torch.ones(5, 3, 8)}, ValueError, "key has 2 heads, which does not divide"),
     ({"key": torch.ones(5, 2, 7)}, ValueError, "key has head_dim 7, but query has 8"),
     ({"value": torch.ones(4, 2, 6)}, ValueError, "tokens and heads must be equal"),
     ({"key": torch.ones(5, 2, 8).half()}, TypeError, "key has dtype torch.float16"),

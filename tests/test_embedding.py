@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import check
 from fronts import refuses, runs_on_the_reference, same_compiled
 
 import fasttransformer as ft
+from contract import check
 from fasttransformer import reference
 
 IDS = torch.tensor([[1, 0, 2], [2, 2, 1]])

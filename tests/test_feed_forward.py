@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from contract import backends_of, check, running_on
 from fronts import refuses, same_compiled
 
 import fasttransformer as ft
+from contract import backends_of, check, running_on
 from fasttransformer import reference
 from fasttransformer.reference.feed_forward import GATES
 from fasttransformer.reference.linear_add import ACTIVATIONS
@@ -59,7 +59,9 @@ def test_without_biases_and_without_rows(on, activation):
 
 def test_explain_tells_where_it_runs():
     inputs = problem()
-    assert ft.explain("feed_forward", *inputs).backend == ft.explain("linear_add", *inputs[:3]).backend
+    assert (
+        ft.explain("feed_forward", *inputs).backend == ft.explain("linear_add", *inputs[:3]).backend
+    )
     wide = [t.double() for t in inputs]
     assert ft.explain("feed_forward", *wide).backend == "torch"
     with pytest.raises(RuntimeError, match="feed_forward: backend 'cpu' was asked for"):

@@ -105,7 +105,8 @@ def test_heads_are_read_in_place(on, heads_first):
         )
         _, w, b, _, nw, nb = problem(1, 24, 20)
         check(ft.linear_add_layer_norm, reference.linear_add_layer_norm,
-              (x, w, b, torch.randn(2, rows, 20), nw, nb), on=on, grads=has_backward(on))  # fmt: skip
+              (x, w, b, torch.randn(2, rows, 20), nw, nb), on=on,
+              grads=has_backward(on))  # fmt: skip
 
 
 @pytest.mark.parametrize("norm_dtype", [torch.float64, torch.float32, torch.float16], ids=str)
@@ -223,8 +224,9 @@ def test_autocast(on):
     ({"eps": float("nan")}, ValueError, "eps is nan"),
 ])  # fmt: skip
 def test_bad_input_is_named(change, error, text):
-    arguments = {"input": torch.ones(2, 3), "weight": torch.ones(4, 3), "norm_weight": torch.ones(4),
-                 "norm_bias": torch.ones(4), "residual": torch.ones(2, 4)}  # fmt: skip
+    arguments = {"input": torch.ones(2, 3), "weight": torch.ones(4, 3),
+                 "residual": torch.ones(2, 4),
+                 "norm_weight": torch.ones(4), "norm_bias": torch.ones(4)}  # fmt: skip
     ft.linear_add_layer_norm(**arguments)
     with pytest.raises(error) as caught:
         ft.linear_add_layer_norm(**arguments | change)

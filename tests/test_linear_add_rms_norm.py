@@ -221,8 +221,9 @@ def test_autocast(on):
     ({"eps": float("nan")}, ValueError, "eps is nan"),
 ])  # fmt: skip
 def test_bad_input_is_named(change, error, text):
-    arguments = {"input": torch.ones(2, 3), "weight": torch.ones(4, 3), "norm_weight": torch.ones(4),
-                 "residual": torch.ones(2, 4)}  # fmt: skip
+    arguments = {"input": torch.ones(2, 3), "weight": torch.ones(4, 3),
+                 "residual": torch.ones(2, 4),
+                 "norm_weight": torch.ones(4)}  # fmt: skip
     ft.linear_add_rms_norm(**arguments)
     with pytest.raises(error) as caught:
         ft.linear_add_rms_norm(**arguments | change)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from contract import check
 from fronts import refuses, runs_on_the_reference, same_compiled
 
 import fasttransformer as ft
+from contract import check
 from fasttransformer import reference
 
 

@@ -99,7 +99,7 @@ def padding_of(kind: str, case: dict, length: int, dtype) -> torch.Tensor | None
     return padding if case["batched"] else padding[0]
 
 
-def check(case: dict, kind: type, dtype=torch.float32) -> None:
+def check(case: dict, kind: type, dtype=torch.float32, collect=None) -> None:
     layer = build(case, kind, dtype)
     inputs = [sequence(case, L, dtype)]
     mask = mask_of(case["mask"], case, L, L, dtype)
@@ -118,7 +118,7 @@ def check(case: dict, kind: type, dtype=torch.float32) -> None:
     try:
         modules.compare(
             layer, inputs, grads=case["grads"], training=case["training"], ours=ours, steps=8,
-            **options,
+            collect=collect, **options,
         )  # fmt: skip
     except Exception as error:
         raise AssertionError(f"{case}: {error}") from error
@@ -140,11 +140,17 @@ def test_against_torch_float32(kind, start):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_other_dtypes(kind, dtype):
+    errors = None if dtype == torch.float64 else []
     for case in CASES[:20]:
+        if errors is not None and case["activation"] not in ("gelu", "F.silu", "Mish"):
+            # a rounding step near a kink flips the derivative, in torch's 16-bit run too
+            case = case | {"activation": "GELU(tanh)"}
         if dtype != torch.float64 and case["activation"] not in ("gelu", "F.silu", "Mish"):
             # a rounding step near a kink flips the derivative, in torch's 16-bit run too
             case = case | {"activation": "GELU(tanh)"}
-        check(case, kind, dtype)
+        check(case, kind, dtype, errors)
+    if errors is not None:
+        modules.assert_distribution(errors)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -154,7 +160,7 @@ def test_a_layer_of_real_size_keeps_the_strict_contract(norm_first, training):
     modules.compare(layer, [torch.randn(2, 64, 128)], training=training, steps=1)
 
 
-# ---- masks --------------------------------------------------------------------------------------
+# ---- masks ----
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -249,7 +255,7 @@ def test_b67_memory_padding_is_kept():
     assert a.abs().sum(-1).gt(0).all()
 
 
-# ---- dropout ------------------------------------------------------------------------------------
+# ---- dropout ----
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -301,7 +307,7 @@ def test_gradient_with_dropout_is_that_of_the_mask_drawn():
     assert torch.autograd.gradcheck(call, (x,))
 
 
-# ---- flags, activations, bias -------------------------------------------------------------------
+# ---- flags, activations, bias ----
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -375,7 +381,7 @@ def test_rms_norms_in_the_place_of_layer_norms_are_fused():
         assert ft.nn.fallbacks(ours) == {}
 
 
-# ---- what is not plain is called ----------------------------------------------------------------
+# ---- what is not plain is called ----
 
 
 class Doubled(nn.Module):
@@ -485,7 +491,7 @@ def test_parametrized_parts_are_felt():
         torch.testing.assert_close(ours(x), layer(x))
 
 
-# ---- stacks -------------------------------------------------------------------------------------
+# ---- stacks ----
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -561,7 +567,7 @@ def test_nested_input_falls_back_with_a_reason():
     assert "nested tensors" in ft.nn.fallbacks(ours)[""]
 
 
-# ---- autocast, transformations ------------------------------------------------------------------
+# ---- autocast, transformations ----
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from contract import check
 from fronts import refuses, runs_on_the_reference, same_compiled
 
 import fasttransformer as ft
+from contract import check
 from fasttransformer import reference
 
 B, S, D = 2, 5, 8
@@ -79,7 +79,9 @@ def test_b64_half_split_tables_are_refused_for_interleaved_pairs():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_b62_position_past_the_tables(compiled):
     """pytorch/pytorch#183608."""
-    function = torch.compile(ft.rotary_embedding, fullgraph=True) if compiled else ft.rotary_embedding
+    function = (
+        torch.compile(ft.rotary_embedding, fullgraph=True) if compiled else ft.rotary_embedding
+    )
     q, k = problem()
     cos, sin = tables()
     function(q, k, cos, sin, position_ids=torch.tensor([0, 8, 8, 1, 2]))

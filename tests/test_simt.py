@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 
-import contract
 import pytest
 import simt
 import torch
 
+import contract
 import fasttransformer as ft
 from fasttransformer import reference
 
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPE_IDS = ("f32", "f16", "bf16")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 # Under one chunk, at the edges of a plan's chunks and groups, odd, and past what registers hold.
-COLUMNS = (1, 7, 8, 9, 32, 64, 65, 77, 250, 257, 1000, 2049, 8193, 16389)
+COLUMNS = (1, 7, 8, 9, 64, 77, 250, 257, 1000, 2049, 8193, 16389)
 
 
 def softmax_check(inputs, *, log=False, limits=None, grads=True, **options):
@@ -49,13 +49,14 @@ def test_softmax(columns, dtype, log):
 @pytest.mark.parametrize("log", (False, True), ids=("softmax", "log"))
 @pytest.mark.parametrize("columns", (3, 40, 77, 600, 16389))
 def test_softmax_mask_and_causal(columns, dtype, log):
-    x = torch.randn(2, 4, columns).to(dtype)
-    mask = torch.rand(2, 4, columns) < 0.5
+    batch = 2 if columns > 1000 else 8  # enough numbers that the peer is not right by luck
+    x = torch.randn(batch, 4, columns).to(dtype)
+    mask = torch.rand(batch, 4, columns) < 0.5
     mask[0, 1] = False
     softmax_check(x, log=log, mask=mask, scale=-0.3)
     softmax_check(x, log=log, mask=mask, is_causal=True)
-    softmax_check(x, log=log, mask=mask[:1, :1].expand(2, 4, columns))
-    softmax_check(x, log=log, mask=mask[:, :, :1].expand(2, 4, columns))
+    softmax_check(x, log=log, mask=mask[:1, :1].expand(x.shape))
+    softmax_check(x, log=log, mask=mask[:, :, :1].expand(x.shape))
 
 
 @pytest.mark.parametrize("scale", (-0.5, -0.001, 0.0))

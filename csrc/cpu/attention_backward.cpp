@@ -85,9 +85,9 @@ struct Sums {
 
 // P and dS of one row of a tile, in place of the scores and of dO·Vᵀ.
 template <bool plain>
-FT_INLINE void gradients_row(const AttentionBackwardParams& p, const Units& u, const Row& row,
-                             float lse, float delta, int64_t begin, int64_t end,
-                             const uint32_t* words, float* s, float* dp) {
+FT_INLINE void gradients_row(const AttentionBackwardParams& p, const Units& u, float lse,
+                             float delta, int64_t begin, int64_t end, const uint32_t* words,
+                             float* s, float* dp) {
   for (int64_t k = begin; k < end; k += W) {
     const vf x = load(s + k);
     const vf exponent = fma(x, splat(u.lse_scale), splat(-lse)) * splat(kLog2E);
@@ -107,7 +107,36 @@ FT_INLINE void gradients_row(const AttentionBackwardParams& p, const Units& u, c
     store(s + k, kept);
     store(dp + k, ds);
   }
-  (void)row;
+}
+
+// The same for a row whose keys all lie in this tile: softmax anew and delta = Σ P ∘ dO·Vᵀ − d_lse,
+// which is free of the rounding of lse and of `out`.
+FT_INLINE void whole_row(const Units& u, float grad_lse, int64_t begin, int64_t end, float* s,
+                         float* dp) {
+  vf most = splat(-__builtin_inff());
+  for (int64_t k = begin; k < end; k += W) most = max(load(s + k), most);
+  const float top = reduce_max(most);
+  const vf shift = splat(top == -__builtin_inff() ? 0.f : top);
+  vf sum = zero();
+  for (int64_t k = begin; k < end; k += W) {
+    const vf e = exp2((load(s + k) - shift) * splat(u.exponent));
+    sum += e;
+    store(s + k, e);
+  }
+  const float total = reduce_add(sum);
+  // Nothing but masked keys: weights 0.
+  const vf factor = splat(top == -__builtin_inff() && total == 0.f ? 0.f : 1.f / total);
+  vf product = zero();
+  for (int64_t k = begin; k < end; k += W) {
+    const vf weight = load(s + k) * factor;
+    product += select(weight == zero(), zero(), weight * load(dp + k));
+    store(s + k, weight);
+  }
+  const vf mean = splat(reduce_add(product)), rest = splat(grad_lse);
+  for (int64_t k = begin; k < end; k += W) {
+    const vf weight = load(s + k);
+    store(dp + k, select(weight == zero(), zero(), weight * ((load(dp + k) - mean) + rest)));
+  }
 }
 
 inline void add_bias_row(const Sums& sums, int64_t b, const Row& row, int64_t j, int64_t begin,
@@ -193,10 +222,12 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
                 begin;
       }
       const float lse = p.lse[lse_at + i], delta = p.delta[lse_at + i];
-      if (seen[s].plain) {
-        gradients_row<true>(p, u, row, lse, delta, begin, end, words, weights, ds);
+      if (p.kv_len <= kKeys && !p.sinks && !words) {
+        whole_row(u, p.grad_lse ? p.grad_lse[lse_at + i] : 0.f, begin, end, weights, ds);
+      } else if (seen[s].plain) {
+        gradients_row<true>(p, u, lse, delta, begin, end, words, weights, ds);
       } else {
-        gradients_row<false>(p, u, row, lse, delta, begin, end, words, weights, ds);
+        gradients_row<false>(p, u, lse, delta, begin, end, words, weights, ds);
       }
       if (sums.d_bias) add_bias_row(sums, b, row, j, begin, min64(seen[s].end, n), ds);
       if (p.softcap != 0.f) {

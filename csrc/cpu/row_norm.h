@@ -12,12 +12,11 @@
 // rows in order, and the chunks' sums are added in order: the same bits on any number of threads.
 // Bound by memory bandwidth; in cache by loads.
 #pragma once
+#include "cpu/columns.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 #include "cpu/vec.h"
 #include "params/row_norm.h"
-
-#define FT_UNROLL _Pragma("GCC unroll 8")
 
 namespace ft::FT_ISA {
 
@@ -33,56 +32,9 @@ constexpr int64_t kNormGrain = 32768;      // elements below which a second thre
 constexpr int64_t kChunkElements = 32768;  // backward: elements that a chunk has at least …
 constexpr int64_t kChunkRows = 8;          // … unless that is fewer rows than these
 constexpr int64_t kChunks = 64;            // … and at most as many chunks
-constexpr int64_t kPlainSumRows = 64;      // rows added one by one before a sum goes up a level
+constexpr int64_t kPlainSumRows = 32;      // rows added one by one before a sum goes up a level
 
 enum class Add { none, residual, dropped };  // what is added to what before the norm
-
-// A vector's worth of columns, or what is left of one at a row's end.
-struct Whole {};
-struct Part {
-  int count;
-};
-
-template <class T>
-FT_INLINE vf load(const T* p, Whole) {
-  return load(p);
-}
-template <class T>
-FT_INLINE vf load(const T* p, Part part) {
-  return load(p, part.count);
-}
-template <class T>
-FT_INLINE void store(T* p, vf x, Whole) {
-  store(p, x);
-}
-template <class T>
-FT_INLINE void store(T* p, vf x, Part part) {
-  store(p, x, part.count);
-}
-FT_INLINE vf keep(vf x, Whole) { return x; }
-FT_INLINE vf keep(vf x, Part part) { return select(lanes() < splat_int(part.count), x, zero()); }
-
-// Calls f(column, u, Whole or Part) over n columns, u going round 0 … U−1.
-template <int U, class F>
-FT_INLINE void over_columns(int64_t n, const F& f) {
-  int64_t j = 0;
-  for (; j + U * W <= n; j += U * W) {
-FT_UNROLL for (int u = 0; u < U; ++u) f(j + u * W, u, Whole{});
-  }
-  for (; j + W <= n; j += W) f(j, 0, Whole{});
-  if (j < n) f(j, 0, Part{static_cast<int>(n - j)});
-}
-
-// The same from the last column to the first: what was read last is still in the nearest cache.
-template <int U, class F>
-FT_INLINE void back_over_columns(int64_t n, const F& f) {
-  int64_t j = n / W * W;
-  if (j < n) f(j, 0, Part{static_cast<int>(n - j)});
-  for (; j >= U * W; j -= U * W) {
-    FT_UNROLL for (int u = 1; u <= U; ++u) f(j - u * W, u - 1, Whole{});
-  }
-  for (; j >= W; j -= W) f(j - W, 0, Whole{});
-}
 
 // `vector` as floats: itself, or a copy in `room`; `absent` everywhere if there is none.
 inline const float* float_vector(const VectorArg& vector, int64_t n, float absent, float* room) {
@@ -283,8 +235,6 @@ FT_UNROLL for (int r = 0; r < R; ++r) {
   over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const vf weight = load(w + j, part);
     vf sum_w = zero(), sum_b = zero();
-    if (dw != nullptr) sum_w = load(dw + j, part);
-    if (db != nullptr) sum_b = load(db + j, part);
 FT_UNROLL for (int r = 0; r < R; ++r) {
       const vf g = load(grad[r] + j, part);
       const vf v = load(x[r] + j, part);
@@ -304,8 +254,8 @@ FT_UNROLL for (int r = 0; r < R; ++r) {
         store(d_input + r * n + j, d, part);
       }
     }
-    if (dw != nullptr) store(dw + j, sum_w, part);
-    if (db != nullptr) store(db + j, sum_b, part);
+    if (dw != nullptr) store(dw + j, load(dw + j, part) + sum_w, part);
+    if (db != nullptr) store(db + j, load(db + j, part) + sum_b, part);
   });
 }
 

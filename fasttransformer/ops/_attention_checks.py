@@ -60,9 +60,9 @@ def check_mask(op: str, name: str, mask: Tensor, query: Tensor, key: Tensor) -> 
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        hint = "give numbers that are added to the scores as bias" if op == "attention" else ""
         raise TypeError(
-            f"{op}: {name} has dtype {mask.dtype}; it must be bool, True = takes part ({hint})"
+            f"{op}: {name} has dtype {mask.dtype}; it must be bool, True = takes part (numbers that "
+            "are added to the scores are given as bias)"
         )
     same_device(op, query, **{name: mask})
     shape = scores_shape(query, key)
@@ -110,11 +110,6 @@ def check_slopes(op: str, slopes: Tensor, query: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: alibi_slopes has shape {tuple(slopes.shape)}; it must be (heads,) "
             f"= ({query.shape[1]},) or (batch, heads) = {tuple(query.shape[:2])}"
-        )
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: alibi_slopes requires a gradient, which this operation does not "
-            "compute; pass alibi_slopes.detach(), or learn the slopes through bias"
         )
     return slopes
 

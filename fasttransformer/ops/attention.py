@@ -41,7 +41,8 @@ from ._function import differentiable
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _OPTION_NAMES = ("grad", "mask", "bias", "is_causal", "bottom_right", "window", "softcap",
-                 "alibi_slopes", "sinks", "key_lengths", "dropout")  # fmt: skip
+                 "alibi_slopes", "sinks", "key_lengths", "dropout",
+                 "alibi_slopes_grad")  # fmt: skip
 #: flags in the order of _OPTION_NAMES → the names that are in use; calls repeat, so sets are kept.
 _options: dict[tuple[bool, ...], frozenset[str]] = {}
 
@@ -251,9 +252,11 @@ def _attend(
     head_dim = query.shape[3]
     scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
     flags = (
-        needs_grad(query, key, value, bias, sinks), mask is not None, bias is not None, is_causal,
+        needs_grad(query, key, value, bias, sinks, alibi_slopes), mask is not None,
+        bias is not None, is_causal,
         bottom_right, window_left >= 0 or window_right >= 0, softcap != 0.0,
         alibi_slopes is not None, sinks is not None, key_lengths is not None, dropout_p > 0.0,
+        alibi_slopes is not None and needs_grad(alibi_slopes),
     )  # fmt: skip
     options = _options.get(flags)
     if options is None:

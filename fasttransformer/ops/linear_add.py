@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -135,15 +136,15 @@ def rows_of(
     input: Tensor, weight: Tensor, residual: Tensor | None, out_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(input, weight, residual) in the form that the operators take."""
-    in_features = weight.shape[1]
+    in_features, rows = weight.shape[1], math.prod(out_shape[:-1])
     if input.shape[-1] == in_features:
-        x = input if input.dim() == 2 else input.reshape(-1, in_features)
+        x = input if input.dim() == 2 else input.reshape(rows, in_features)
         if x.stride(1) != 1 and in_features != 1:
             x = x.contiguous()
     else:  # (batch, heads, q_len, head_dim)
         merged = input.transpose(1, 2)
         if merged.is_contiguous():  # as attention leaves it: the heads are already joined
-            x = merged.reshape(-1, in_features)
+            x = merged.reshape(rows, in_features)
         else:
             x = input if input.stride(3) == 1 else input.contiguous()
     if not weight.is_contiguous():
@@ -152,7 +153,7 @@ def rows_of(
         if residual.shape != out_shape:
             residual = residual.expand(out_shape)
         if residual.dim() != 2:
-            residual = residual.reshape(-1, out_shape[-1])
+            residual = residual.reshape(rows, out_shape[-1])
         if residual.stride(1) != 1 and residual.shape[1] != 1:
             residual = residual.contiguous()
     return x, weight, residual

@@ -121,7 +121,11 @@ ALIASES = {"log_softmax": "softmax", "scaled_dot_product_attention": "attention"
 
 # ---- libraries ----------------------------------------------------------------------------------
 
-_NAMESPACES = {"cpu": "fasttransformer", "cuda": "fasttransformer", "triton": "fasttransformer_triton"}  # fmt: skip
+_NAMESPACES = {
+    "cpu": "fasttransformer",
+    "cuda": "fasttransformer",
+    "triton": "fasttransformer_triton",
+}
 #: Why a backend is not available in this process; absent = available.
 _unavailable: dict[str, str] = {}
 
@@ -270,8 +274,8 @@ def _device_reason(backend: str, device_type: str) -> str | None:
     return None
 
 
-#: (op, device type, dtype, options, sizes, forced) → kernel. Metadata repeats from call to call, and
-#: a look-up costs a tenth of a decision.
+#: (op, device type, dtype, options, sizes, forced) → kernel. Metadata repeats from call to call,
+#: and a look-up costs a tenth of a decision.
 _chosen: dict[tuple, Kernel] = {}
 
 
@@ -362,7 +366,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-class _Probe(Exception):  # noqa: N818  (not an error: how explain() leaves an operation's front)
+class _Probe(Exception):  # not an error: how explain() leaves an operation's front
     def __init__(self, *case: Any) -> None:
         self.case = case
 

@@ -61,8 +61,8 @@ def check_mask(op: str, name: str, mask: Tensor, query: Tensor, key: Tensor) -> 
         raise TypeError(f"{op}: {name} must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"{op}: {name} has dtype {mask.dtype}; it must be bool, True = takes part (numbers that "
-            "are added to the scores are given as bias)"
+            f"{op}: {name} has dtype {mask.dtype}; it must be bool, True = takes part (numbers "
+            "that are added to the scores are given as bias)"
         )
     same_device(op, query, **{name: mask})
     shape = scores_shape(query, key)

@@ -646,7 +646,6 @@ def test_b47_export_with_a_bool_mask(grad):
         torch.testing.assert_close(program.module()(x, mask), model(x, mask))
 
 
-@pytest.mark.xfail(strict=False, reason="linear_add has no vmap rule yet")
 def test_b46_vmap_and_per_sample_gradients():
     # pytorch/pytorch#151558
     mha = ft.nn.MultiheadAttention(E, H, batch_first=True)

@@ -132,8 +132,10 @@ KINDS = [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer]
 @pytest.mark.parametrize("start", range(0, len(CASES), 60))
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_float32(kind, start):
+    errors: list = []
     for case in CASES[start : start + 60]:
-        check(case, kind)
+        check(case, kind, collect=errors)
+    modules.assert_distribution(errors)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -73,6 +73,18 @@ FT_INLINE vf product(vf a, vf b) {
   return p;
 }
 
+// a / b to the last bit or next to it, without a division where there is a fused multiply-add;
+// `inverse` is 1 / b.
+FT_INLINE vf divide(vf a, vf b, vf inverse) {
+#if defined(__AVX2__) || defined(__aarch64__)
+  const vf q = a * inverse;
+  return fma(fma(zero() - q, b, a), inverse, q);
+#else
+  (void)inverse;
+  return a / b;
+#endif
+}
+
 // All bits set in the lanes whose flag is true.
 FT_INLINE vi load_flags(const bool* p, Whole) {
 #if defined(__AVX512F__)

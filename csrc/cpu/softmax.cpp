@@ -87,13 +87,13 @@ void row(const T* x, Mask mask, int64_t n, float factor, float* e, float* tops, 
   }
   // Nothing but −inf allowed (sum 0): NaN, as in torch. It is told by the mask that a row is empty,
   // never by the sum.
-  const float inverse = top == -INFINITY ? NAN : 1.f / sum;
+  if (top == -INFINITY) sum = NAN;
   for (int64_t first = 0, b = 0; first < n; first += kBlock, ++b) {
     const int64_t count = n - first < kBlock ? n - first : kBlock;
     const float shrink = n <= kBlock || tops[b] == top ? 1.f : __builtin_expf(tops[b] - top);
-    const vf by = splat(inverse * shrink);
+    const vf by = splat(shrink), of = splat(sum), inverse = splat(1.f / sum);
     over_columns<2>(count, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-      store(out + first + j, load(e + first + j, part) * by, part);
+      store(out + first + j, divide(load(e + first + j, part) * by, of, inverse), part);
     });
   }
 }
@@ -164,6 +164,21 @@ void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t
   }
 }
 
+template <bool Log, class T>
+void grad_row(const T* g, const T* y, int64_t n, float factor, T* dx) {
+  vf total[4] = {};
+  over_columns<4>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+    const vf gj = load(g + j, part);
+    total[u] = Log ? total[u] + gj : fma(gj, load(y + j, part), total[u]);
+  });
+  const vf sum = splat(reduce_add((total[0] + total[1]) + (total[2] + total[3])));
+  const vf scale = splat(factor);
+  over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const vf gj = load(g + j, part), yj = load(y + j, part);
+    store(dx + j, Log ? scale * (gj - exp(yj) * sum) : scale * yj * (gj - sum), part);
+  });
+}
+
 }  // namespace
 
 void softmax(const SoftmaxParams& p) {
@@ -178,22 +193,12 @@ void softmax(const SoftmaxParams& p) {
 void softmax_backward(const SoftmaxBackwardParams& p) {
   with_type(p.dtype, [&]<class T>() {
     parallel_for(p.rows, kGrain / (p.columns + 1) + 1, [&](int64_t begin, int64_t end) {
-      const int64_t n = p.columns;
-      const vf scale = splat(p.scale);
       for (int64_t r = begin; r < end; ++r) {
-        const T* g = static_cast<const T*>(p.grad) + r * n;
-        const T* y = static_cast<const T*>(p.output) + r * n;
-        T* dx = static_cast<T*>(p.d_input) + r * n;
-        vf total[4] = {};
-        over_columns<4>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-          const vf gj = load(g + j, part);
-          total[u] = p.log ? total[u] + gj : fma(gj, load(y + j, part), total[u]);
-        });
-        const vf sum = splat(reduce_add((total[0] + total[1]) + (total[2] + total[3])));
-        back_over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-          const vf gj = load(g + j, part), yj = load(y + j, part);
-          store(dx + j, p.log ? scale * (gj - exp(yj) * sum) : scale * yj * (gj - sum), part);
-        });
+        const T* g = static_cast<const T*>(p.grad) + r * p.columns;
+        const T* y = static_cast<const T*>(p.output) + r * p.columns;
+        T* dx = static_cast<T*>(p.d_input) + r * p.columns;
+        p.log ? grad_row<true>(g, y, p.columns, p.scale, dx)
+              : grad_row<false>(g, y, p.columns, p.scale, dx);
       }
     });
   });

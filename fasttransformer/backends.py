@@ -77,10 +77,8 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_ATTENTION_LACKS = _lacks(
-    "alibi_slopes_grad", "window", "softcap", "alibi_slopes", "sinks", "key_lengths", "dropout"
-)
-_ATTENTION_LACKS |= _lacks("query_positions", "mixed_dtypes")  # what attention_decode also asks for
+#: The slopes' own gradient, and what attention_decode asks for beside attention's options.
+_ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes")
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
@@ -94,7 +92,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "attention": {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
-        "cpu": Kernel("cpu", lacks=_lacks("alibi_slopes_grad")),
+        "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
     **{
         op: {}
@@ -196,7 +194,10 @@ def _bind() -> None:
 def _operator(backend: str, name: str) -> Any:
     """The operator, or None if the loaded library does not implement it for the backend."""
     namespace = _NAMESPACES[backend]
-    key = "CPU" if backend == "cpu" or not torch.cuda.is_available() else "CUDA"
+    if backend == "cpu" or (backend == "triton" and interpreted()):
+        key = "CPU"
+    else:
+        key = "CUDA" if torch.cuda.is_available() else "XPU"
     packet = getattr(getattr(torch.ops, namespace), name, None)
     if packet is None:
         return None

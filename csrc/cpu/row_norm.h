@@ -12,6 +12,7 @@
 // rows in order, and the chunks' sums are added in order: the same bits on any number of threads.
 // Bound by memory bandwidth; in cache by loads.
 #pragma once
+#include "cpu/columns.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 #include "cpu/vec.h"
@@ -20,53 +21,20 @@
 namespace ft::FT_ISA {
 
 // Tuned on a Zen 4 (2 cores, AVX-512) at 128 … 16384 features.
-constexpr int kRows = 2;                   // forward: rows in flight
+constexpr int kRows = 2;                   // rows in flight …
+constexpr int kShortRows = 4;              // … when they are short
+constexpr int64_t kShort = 1024;           // forward: features of a short row at most
+constexpr int64_t kGradShort = 512;        // backward, where two rows are read
 constexpr int kSums = 2;                   // forward: partial sums of a row
-constexpr int kGradRows = 4;               // backward: rows in flight
+constexpr int64_t kHead = 64;              // forward: columns whose mean the row is summed about
+constexpr float kFar = 4.f;                // … unless that lies further off than √kFar deviations
 constexpr int64_t kNormGrain = 32768;      // elements below which a second thread costs more
 constexpr int64_t kChunkElements = 32768;  // backward: elements that a chunk has at least …
 constexpr int64_t kChunkRows = 8;          // … unless that is fewer rows than these
 constexpr int64_t kChunks = 64;            // … and at most as many chunks
-constexpr int64_t kPlainSumRows = 64;      // rows added one by one before a sum goes up a level
+constexpr int64_t kPlainSumRows = 32;      // rows added one by one before a sum goes up a level
 
 enum class Add { none, residual, dropped };  // what is added to what before the norm
-
-// A vector's worth of columns, or what is left of one at a row's end.
-struct Whole {};
-struct Part {
-  int count;
-};
-
-template <class T>
-FT_INLINE vf load(const T* p, Whole) {
-  return load(p);
-}
-template <class T>
-FT_INLINE vf load(const T* p, Part part) {
-  return load(p, part.count);
-}
-template <class T>
-FT_INLINE void store(T* p, vf x, Whole) {
-  store(p, x);
-}
-template <class T>
-FT_INLINE void store(T* p, vf x, Part part) {
-  store(p, x, part.count);
-}
-FT_INLINE vf keep(vf x, Whole) { return x; }
-FT_INLINE vf keep(vf x, Part part) { return select(lanes() < splat_int(part.count), x, zero()); }
-
-// Calls f(column, u, Whole or Part) over n columns, u going round 0 … U−1.
-template <int U, class F>
-FT_INLINE void over_columns(int64_t n, const F& f) {
-  int64_t j = 0;
-  for (; j + U * W <= n; j += U * W) {
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) f(j + u * W, u, Whole{});
-  }
-  for (; j + W <= n; j += W) f(j, 0, Whole{});
-  if (j < n) f(j, 0, Part{static_cast<int>(n - j)});
-}
 
 // `vector` as floats: itself, or a copy in `room`; `absent` everywhere if there is none.
 inline const float* float_vector(const VectorArg& vector, int64_t n, float absent, float* room) {
@@ -81,82 +49,98 @@ inline const float* float_vector(const VectorArg& vector, int64_t n, float absen
 
 // ---- forward ------------------------------------------------------------------------------------
 
+// The variance of a row whose mean is known, in a pass of its own.
+template <class T>
+float variance_about(const T* x, int64_t n, float mean) {
+  vf squares = zero();
+  over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const vf d = keep(load(x + j, part) - splat(mean), part);
+    squares = fma(d, d, squares);
+  });
+  return reduce_add(squares) / static_cast<float>(n);
+}
+
 template <class T, bool Center, Add A, int R>
 void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float* b,
                uint32_t* random) {
   const int64_t n = p.features;
   const float count = static_cast<float>(n);
-  const T* x[R];  // what is normed
-  T* out[R];
-  vf sum[R][kSums] = {};
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const T* in = static_cast<const T*>(p.input) + (row + r) * p.input_stride;
+  const T *x[R], *in[R], *residual[R];  // x: what is normed
+  T *out[R], *summed[R];
+  const uint32_t* words[R];
+  FT_UNROLL for (int r = 0; r < R; ++r) {
+    in[r] = static_cast<const T*>(p.input) + (row + r) * p.input_stride;
     out[r] = static_cast<T*>(p.normed) + (row + r) * n;
-    x[r] = in;
+    x[r] = in[r];
     if constexpr (A != Add::none) {
-      const T* residual = static_cast<const T*>(p.residual) + (row + r) * p.residual_stride;
-      T* summed = static_cast<T*>(p.summed) + (row + r) * n;
-      x[r] = summed;
-      const uint32_t* words = nullptr;
-      if constexpr (A == Add::dropped) {
-        words = random_words(p.dropout.seed, static_cast<uint64_t>((row + r) * n), n, random);
-      }
-      over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-        vf v = load(in + j, part);
-        if constexpr (A == Add::dropped) {
-          v = dropped(v, words + j, p.dropout.threshold, p.dropout.scale);
-        }
-        store(summed + j, load(residual + j, part) + v, part);
-        v = load(summed + j, part);  // rounded to T
-        sum[r][u] = Center ? sum[r][u] + v : fma(v, v, sum[r][u]);
-      });
+      residual[r] = static_cast<const T*>(p.residual) + (row + r) * p.residual_stride;
+      x[r] = summed[r] = static_cast<T*>(p.summed) + (row + r) * n;
+    }
+    if constexpr (A == Add::dropped) {
+      words[r] = random_words(p.dropout.seed, static_cast<uint64_t>((row + r) * n), n,
+                              random + r * random_words_room(n));
     }
   }
-  if constexpr (A == Add::none) {
-    over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vf v = load(x[r] + j, part);
-        sum[r][u] = Center ? sum[r][u] + v : fma(v, v, sum[r][u]);
+  // The values to norm, seen for the first time: with add_*, they are made here.
+  const auto take = [&](int r, int64_t j, auto part) __attribute__((always_inline)) {
+    vf v = load(in[r] + j, part);
+    if constexpr (A != Add::none) {
+      if constexpr (A == Add::dropped) {
+        v = dropped(v, words[r] + j, p.dropout.threshold, p.dropout.scale);
       }
-    });
-  }
+      store(summed[r] + j, load(residual[r] + j, part) + v, part);
+      v = load(summed[r] + j, part);  // rounded to T
+    }
+    return v;
+  };
   float mean[R] = {}, rstd[R];
+  vf squares[R][kSums] = {};
   if constexpr (Center) {
-    vf squares[R][kSums] = {}, left[R][kSums] = {};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) mean[r] = reduce_add(sum[r][0] + sum[r][1]) / count;
-    over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vf centred = keep(load(x[r] + j, part) - splat(mean[r]), part);
-        squares[r][u] = fma(centred, centred, squares[r][u]);
-        left[r][u] += centred;
-      }
+    const int64_t head = n < kHead ? n : kHead;
+    vf sum[R][kSums] = {};
+    over_columns<kSums>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+      FT_UNROLL for (int r = 0; r < R; ++r) sum[r][u] += take(r, j, part);
     });
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const float shift = reduce_add(left[r][0] + left[r][1]) / count;
+    float about[R];
+    FT_UNROLL for (int r = 0; r < R; ++r) {
+      about[r] = reduce_add(sum[r][0] + sum[r][1]) / static_cast<float>(head);
+      sum[r][0] = sum[r][1] = zero();
+    }
+    const auto add = [&](int r, int u, vf v, auto part) __attribute__((always_inline)) {
+      const vf d = keep(v - splat(about[r]), part);
+      sum[r][u] += d;
+      squares[r][u] = fma(d, d, squares[r][u]);
+    };
+    over_columns<kSums>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+      FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, load(x[r] + j, part), part);
+    });
+    over_columns<kSums>(n - head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+      FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, take(r, head + j, part), part);
+    });
+    FT_UNROLL for (int r = 0; r < R; ++r) {
+      const float shift = reduce_add(sum[r][0] + sum[r][1]) / count;
       float variance = reduce_add(squares[r][0] + squares[r][1]) / count - shift * shift;
-      if (variance < 0.f) variance = 0.f;
-      mean[r] += shift;
+      mean[r] = about[r] + shift;
+      if (shift * shift > kFar * variance) variance = variance_about(x[r], n, mean[r]);
       rstd[r] = 1.f / __builtin_sqrtf(variance + p.eps);
       p.mean[row + r] = mean[r];
     }
   } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      rstd[r] = 1.f / __builtin_sqrtf(reduce_add(sum[r][0] + sum[r][1]) / count + p.eps);
+    over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+      FT_UNROLL for (int r = 0; r < R; ++r) {
+        const vf v = take(r, j, part);
+        squares[r][u] = fma(v, v, squares[r][u]);
+      }
+    });
+    FT_UNROLL for (int r = 0; r < R; ++r) {
+      rstd[r] = 1.f / __builtin_sqrtf(reduce_add(squares[r][0] + squares[r][1]) / count + p.eps);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) p.rstd[row + r] = rstd[r];
-  over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+  FT_UNROLL for (int r = 0; r < R; ++r) p.rstd[row + r] = rstd[r];
+  back_over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const vf scale = load(w + j, part);
     const vf shift = Center ? load(b + j, part) : zero();
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    FT_UNROLL for (int r = 0; r < R; ++r) {
       const vf v = load(x[r] + j, part);
       const vf y = (Center ? v - splat(mean[r]) : v) * splat(rstd[r]);
       store(out[r] + j, Center ? fma(y, scale, shift) : y * scale, part);
@@ -178,11 +162,16 @@ void norm_forward(const RowNormParams& p) {
       uint32_t* random = nullptr;
       if constexpr (A == Add::dropped) {
         random = static_cast<uint32_t*>(
-            thread_scratch(Scratch::pack, sizeof(uint32_t) * random_words_room(n)));
+            thread_scratch(Scratch::pack, sizeof(uint32_t) * kShortRows * random_words_room(n)));
       }
       const float* w = float_vector(p.weight, n, 1.f, vectors);
       const float* b = Center ? float_vector(p.bias, n, 0.f, vectors + room) : nullptr;
       int64_t r = begin;
+      if (n <= kShort) {
+        for (; r + kShortRows <= end; r += kShortRows) {
+          norm_rows<T, Center, A, kShortRows>(p, r, w, b, random);
+        }
+      }
       for (; r + kRows <= end; r += kRows) norm_rows<T, Center, A, kRows>(p, r, w, b, random);
       for (; r < end; ++r) norm_rows<T, Center, A, 1>(p, r, w, b, random);
     });
@@ -206,8 +195,7 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
   const T* grad[R];
   const T* x[R];
   float mean[R], rstd[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+FT_UNROLL for (int r = 0; r < R; ++r) {
     grad[r] = static_cast<const T*>(p.grad_normed) + (row + r) * p.grad_normed_stride;
     x[r] = static_cast<const T*>(p.summed) + (row + r) * p.summed_stride;
     mean[r] = Center ? p.mean[row + r] : 0.f;
@@ -216,22 +204,22 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
   vf sum_grad[R] = {}, sum_product[R] = {};
   over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const vf weight = load(w + j, part);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+FT_UNROLL for (int r = 0; r < R; ++r) {
       const vf g = load(grad[r] + j, part) * weight;
       const vf v = load(x[r] + j, part);
       if (Center) sum_grad[r] += g;
       sum_product[r] = fma(g, Center ? v - splat(mean[r]) : v, sum_product[r]);
     }
   });
-  // With one feature x̂ is 0 and g is its own mean; the difference must be 0 and no rounding of it.
+  // d = rstd·(g·w) + v·across + level with v = x − mean. With one feature v is 0 and g·w is its own
+  // mean; the difference must be 0 and no rounding of it.
   const bool constant = Center && n == 1;
-  float mean_grad[R], mean_product[R], factor[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    mean_grad[r] = Center ? reduce_add(sum_grad[r]) / count : 0.f;
-    mean_product[r] = reduce_add(sum_product[r]) * rstd[r] / count;
-    factor[r] = constant ? 0.f : rstd[r];
+  float scale[R], across[R], level[R];
+  FT_UNROLL for (int r = 0; r < R; ++r) {
+    scale[r] = constant ? 0.f : rstd[r];
+    // In this order no factor overflows while g·x̂ and the result don't.
+    across[r] = -(reduce_add(sum_product[r]) * scale[r] / count) * scale[r] * scale[r];
+    level[r] = Center ? -scale[r] * (reduce_add(sum_grad[r]) / count) : 0.f;
   }
   const T* grad_summed = static_cast<const T*>(p.grad_summed);
   T* d_residual = static_cast<T*>(p.d_residual) + row * n;
@@ -247,17 +235,16 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
   over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const vf weight = load(w + j, part);
     vf sum_w = zero(), sum_b = zero();
-    if (dw != nullptr) sum_w = load(dw + j, part);
-    if (db != nullptr) sum_b = load(db + j, part);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+FT_UNROLL for (int r = 0; r < R; ++r) {
       const vf g = load(grad[r] + j, part);
       const vf v = load(x[r] + j, part);
-      const vf normed = (Center ? v - splat(mean[r]) : v) * splat(rstd[r]);
-      sum_w = fma(g, normed, sum_w);
+      const vf centred = Center ? v - splat(mean[r]) : v;
+      const vf scaled = g * splat(scale[r]);
+      sum_w = fma(scaled, centred, sum_w);
       sum_b += g;
-      vf d = fma(g, weight, -splat(mean_grad[r]));
-      d = fma(normed, -splat(mean_product[r]), d) * splat(factor[r]);
+      vf d = centred * splat(across[r]);
+      if (Center) d += splat(level[r]);
+      d = fma(scaled, weight, d);
       if (grad_summed != nullptr) {
         d += load(grad_summed + (row + r) * p.grad_summed_stride + j, part);
       }
@@ -267,8 +254,8 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
         store(d_input + r * n + j, d, part);
       }
     }
-    if (dw != nullptr) store(dw + j, sum_w, part);
-    if (db != nullptr) store(db + j, sum_b, part);
+    if (dw != nullptr) store(dw + j, load(dw + j, part) + sum_w, part);
+    if (db != nullptr) store(db + j, load(db + j, part) + sum_b, part);
   });
 }
 
@@ -302,7 +289,7 @@ void norm_backward(const RowNormBackwardParams& p) {
   int64_t chunk = kChunkElements / (n + 1) + 1;
   if (chunk < kChunkRows) chunk = kChunkRows;
   if (chunk < (rows + kChunks - 1) / kChunks) chunk = (rows + kChunks - 1) / kChunks;
-  chunk = (chunk + kGradRows - 1) / kGradRows * kGradRows;
+  chunk = (chunk + kShortRows - 1) / kShortRows * kShortRows;
   const int64_t chunks = (rows + chunk - 1) / chunk;
   const int64_t room = (n + W - 1) / W * W;
   const bool wants_weight = p.d_weight != nullptr, wants_bias = p.d_bias != nullptr;
@@ -321,7 +308,7 @@ void norm_backward(const RowNormBackwardParams& p) {
       uint32_t* random = nullptr;
       if (p.d_input != nullptr) {
         random = static_cast<uint32_t*>(
-            thread_scratch(Scratch::pack, sizeof(uint32_t) * kGradRows * random_words_room(n)));
+            thread_scratch(Scratch::pack, sizeof(uint32_t) * kShortRows * random_words_room(n)));
       }
       for (int64_t c = begin; c < end; ++c) {
         const int64_t last = c * chunk + chunk < rows ? c * chunk + chunk : rows;
@@ -336,8 +323,13 @@ void norm_backward(const RowNormBackwardParams& p) {
         for (int64_t first = c * chunk; first < last; first += kPlainSumRows) {
           const int64_t stop = first + kPlainSumRows < last ? first + kPlainSumRows : last;
           int64_t r = first;
-          for (; r + kGradRows <= stop; r += kGradRows) {
-            norm_grad_rows<T, Center, kGradRows>(p, r, w, dw, db, random);
+          if (n <= kGradShort) {
+            for (; r + kShortRows <= stop; r += kShortRows) {
+              norm_grad_rows<T, Center, kShortRows>(p, r, w, dw, db, random);
+            }
+          }
+          for (; r + kRows <= stop; r += kRows) {
+            norm_grad_rows<T, Center, kRows>(p, r, w, dw, db, random);
           }
           for (; r < stop; ++r) norm_grad_rows<T, Center, 1>(p, r, w, dw, db, random);
           if (sums != nullptr) move_sum(level, total, 2 * room);

@@ -1,0 +1,224 @@
+"""What every norm must do, as functions of the operation: the norms' test files call them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from norm_cases import Norm, first, sizes_of
+from torch import Tensor
+
+import fasttransformer as ft
+from contract import check, device_of, running_on
+
+
+def check_sizes(norm: Norm, on: str, dtype: torch.dtype) -> None:
+    for rows, features in sizes_of(on):
+        # One feature makes the gradient of an RMS norm the difference of two equal numbers.
+        grads = features > 1 or norm.has_bias
+        inputs = norm.inputs((rows, features), 1, dtype)
+        options = {} if norm.has_bias else {"eps": 1e-6}
+        check(norm.ours(**options), norm.reference(**options), inputs, grads=grads, on=on)
+
+
+def check_b44_dtypes_of_weights(norm: Norm, on: str) -> None:
+    for dtype, vector in (
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ):
+        inputs = norm.inputs((2, 8), 1, dtype)
+        count = 2 if norm.adds else 1
+        inputs = inputs[:count] + [v.to(vector) for v in inputs[count:]]
+        with running_on(on):
+            tensors = [t.to(device_of(on)).requires_grad_() for t in inputs]
+            out = first(norm.ours()(*tensors))
+            assert out.dtype == dtype
+            for t, g in zip(tensors, torch.autograd.grad(out.float().sum(), tensors)):
+                assert g.dtype == t.dtype and g.shape == t.shape
+        check(norm.ours(), norm.reference(), inputs, on=on)
+
+
+def check_b52_shapes(norm: Norm, on: str) -> None:
+    for shape, normalized in (((2, 3, 8), 1), ((2, 3, 4, 8), 2), ((0, 8), 1), ((8,), 1)):
+        inputs = norm.inputs(shape, normalized, torch.float32)
+        check(norm.ours(normalized), norm.reference(normalized), inputs, on=on)
+        bare: list[Tensor | None] = list(inputs[: 2 if norm.adds else 1])
+        check(norm.ours(normalized), norm.reference(normalized), bare, on=on)
+
+
+def check_b52_only_wanted_gradients(norm: Norm, on: str) -> None:
+    inputs = [t.to(device_of(on)) for t in norm.inputs((5, 8), 1, torch.float32)]
+    for wanted in range(len(inputs)):
+        tensors = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(inputs)]
+        with running_on(on):
+            first(norm.ours()(*tensors)).square().sum().backward()
+        assert [t.grad is not None for t in tensors] == [i == wanted for i in range(len(inputs))]
+
+
+def check_strides(norm: Norm, on: str) -> None:
+    inputs = norm.inputs((6, 16), 1, torch.float32)
+    for i in range(2 if norm.adds else 1):
+        wide = torch.full((6, 40), float("nan"))
+        wide[:, 3:19] = inputs[i]
+        inputs[i] = wide[:, 3:19] if i == 0 else inputs[i].t().contiguous().t()
+
+    def transposed(*tensors: Tensor) -> object:
+        return norm.ours()(*(t.transpose(0, 1) if t.dim() == 3 else t for t in tensors))
+
+    def reference(*tensors: Tensor) -> object:
+        return norm.reference()(*(t.transpose(0, 1) if t.dim() == 3 else t for t in tensors))
+
+    check(norm.ours(), norm.reference(), inputs, on=on)
+    check(transposed, reference, norm.inputs((2, 3, 8), 1, torch.float32), on=on)
+
+
+def check_nan_stays_in_its_row(norm: Norm, on: str) -> None:
+    inputs = [t.to(device_of(on)) for t in norm.inputs((7, 40), 1, torch.float32)]
+    inputs[0][2, 5], inputs[0][4, 0] = float("nan"), float("inf")
+    with running_on(on):
+        out = first(norm.ours()(*inputs))
+    rows = out.isnan().any(-1).tolist()
+    assert rows == [r in (2, 4) for r in range(7)]
+    assert out[2].isnan().all()
+
+
+def check_deterministic_gradients(norm: Norm) -> None:
+    """The same bits on any number of threads, and whatever rows stand beside a row."""
+    inputs = norm.inputs((1037, 100), 1, torch.float32)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            tensors = [t.clone().requires_grad_() for t in inputs]
+            out = first(norm.ours(backend="cpu")(*tensors))
+            found.append([out.detach(), *torch.autograd.grad(out.square().sum(), tensors)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+    rows = 2 if norm.adds else 1
+    alone = first(norm.ours(backend="cpu")(*(t[17:18] for t in inputs[:rows]), *inputs[rows:]))
+    assert torch.equal(alone, found[0][0][17:18])
+
+
+def check_opcheck(norm: Norm) -> None:
+    """b47, pytorch/pytorch#179287: real and fake kernels must agree on strides and dtypes."""
+    ops = torch.ops.fasttransformer
+    forward, backward = getattr(ops, norm.op), getattr(ops, f"{norm.op}_backward")
+    seed = torch.tensor([7])
+    for dropout in [(0.0, None), (0.25, seed)] if norm.adds else [()]:
+        for vector in (torch.float32, torch.bfloat16, None):
+            inputs = [torch.randn(5, 24)[:, 4:20] for _ in range(2 if norm.adds else 1)]
+            vectors = [None if vector is None else torch.randn(16, dtype=vector)]
+            vectors += vectors if norm.has_bias else []
+            args = (*inputs, *vectors, 1e-5, *dropout)
+            torch.library.opcheck(forward.default, args)
+            outs = forward(*args)
+            statistics = outs[2:] if norm.adds else outs[1:]
+            summed = (None, outs[1]) if norm.adds else (inputs[0],)
+            for wanted in (True, False):
+                flags = (wanted,) * (2 if norm.has_bias else 1)
+                back = (torch.randn(5, 16), *summed, vectors[0], *statistics, *dropout, *flags)
+                torch.library.opcheck(backward.default, back)
+
+
+def check_compile(norm: Norm) -> None:
+    inputs = [t.requires_grad_() for t in norm.inputs((3, 5, 8), 1, torch.float32)]
+
+    def f(*tensors: Tensor) -> Tensor:
+        out = norm.ours()(*tensors)
+        return out[0] * 2 + out[1] if norm.adds else out * 2
+
+    out = torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(out, f(*inputs))
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    for a, b in zip(grads, torch.autograd.grad(f(*inputs).square().sum(), inputs)):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def check_b46_vmap(norm: Norm) -> None:
+    """pytorch/pytorch#151558: vmap must equal a loop, per-sample gradients included."""
+    inputs = norm.inputs((4, 3, 8), 1, torch.float32)
+    rows = 2 if norm.adds else 1
+    dims = tuple(0 if i < rows else None for i in range(len(inputs)))
+    f = norm.ours()
+    out = first(torch.vmap(f, dims)(*inputs))
+    for i in range(4):
+        assert torch.allclose(out[i], first(f(*(t[i] for t in inputs[:rows]), *inputs[rows:])))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return first(f(*tensors)).square().sum()
+
+    each = torch.func.grad(loss, argnums=tuple(range(len(inputs))))
+    grads = torch.vmap(each, dims)(*inputs)
+    for i in range(4):
+        tensors = [t[i] if j < rows else t for j, t in enumerate(inputs)]
+        tensors = [t.clone().requires_grad_() for t in tensors]
+        want = torch.autograd.grad(loss(*tensors), tensors)
+        assert all(torch.allclose(g[i], w, atol=1e-5) for g, w in zip(grads, want))
+
+
+def check_b69_small_work_on_one_thread(norm: Norm) -> None:
+    """pytorch/pytorch#19163: thread settings ignored; tiny operations wake every core."""
+    inputs = norm.inputs((4, 8), 1, torch.float32)
+    f = norm.ours(backend="cpu")
+    f(*inputs)
+    # Process time counts every thread's, thread time this one's: equal when nobody else works.
+    process, thread = time.process_time(), time.thread_time()
+    for _ in range(3000):
+        f(*inputs)
+    process, thread = time.process_time() - process, time.thread_time() - thread
+    assert process < 1.5 * thread + 0.02
+
+    large = norm.inputs((512, 256), 1, torch.float32)
+    before, threads = torch.get_num_threads(), len(os.listdir("/proc/self/task"))
+    try:
+        torch.set_num_threads(1)
+
+        def work() -> Tensor:
+            torch.set_num_threads(1)
+            return first(f(*large))
+
+        with ThreadPoolExecutor(2) as pool:
+            outs = [job.result() for job in [pool.submit(work) for _ in range(8)]]
+        assert all(torch.equal(o, outs[0]) for o in outs)
+        assert len(os.listdir("/proc/self/task")) <= max(threads, threading.active_count()) + 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_bad_input(norm: Norm) -> None:
+    x, w = torch.randn(3, 8), torch.randn(8)
+    count = 2 if norm.adds else 1
+    function = getattr(ft, norm.op)
+
+    def call(*, x=x, residual=x, shape=(8,), weight=w, **options):
+        return function(*(x, residual)[:count], shape, weight, **options)
+
+    bad = [
+        (TypeError, "input has dtype torch.int64", {"x": x.long(), "residual": x}),
+        (TypeError, "weight has dtype torch.int64", {"weight": w.long()}),
+        (ValueError, r"weight has shape \(7,\)", {"weight": w[:7]}),
+        (ValueError, "normalized_shape", {"shape": (7,)}),
+        (ValueError, "normalized_shape", {"shape": ()}),
+        (ValueError, "eps is -1", {"eps": -1.0}),
+        (ValueError, "eps is nan", {"eps": float("nan")}),
+        (ValueError, "weight is on meta", {"weight": w.to("meta")}),
+    ]
+    if norm.adds:
+        bad += [
+            (ValueError, r"residual has shape \(3, 7\)", {"residual": x[:, :7]}),
+            (TypeError, "residual has dtype torch.bfloat16", {"residual": x.bfloat16()}),
+            (ValueError, r"dropout_p is 1.0; it must be in \[0, 1\)", {"dropout_p": 1.0}),
+            (ValueError, "dropout_p is -0.1", {"dropout_p": -0.1}),
+        ]
+    for error, words, options in bad:
+        with pytest.raises(error, match=words):
+            call(**options)

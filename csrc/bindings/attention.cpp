@@ -114,13 +114,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   Tensor d_bias = make(query, bias_sizes, ScalarType::Float);
   Tensor d_sinks = make_if(sinks_grad, query, {p.heads}, ScalarType::Float);
-  Tensor delta = make(query, {p.batch, p.heads, p.q_len}, ScalarType::Float);
+  const int64_t rows = p.batch * p.heads * p.q_len;
+  Tensor workspace = make(query, {3, rows}, ScalarType::Float);
   p.d_query = d_query.mutable_data_ptr();
   p.d_key = d_key.mutable_data_ptr();
   p.d_value = d_value.mutable_data_ptr();
   if (bias_grad) p.d_bias = static_cast<float*>(d_bias.mutable_data_ptr());
   if (sinks_grad) p.d_sinks = static_cast<float*>(d_sinks.mutable_data_ptr());
-  p.delta = static_cast<float*>(delta.mutable_data_ptr());
+  p.delta = static_cast<float*>(workspace.mutable_data_ptr());
+  p.top = p.delta + rows;
+  p.shift = p.top + rows;
 #if !defined(FT_CUDA)
   p.parts = key_parts(p);
   std::optional<Tensor> partial, partial_bias;

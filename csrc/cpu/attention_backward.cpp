@@ -85,13 +85,13 @@ struct Sums {
 
 // P and dS of one row of a tile, in place of the scores and of dO·Vᵀ.
 template <bool plain>
-FT_INLINE void gradients_row(const AttentionBackwardParams& p, const Units& u, float lse,
-                             float delta, int64_t begin, int64_t end, const uint32_t* words,
+FT_INLINE void gradients_row(const AttentionBackwardParams& p, const Units& u, float top,
+                             float shift, float delta, int64_t begin, int64_t end, const uint32_t* words,
                              float* s, float* dp) {
   for (int64_t k = begin; k < end; k += W) {
     const vf x = load(s + k);
-    const vf exponent = fma(x, splat(u.lse_scale), splat(-lse)) * splat(kLog2E);
-    vf weight = exp2(exponent);
+    const vf below = fma(x, splat(u.lse_scale), splat(-top));
+    const vf weight = exp2(fma(below, splat(kLog2E), splat(shift)));
     vf grad = load(dp + k);
     vf kept = weight;
     if (words) {
@@ -221,13 +221,13 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
         words = random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, w.words) -
                 begin;
       }
-      const float lse = p.lse[lse_at + i], delta = p.delta[lse_at + i];
+      const float delta = p.delta[lse_at + i], top = p.top[lse_at + i], shift = p.shift[lse_at + i];
       if (p.kv_len <= kKeys && !p.sinks && !words) {
         whole_row(u, p.grad_lse ? p.grad_lse[lse_at + i] : 0.f, begin, end, weights, ds);
       } else if (seen[s].plain) {
-        gradients_row<true>(p, u, lse, delta, begin, end, words, weights, ds);
+        gradients_row<true>(p, u, top, shift, delta, begin, end, words, weights, ds);
       } else {
-        gradients_row<false>(p, u, lse, delta, begin, end, words, weights, ds);
+        gradients_row<false>(p, u, top, shift, delta, begin, end, words, weights, ds);
       }
       if (sums.d_bias) add_bias_row(sums, b, row, j, begin, min64(seen[s].end, n), ds);
       if (p.softcap != 0.f) {
@@ -311,9 +311,46 @@ void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
   }
 }
 
-// delta = Σ dO·O − d_lse of every row.
+// Where lse is so large (a bias of −FLT_MAX in every place of a row) that its float says nothing of
+// the sum, the row's maximum and sum are found again: weight = exp2((s − top)·log2(e) + shift).
+constexpr float kCoarse = 1e4f;
+
 template <class T>
-void row_products(const AttentionBackwardParams& p) {
+void find_sum(const AttentionBackwardParams& p, const Units& u, int64_t b, int64_t h, int64_t i,
+              float* top_out, float* shift_out) {
+  alignas(64) float s[kKeys];
+  Row row = make_row(p, b, h, i);
+  const int64_t g = h / (p.heads / p.kv_heads);
+  const T* query = at<T>(p.query, b, h, i);
+  float top = -__builtin_inff(), total = 0.f;
+  for (int64_t j = row.first / kKeys * kKeys; j < row.last; j += kKeys) {
+    const int64_t n = min64(kKeys, row.last - j), end = round_up(n, W);
+    for (int64_t k = 0; k < end; ++k) {
+      s[k] = 0.f;
+      if (k >= n) continue;
+      const T* key = at<T>(p.key, b, g, j + k);
+      for (int64_t d = 0; d < p.head_dim; ++d) s[k] += to_float(query[d]) * to_float(key[d]);
+    }
+    finish_scores<T>(p, u, row, j, 0, end, n, s);
+    const float before = top;
+    for (int64_t k = 0; k < n; ++k) top = s[k] > top ? s[k] : top;
+    if (top == -__builtin_inff()) continue;
+    total *= __builtin_exp2f((before - top) * u.exponent);
+    for (int64_t k = 0; k < n; ++k) total += __builtin_exp2f((s[k] - top) * u.exponent);
+  }
+  top *= u.lse_scale;
+  if (p.sinks) {
+    const float most = p.sinks[h] > top ? p.sinks[h] : top;
+    total = total * __builtin_expf(top - most) + __builtin_expf(p.sinks[h] - most);
+    top = most;
+  }
+  *top_out = top;
+  *shift_out = -__builtin_log2f(total);
+}
+
+// delta = Σ dO·O − d_lse of every row, and what its weights are made with.
+template <class T>
+void prepare_rows(const AttentionBackwardParams& p, const Units& u) {
   parallel_for(p.batch * p.heads * p.q_len, kGrain / (p.value_dim + 1) + 1,
                [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -328,6 +365,10 @@ void row_products(const AttentionBackwardParams& p) {
         sum = fma(load(grad + e, have), load(out + e, have), sum);
       }
       p.delta[r] = reduce_add(sum) - (p.grad_lse ? p.grad_lse[r] : 0.f);
+      p.top[r] = p.lse[r];
+      p.shift[r] = 0.f;
+      const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
+      if (coarse && p.lse[r] - p.lse[r] == 0.f) find_sum<T>(p, u, b, h, i, p.top + r, p.shift + r);
     }
   });
 }
@@ -356,7 +397,8 @@ int64_t bias_size(const AttentionBackwardParams& p) {
 
 template <class T>
 void run(const AttentionBackwardParams& p) {
-  row_products<T>(p);
+  const Units u = units_of_case(p);
+  prepare_rows<T>(p, u);
   if (p.d_sinks) sink_gradients(p);
   float* d_bias = p.partial_bias ? p.partial_bias : p.d_bias;
   const int64_t bias_part = p.partial_bias ? bias_size(p) : 0;
@@ -366,7 +408,6 @@ void run(const AttentionBackwardParams& p) {
       clear(d_bias + begin, end - begin);
     });
   }
-  const Units u = units_of_case(p);
   const int64_t group = p.heads / p.kv_heads, columns = round_up(p.head_dim, 16);
   const bool all_batches = p.d_bias && p.d_bias_sizes[0] == 1;
   const bool all_heads = p.d_bias && p.d_bias_sizes[1] == 1;

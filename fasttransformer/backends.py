@@ -141,7 +141,7 @@ def _load_cpu() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"the C++ library does not load: {error}"
+        return f"the C++ library does not load: {error.__cause__ or error}"
     return None
 
 
@@ -158,7 +158,7 @@ def _load_cuda() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"the CUDA library does not load: {error}"
+        return f"the CUDA library does not load: {error.__cause__ or error}"
     return None
 
 
@@ -222,19 +222,15 @@ def operator_namespaces() -> list[str]:
 # ---- choosing -----------------------------------------------------------------------------------
 
 
-def _environment() -> str | None:
-    name = os.environ.get("FASTTRANSFORMER_BACKEND") or None
-    if name is not None and name not in NAMES:
-        raise ValueError(f"FASTTRANSFORMER_BACKEND: {name!r} is not one of {', '.join(NAMES)}")
-    return name
-
-
-_forced: str | None = _environment()
+#: The backend that every call must use, if any. The environment's name is checked by the first
+#: call, so that a misspelt one is an error of that call and not of the import.
+_forced: str | None = os.environ.get("FASTTRANSFORMER_BACKEND") or None
 
 
 def _check_name(backend: str) -> None:
     if backend not in NAMES:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(NAMES)}")
+        source = "FASTTRANSFORMER_BACKEND" if backend == _forced else "backend"
+        raise ValueError(f"{source}: {backend!r} is not one of {', '.join(NAMES)}")
 
 
 @contextlib.contextmanager

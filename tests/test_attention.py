@@ -221,7 +221,8 @@ def test_b02_finfo_min_is_a_number(on, length):
     torch.testing.assert_close(out[0, 0, 0], value[0, 0].mean(0))
     with skip_if_unsupported():  # without lse: its gradient is beyond float64 here
         check(lambda *x: ft.attention(*x, bias=bias),
-              lambda *x: reference.attention(*x, bias=bias), [query, key, value], on=on)  # fmt: skip
+              lambda *x: reference.attention(*x, bias=bias),
+              [query, key, value], on=on)  # fmt: skip
 
 
 @pytest.mark.parametrize("on", BACKENDS)

@@ -1,6 +1,6 @@
 # `make demo` and `make test` work from a bare machine: they make .venv, install the versions that
 # constraints.txt pins, build the kernels there are compilers for, and run. The second time they
-# only run. Needs Python 3.10 or later; a C++ compiler if the C++ kernels are wanted.
+# only run. Needs Python 3.11 or later (the package itself: 3.10); a C++ compiler if the C++ kernels are wanted.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -6,7 +6,7 @@ its Triton and torch backends. Environment variables:
 
   FASTTRANSFORMER_NO_BUILD=1     no compiled code at all: a pure-Python package
   FASTTRANSFORMER_CUDA=1|0       build the CUDA library though torch has no CUDA / don't build it
-  FASTTRANSFORMER_CUDA_ARCHS     default "80;90a" (plus PTX of the last one that has a portable form)
+  FASTTRANSFORMER_CUDA_ARCHS     default "80;90a"; PTX of the newest plain one is added
   CXX, NVCC, MAX_JOBS            compiler, CUDA compiler, parallel jobs
 """
 
@@ -28,7 +28,7 @@ CSRC = ROOT / "csrc"
 
 # Each CPU kernel file is compiled once per row; csrc/cpu/isa.cpp picks one at run time.
 X86_ISAS = {
-    "portable": [],
+    "portable": ["-O2"],  # CPUs of before 2013: right comes first, and -O3 triples the build's time
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
                "-mprefer-vector-width=512"],
@@ -42,7 +42,7 @@ KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-p
           "-Wno-unused-function", "-Wno-ignored-attributes",
           "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # fmt: skip
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-CUDA_ARCHS = os.environ.get("FASTTRANSFORMER_CUDA_ARCHS", "80;90a").split(";")
+CUDA_ARCHS = os.environ.get("FASTTRANSFORMER_CUDA_ARCHS", "80;90a").replace(",", ";").split(";")
 
 
 def say(line: str) -> None:
@@ -73,25 +73,64 @@ def torch_problem() -> str | None:
     return None
 
 
+def nvcc_problem() -> str | None:
+    """Why the CUDA compiler can't build this package, or None."""
+    nvcc = os.environ.get("NVCC", "nvcc")
+    if shutil.which(nvcc) is None:
+        return f"no CUDA compiler ({nvcc}) was found (put nvcc of the CUDA toolkit 12.4 or later on PATH, or its path in NVCC)"  # noqa: E501
+    out = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", out)
+    if found is None:
+        return f"{nvcc} --version says no version that is understood: {out.strip()[:200]!r}"
+    version = (int(found[1]), int(found[2]))
+    if version < (12, 4):
+        return f"{nvcc} is of the CUDA toolkit {version[0]}.{version[1]}, which is too old (12.4 at least)"  # noqa: E501
+    return None
+
+
+def arch_problem(archs: list[str]) -> str | None:
+    """Why nvcc can't compile for one of FASTTRANSFORMER_CUDA_ARCHS, or None."""
+    nvcc = os.environ.get("NVCC", "nvcc")
+    out = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\d+)", out)
+    for arch in archs:
+        form = re.fullmatch(r"(\d{2,3})[af]?", arch)
+        if form is None:
+            return f"FASTTRANSFORMER_CUDA_ARCHS: {arch!r} is no architecture (write it like 80, 90a or 100f, with ; between)"  # noqa: E501
+        if int(form[1]) < 80:
+            return f"FASTTRANSFORMER_CUDA_ARCHS: {arch} is older than 80 (the kernels need bfloat16 and asynchronous copies; Triton may serve that GPU)"  # noqa: E501
+        if known and form[1] not in known:
+            return f"FASTTRANSFORMER_CUDA_ARCHS: this nvcc does not know {arch}; it knows {', '.join(known)}"  # noqa: E501
+    return None
+
+
 def wants_cuda() -> bool:
-    asked = os.environ.get("FASTTRANSFORMER_CUDA")
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    """Whether the CUDA library is built; says why where it is not, stops where it was asked for."""
+    asked = os.environ.get("FASTTRANSFORMER_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(
+            f"fasttransformer build: FASTTRANSFORMER_CUDA is {asked!r}; it must be 0, 1 or unset"
+        )
     if asked == "0":
+        say("FASTTRANSFORMER_CUDA=0: the CUDA kernels are left out (CPU kernels and Triton work)")
         return False
-    if asked == "1" and nvcc is None:
-        raise SystemExit("fasttransformer build: FASTTRANSFORMER_CUDA=1, but nvcc was not found")
-    if asked == "1":
-        return True
     import torch
 
-    if torch.version.cuda is None:
-        say("the installed torch has no CUDA: the CUDA kernels are left out (CPU kernels and Triton "
-            "work; FASTTRANSFORMER_CUDA=1 builds them all the same)")  # fmt: skip
+    has_cuda = torch.version.cuda is not None
+    if asked == "" and not has_cuda:
+        say("the installed torch has no CUDA: the CUDA kernels are left out (CPU kernels and "
+            "Triton work; FASTTRANSFORMER_CUDA=1 builds them all the same)")  # fmt: skip
         return False
-    if nvcc is None:
-        say("nvcc was not found: the CUDA kernels are left out (Triton serves the GPU; install the "
-            "CUDA toolkit 12.4 or later and build again to have them)")  # fmt: skip
+    problem = nvcc_problem() or arch_problem(CUDA_ARCHS)
+    if problem is not None:
+        if asked == "1":
+            raise SystemExit(f"fasttransformer build: FASTTRANSFORMER_CUDA=1, but {problem}")
+        say(f"{problem}: the CUDA kernels are left out. Triton serves the GPU; mend this and build "
+            "again to have them")  # fmt: skip
         return False
+    if not has_cuda:
+        say("building the CUDA kernels though the installed torch has no CUDA: they load only "
+            "where torch has")  # fmt: skip
     return True
 
 
@@ -102,12 +141,21 @@ def torch_paths() -> tuple[list[str], Path]:
     return [str(base / "include"), str(base / "include/torch/csrc/api/include")], base / "lib"
 
 
-def gencode() -> list[str]:
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
-    portable = [a for a in CUDA_ARCHS if a.isdigit()]
+def gencode(archs: list[str]) -> list[str]:
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    portable = [a for a in archs if a.isdigit()]
     if portable:  # PTX for GPUs that come later
-        flags.append(f"-gencode=arch=compute_{portable[-1]},code=compute_{portable[-1]}")
+        newest = max(portable, key=int)
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     return flags
+
+
+def nvcc_flags(archs: list[str]) -> list[str]:
+    """What a .cu file is compiled with."""
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo",
+             "-DFT_CUDA", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden",
+             f"-I{CSRC}", *gencode(archs)]  # fmt: skip
+    return [*flags, f"-ccbin={os.environ['CXX']}"] if "CXX" in os.environ else flags
 
 
 def build_graph(library: str, output: Path, work: Path) -> str:
@@ -116,8 +164,6 @@ def build_graph(library: str, output: Path, work: Path) -> str:
     flags = [*COMMON, f"-I{CSRC}", *[f"-isystem {p}" for p in includes]]
     cuda = library == "cuda"
     defines = ["-DFT_CUDA", "-DUSE_CUDA"] if cuda else []
-    nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DFT_CUDA",
-                  "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *gencode()]  # fmt: skip
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"nvcc = {os.environ.get('NVCC', 'nvcc')}",
@@ -132,7 +178,7 @@ def build_graph(library: str, output: Path, work: Path) -> str:
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        "  command = $cxx -shared -o $out $in $flags",
+        "  command = $linker -shared -o $out $in $flags",
         "  description = $out",
     ]
     objects: list[str] = []
@@ -148,9 +194,14 @@ def build_graph(library: str, output: Path, work: Path) -> str:
         compile_step(source, f"bindings.{source.stem}", [*flags, *STABLE_ABI, *defines])
     if cuda:
         for source in sorted((CSRC / "cuda").glob("**/*.cu")):
-            compile_step(source, f"cuda.{source.stem}", nvcc_flags, "nvcc")
-        link = ["-Wl,--no-as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-lcudart_static",
-                f"-L{cuda_library_dir()}", "-lpthread", "-ldl", "-lrt"]  # fmt: skip
+            compile_step(source, f"cuda.{source.stem}", nvcc_flags(CUDA_ARCHS), "nvcc")
+        # nvcc links, since it knows where its static CUDA runtime lies; -z defs leaves no symbol
+        # that neither torch nor the system has.
+        stub, directory = cuda_torch_library(torch_lib, work)
+        lines.extend(stub)
+        link = ["-cudart=static", "-Xlinker=--no-as-needed,-z,defs", f"-L{directory}",
+                f"-L{torch_lib}", "-ltorch_cuda", "-ltorch_cpu", "-lpthread",
+                "-ldl", "-lrt"]  # fmt: skip
     else:
         for name in ("registration.cpp", "cpu/isa.cpp", "cpu/parallel.cpp"):
             compile_step(CSRC / name, name.replace("/", ".")[:-4], [*flags, *STABLE_ABI])
@@ -161,17 +212,33 @@ def build_graph(library: str, output: Path, work: Path) -> str:
                 compile_step(source, f"cpu.{source.stem}.{isa}",
                              [*flags, *KERNEL, *isa_flags, f"-DFT_ISA={isa}"])  # fmt: skip
         link = [f"-L{torch_lib}", "-ltorch_cpu"]
-    lines.extend([f"build {output}: link {' '.join(objects)}", f"  flags = {' '.join(link)}"])
+    needs = f" | {work}/stub/libtorch_cuda.so" if cuda and stub else ""
+    lines.append(f"build {output}: link {' '.join(objects)}{needs}")
+    lines.append(f"  linker = {'$nvcc' if cuda else '$cxx'}")
+    lines.append(f"  flags = {' '.join(link)}")
     return "\n".join(lines) + "\n"
 
 
-def cuda_library_dir() -> Path:
-    nvcc = Path(shutil.which(os.environ.get("NVCC", "nvcc")) or "nvcc").resolve()
-    for base in (nvcc.parent.parent, Path("/usr/local/cuda")):
-        for name in ("lib64", "lib", "targets/x86_64-linux/lib"):
-            if (base / name / "libcudart_static.a").exists():
-                return base / name
-    raise SystemExit("fasttransformer build: libcudart_static.a was not found beside nvcc")
+def cuda_torch_library(torch_lib: Path, work: Path) -> tuple[list[str], Path]:
+    """(build steps, directory) of the libtorch_cuda.so to link against.
+
+    It holds the one symbol that libtorch_cpu lacks, the current CUDA stream. Under a torch without
+    CUDA an empty library of that name stands in while linking; where the result is loaded, the name
+    then finds torch's own, or the load fails with a message that says it is missing.
+    """
+    if (torch_lib / "libtorch_cuda.so").exists():
+        return [], torch_lib
+    folder = work / "stub"
+    folder.mkdir(exist_ok=True)
+    source = folder / "torch_cuda.cpp"
+    source.write_text('extern "C" void aoti_torch_get_current_cuda_stream() {}\n')
+    target = folder / "libtorch_cuda.so"
+    steps = [
+        "rule stub",
+        "  command = $cxx -shared -fPIC -Wl,-soname,libtorch_cuda.so -o $out $in",
+        f"build {target}: stub {source}",
+    ]
+    return steps, folder
 
 
 class NinjaBuild(build_ext):

@@ -20,7 +20,7 @@ from fasttransformer.benchmarks._shared import Case, cpu_name, dtype_name, randn
 
 SIZES = {1 << 16: "64 KiB", 1 << 20: "1 MiB", 1 << 24: "16 MiB", 1 << 28: "256 MiB"}
 SECONDS = 0.1  # per measurement: long enough to see the best of some hundred samples
-TRIES = 5
+TRIES = 20
 
 
 def available(device: str = "cpu") -> bool:

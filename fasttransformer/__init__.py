@@ -6,9 +6,10 @@
 torch.Size([1, 2, 5, 5])
 """
 
-from . import nn
+from . import nn, ops
 from .backends import backends, explain, use_backend
 from .ops import *  # noqa: F403
 from .swap import restore, swap
 
+__all__ = ["backends", "explain", "nn", "restore", "swap", "use_backend", *ops.__all__]
 __version__ = "0.1.0"

@@ -77,8 +77,8 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_ATTENTION_LACKS = _lacks("window", "softcap", "alibi_slopes", "sinks", "key_lengths", "dropout")
-_ATTENTION_LACKS |= _lacks("query_positions", "mixed_dtypes")  # what attention_decode also asks for
+#: The slopes' own gradient, and what attention_decode asks for beside attention's options.
+_ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes")
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
@@ -92,7 +92,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "attention": {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
-        "cpu": Kernel("cpu", lacks=_lacks("dropout", "grad")),
+        "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
     **{
         op: {}
@@ -121,7 +121,11 @@ ALIASES = {"log_softmax": "softmax", "scaled_dot_product_attention": "attention"
 
 # ---- libraries ----------------------------------------------------------------------------------
 
-_NAMESPACES = {"cpu": "fasttransformer", "cuda": "fasttransformer", "triton": "fasttransformer_triton"}  # fmt: skip
+_NAMESPACES = {
+    "cpu": "fasttransformer",
+    "cuda": "fasttransformer",
+    "triton": "fasttransformer_triton",
+}
 #: Why a backend is not available in this process; absent = available.
 _unavailable: dict[str, str] = {}
 
@@ -137,7 +141,7 @@ def _load_cpu() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"the C++ library does not load: {error}"
+        return f"the C++ library does not load: {error.__cause__ or error}"
     return None
 
 
@@ -154,7 +158,7 @@ def _load_cuda() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"the CUDA library does not load: {error}"
+        return f"the CUDA library does not load: {error.__cause__ or error}"
     return None
 
 
@@ -194,7 +198,10 @@ def _bind() -> None:
 def _operator(backend: str, name: str) -> Any:
     """The operator, or None if the loaded library does not implement it for the backend."""
     namespace = _NAMESPACES[backend]
-    key = "CPU" if backend == "cpu" or not torch.cuda.is_available() else "CUDA"
+    if backend == "cpu" or (backend == "triton" and interpreted()):
+        key = "CPU"
+    else:
+        key = "CUDA" if torch.cuda.is_available() else "XPU"
     packet = getattr(getattr(torch.ops, namespace), name, None)
     if packet is None:
         return None
@@ -215,19 +222,15 @@ def operator_namespaces() -> list[str]:
 # ---- choosing -----------------------------------------------------------------------------------
 
 
-def _environment() -> str | None:
-    name = os.environ.get("FASTTRANSFORMER_BACKEND") or None
-    if name is not None and name not in NAMES:
-        raise ValueError(f"FASTTRANSFORMER_BACKEND: {name!r} is not one of {', '.join(NAMES)}")
-    return name
-
-
-_forced: str | None = _environment()
+#: The backend that every call must use, if any. The environment's name is checked by the first
+#: call, so that a misspelt one is an error of that call and not of the import.
+_forced: str | None = os.environ.get("FASTTRANSFORMER_BACKEND") or None
 
 
 def _check_name(backend: str) -> None:
     if backend not in NAMES:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(NAMES)}")
+        source = "FASTTRANSFORMER_BACKEND" if backend == _forced else "backend"
+        raise ValueError(f"{source}: {backend!r} is not one of {', '.join(NAMES)}")
 
 
 @contextlib.contextmanager
@@ -267,8 +270,8 @@ def _device_reason(backend: str, device_type: str) -> str | None:
     return None
 
 
-#: (op, device type, dtype, options, sizes, forced) → kernel. Metadata repeats from call to call, and
-#: a look-up costs a tenth of a decision.
+#: (op, device type, dtype, options, sizes, forced) → kernel. Metadata repeats from call to call,
+#: and a look-up costs a tenth of a decision.
 _chosen: dict[tuple, Kernel] = {}
 
 
@@ -359,7 +362,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-class _Probe(Exception):  # noqa: N818  (not an error: how explain() leaves an operation's front)
+class _Probe(Exception):  # not an error: how explain() leaves an operation's front
     def __init__(self, *case: Any) -> None:
         self.case = case
 

@@ -34,8 +34,9 @@ Reason = Callable[[Module], "str | None"]
 class Pattern:
     """One row: modules of exactly the class ``source`` may become ``target``.
 
-    ``children`` are all submodules by name and kind: a key of :data:`KINDS` for those whose work
-    the target does itself without calling them, or "called"; none for a target that sees to it.
+    ``children`` are all submodules by name and kind: a key of :data:`KINDS` or "activation"
+    for those whose work the target does itself without calling them, "called" for the others; none
+    for a target that sees to it.
     ``accepts`` gives the reason why one module is left alone, or None; ``op`` is the operation that
     the target is made for.
     """
@@ -142,8 +143,9 @@ def children_reason(module: Module, kinds: Mapping[str, str]) -> str | None:
             return f"it has a submodule that is not known: {name} ({short_name(type(child))})"
         if kind == "called":
             continue
-        allowed = KINDS[kind]
-        if type(child) not in allowed and not (kind == "activation" and activation_name(child)):
+        if kind == "activation" and not hooked(child) and activation_name(child) is None:
+            return f"its activation, {short_name(type(child))}, has no kernel"
+        if kind != "activation" and type(child) not in KINDS[kind]:
             return f"{name} is a {short_name(type(child))}, not a plain {kind}"
         if hooked(child):
             return f"{name} has a hook, which would not be called"
@@ -152,9 +154,9 @@ def children_reason(module: Module, kinds: Mapping[str, str]) -> str | None:
         problem = _parameter_reason(child, f"{name}.")
         if problem is not None:
             return problem
-    missing = [n for n, k in kinds.items() if k != "activation" and module._modules.get(n) is None]
-    if missing:
-        return f"it has no submodule {missing[0]}"
+    for name, kind in kinds.items():
+        if kind in KINDS and module._modules.get(name) is None:
+            return f"it has no submodule {name}"
     return None
 
 
@@ -296,7 +298,6 @@ KINDS: dict[str, tuple[type[Module], ...]] = {
     "Linear": _kinds("Linear"),
     "LayerNorm": _kinds("LayerNorm"),
     "Dropout": (Dropout,),
-    "activation": (),
 }
 _WEIGHTED = (torch.nn.Linear,)
 _LAYERS = _kinds("TransformerEncoderLayer") + _kinds("TransformerDecoderLayer")

@@ -198,7 +198,10 @@ def _unknown(module: Module) -> str | None:
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module"
-    if cls.__module__.startswith(("fasttransformer.", "torch.nn.")) or cls in patterns.PARTS:
+    if (
+        cls.__module__.startswith(("fasttransformer.", "torch.nn.modules."))
+        or cls in patterns.PARTS
+    ):
         return None
     for base in cls.__mro__[1:]:
         if patterns.path_of(base) in patterns.TABLE:

@@ -211,9 +211,9 @@ def forward_kernel(
     if LEFT:
         acc, top, total, seen = _walk(
             acc, top, total, seen, q, i, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr,
-            bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
-            head, threshold, lo, full_lo, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
-            DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
+            bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap,
+            scale, seed, head, threshold, lo, full_lo, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT,
+            SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
         )  # fmt: skip
     acc, top, total, seen = _walk(
         acc, top, total, seen, q, i, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, bias_ptr,

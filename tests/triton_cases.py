@@ -1,7 +1,8 @@
-"""The calls whose kernels test_triton.py compiles: one per kernel and interesting tile size."""
+"""Calls whose kernels are compiled offline: CASES by hand, FEW of them by test_triton.py."""
 
 import torch
-from fasttransformer.kernels import _norm, attention
+
+from fasttransformer.kernels import _norm, attention, linear_add
 from fasttransformer.kernels import softmax as soft
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -48,6 +49,19 @@ def _attention(D, dtype, E=None, S=256, T=256, G=2, H=4, mask=False, bias=None, 
         )
 
 
+def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
+    x = torch.empty(M, K, dtype=dtype)
+    if heads:
+        x = torch.empty(2, M // 2, heads, K // heads, dtype=dtype).transpose(1, 2)
+    w, b, r = (torch.empty(*size, dtype=dtype) for size in ((N, K), (N,), (M, N)))
+    if backward:
+        linear_add.linear_add_backward(r, x, w, True, True, True)
+    elif norm:
+        linear_add.linear_add_norm(x, w, b, r, b, b, 1e-5, rms=False)
+    else:
+        linear_add.linear_add(x, w, b, r, activation)
+
+
 CASES = {
     "softmax 64 bf16": lambda: _softmax(64, BF16),
     "softmax 1000 f32": lambda: _softmax(1000, F32, mask=True, log=True),
@@ -63,6 +77,7 @@ CASES = {
     "norm 16384 bf16": lambda: _layer_norm(16384, BF16),
     "norm 65536 bf16": lambda: _layer_norm(65536, BF16, rms=True),
     "attention 64 bf16": lambda: _attention(64, BF16),
+    "attention 64 bf16 bias": lambda: _attention(64, BF16, bias=(1, 4, 256, 256)),
     "attention 64 f16 causal": lambda: _attention(64, torch.float16, is_causal=True),
     "attention 128 bf16 causal": lambda: _attention(128, BF16, is_causal=True),
     "attention 128 bf16 mask": lambda: _attention(128, BF16, mask=True),
@@ -76,4 +91,28 @@ CASES = {
     "attention 64 f32": lambda: _attention(64, F32, bias=(2, 4, 256, 256)),
     "attention 128 f32 causal": lambda: _attention(128, F32, is_causal=True),
     "attention 256 f32": lambda: _attention(256, F32),
+    "linear 4096x4096x4096 bf16": lambda: _linear(4096, 4096, 4096, BF16, activation="gelu"),
+    "linear 2048x768x768 bf16": lambda: _linear(2048, 768, 768, BF16, heads=12),
+    "linear 4x4096x4096 bf16": lambda: _linear(4, 4096, 4096, BF16),
+    "linear 100x99x50 f16": lambda: _linear(100, 99, 50, torch.float16, activation="gelu_tanh"),
+    "linear 512x384x384 f32": lambda: _linear(512, 384, 384, F32, activation="silu"),
+    "linear backward 2048x768x768 bf16": lambda: _linear(2048, 768, 768, BF16, 12, backward=True),
+    "linear norm 32768x384x384 bf16": lambda: _linear(32768, 384, 384, BF16, norm=True),
+    "linear norm 32768x256x256 bf16": lambda: _linear(32768, 256, 256, BF16, norm=True),
 }
+
+#: Every kernel once, and the tiles with most registers; seconds, where CASES takes minutes.
+FEW = {
+    "softmax 1000 f32",
+    "softmax 16384 f32",
+    "softmax 65536 bf16",
+    "norm 768 bf16",
+    "norm 8192 f32",
+    "norm 65536 bf16",
+    "attention 64 bf16 bias",
+    "attention 128 bf16 causal",
+    "linear 2048x768x768 bf16",
+    "linear backward 2048x768x768 bf16",
+    "linear norm 32768x384x384 bf16",
+}
+assert FEW <= CASES.keys()

@@ -3,7 +3,9 @@
 Run by test_triton.py in a process of its own, without TRITON_INTERPRET. Triton is given a driver
 that only names a target, every launch becomes a compilation, and the operators' own Python
 functions are called on CPU tensors: so what is compiled is exactly what a GPU would be given, with
-the same specialization, tile sizes and warps. Prints one JSON line per compiled kernel.
+the same specialization, tile sizes and warps. Prints one JSON line per compiled kernel. By hand:
+
+    python tests/triton_offline.py sm_80|sm_89|sm_90|gfx942 all|few|<operation> [kernel…]
 """
 
 import json
@@ -19,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
@@ -88,14 +91,14 @@ def report(target: str) -> None:
 
 
 def main() -> None:
-    from triton_cases import CASES
+    from triton_cases import CASES, FEW
 
     global _case
     JITFunction.run = _compile_only
     target, op = sys.argv[1:3]
     driver.set_active(NamesOnly(TARGETS[target]))
     for name, call in CASES.items():
-        if op in ("all", name.split()[0]):
+        if op in ("all", name.split()[0]) or (op == "few" and name in FEW):
             _case = name
             call()
     report(target)

@@ -2,6 +2,12 @@
 
 #include "bindings/device.h"
 
+#include <algorithm>
+
+#if !defined(FT_CUDA)
+#  include "cpu/parallel.h"
+#endif
+
 namespace ft::bindings {
 namespace {
 
@@ -68,8 +74,76 @@ std::tuple<Tensor, Tensor> attention(
   return {out, lse};
 }
 
+#if !defined(FT_CUDA)
+// Into how many parts the CPU kernel splits the keys so that every thread has work; see its file.
+int64_t key_parts(const AttentionBackwardParams& p) {
+  const int64_t batches = p.d_bias && p.d_bias_sizes[0] == 1 ? 1 : p.batch;
+  const int64_t heads = p.d_bias && p.d_bias_sizes[1] == 1 ? 1 : p.kv_heads;
+  const int64_t items = batches * heads, threads = num_threads(), tiles = (p.kv_len + 127) / 128;
+  const int64_t work = p.batch * p.heads * p.q_len * p.kv_len * (p.head_dim + p.value_dim);
+  if (threads == 1 || items == 0 || tiles < 2 || work < 400'000) return 1;
+  if (items >= 4 * threads || items % threads == 0) return 1;
+  return std::min(tiles, (2 * threads + items - 1) / items);
+}
+#endif
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
+    const OptionalTensor& bias, bool is_causal, bool bottom_right, int64_t window_left,
+    int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& key_lengths, double scale, double dropout_p,
+    const OptionalTensor& seed, bool bias_grad, bool sinks_grad) {
+  AttentionBackwardParams p;
+  fill_case(p, query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right,
+            softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p, seed);
+  p.grad_out = heads_view(grad_out);
+  p.out = heads_view(out);
+  p.grad_lse = static_cast<const float*>(data(grad_lse));
+  p.lse = static_cast<const float*>(data(lse));
+  Tensor d_query = heads_last(query, p.batch, p.heads, p.q_len, p.head_dim);
+  Tensor d_key = heads_last(query, p.batch, p.kv_heads, p.kv_len, p.head_dim);
+  Tensor d_value = heads_last(query, p.batch, p.kv_heads, p.kv_len, p.value_dim);
+  std::vector<int64_t> bias_sizes{0};
+  if (bias_grad) {
+    bias_sizes.resize(4);
+    for (int i = 0; i < 4; ++i) {
+      bias_sizes[i] = bias->stride(i) == 0 && bias->size(i) > 1 ? 1 : bias->size(i);
+      p.d_bias_sizes[i] = bias_sizes[i];
+    }
+  }
+  Tensor d_bias = make(query, bias_sizes, ScalarType::Float);
+  Tensor d_sinks = make_if(sinks_grad, query, {p.heads}, ScalarType::Float);
+  const int64_t rows = p.batch * p.heads * p.q_len;
+  Tensor workspace = make(query, {3, rows}, ScalarType::Float);
+  p.d_query = d_query.mutable_data_ptr();
+  p.d_key = d_key.mutable_data_ptr();
+  p.d_value = d_value.mutable_data_ptr();
+  if (bias_grad) p.d_bias = static_cast<float*>(d_bias.mutable_data_ptr());
+  if (sinks_grad) p.d_sinks = static_cast<float*>(d_sinks.mutable_data_ptr());
+  p.delta = static_cast<float*>(workspace.mutable_data_ptr());
+  p.top = p.delta + rows;
+  p.shift = p.top + rows;
+#if !defined(FT_CUDA)
+  p.parts = key_parts(p);
+  std::optional<Tensor> partial, partial_bias;
+  if (p.parts > 1) {
+    const int64_t columns = (p.head_dim + 15) / 16 * 16;
+    partial = make(query, {p.parts, p.batch, p.heads, p.q_len, columns}, ScalarType::Float);
+    p.partial = static_cast<float*>(partial->mutable_data_ptr());
+    if (bias_grad && bias_sizes[3] == 1) {
+      partial_bias = make(query, {p.parts, d_bias.numel()}, ScalarType::Float);
+      p.partial_bias = static_cast<float*>(partial_bias->mutable_data_ptr());
+    }
+  }
+#endif
+  FT_LAUNCH(attention_backward, p, query);
+  return {d_query, d_key, d_value, d_bias, d_sinks};
+}
+
 }  // namespace ft::bindings
 
 FT_REGISTER_IMPL(m) {
+  m.impl("attention_backward", TORCH_BOX(&ft::bindings::attention_backward));
   m.impl("attention", TORCH_BOX(&ft::bindings::attention));
 }

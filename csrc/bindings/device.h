@@ -1,5 +1,6 @@
 // What the bindings share: torch tensors in, params structs out, for the device that this library
-// is built for. Compiled into the CPU library and again (with FT_CUDA) into the CUDA library.
+// is built for. Compiled into the CPU library, again (with FT_CUDA) into the CUDA library, and (with
+// FT_SIMT) into the library with which tests run the CUDA kernels on the CPU.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,6 +17,8 @@
 
 #if defined(FT_CUDA)
 #  include <torch/csrc/stable/accelerator.h>
+#elif defined(FT_SIMT)
+#  include "simt/runtime.h"
 #endif
 
 namespace ft {
@@ -34,12 +37,33 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
-inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+// Tells simt which bytes a kernel may touch: a launch then reports any access outside them.
+inline void allow_access([[maybe_unused]] const Tensor& t, [[maybe_unused]] bool writable) {
+#if defined(FT_SIMT)
+  if (t.numel() == 0) return;
+  int64_t bytes = 0;
+  switch (t.scalar_type()) {
+    case ScalarType::Bool: bytes = 1; break;
+    case ScalarType::Half:
+    case ScalarType::BFloat16: bytes = 2; break;
+    case ScalarType::Float: bytes = 4; break;
+    default: bytes = 8;
+  }
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  simt::allow(t.const_data_ptr(), (last + 1) * bytes, writable);
+#endif
+}
+
+inline const void* data(const Tensor& t) {
+  allow_access(t, false);
+  return t.const_data_ptr();
+}
+inline const void* data(const OptionalTensor& t) { return t ? data(*t) : nullptr; }
 
 inline VectorArg vector_arg(const OptionalTensor& t) {
   VectorArg out;
-  if (t) out = {t->const_data_ptr(), dtype_of(*t)};
+  if (t) out = {data(*t), dtype_of(*t)};
   return out;
 }
 
@@ -61,10 +85,12 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& sizes,
   }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle out = nullptr;
+  AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), type, device, index, &out));
-  return Tensor(out);
+                                                  strides.data(), type, device, index, &handle));
+  Tensor out(handle);
+  allow_access(out, true);
+  return out;
 }
 
 // Outputs that the caller did not ask for are tensors of shape (0,).
@@ -78,8 +104,8 @@ inline Dropout dropout_of(double p, const OptionalTensor& seed) {
   if (!seed || p <= 0) return out;
   out.threshold = static_cast<uint32_t>(p * 4294967296.0);
   out.scale = static_cast<float>(1.0 / (1.0 - p));
-#if defined(FT_CUDA)
-  out.seed_ptr = static_cast<const int64_t*>(seed->const_data_ptr());
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  out.seed_ptr = static_cast<const int64_t*>(data(*seed));
 #else
   out.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
 #endif
@@ -97,6 +123,13 @@ void launch(void (*kernel)(const Params&, void*), const Params& params, const Te
   kernel(params, stream);
 }
 #  define FT_LAUNCH(name, params, on) ::ft::launch(&::ft::cuda::name, params, on)
+#elif defined(FT_SIMT)
+#  define FT_DISPATCH_KEY CPU
+#  define FT_LAUNCH(name, params, on)               \
+    do {                                            \
+      const ::ft::simt::AllowedUntilHere ends_here; \
+      ::ft::cuda::name(params, nullptr);            \
+    } while (false)
 #else
 #  define FT_DISPATCH_KEY CPU
 #  define FT_LAUNCH(name, params, on) ::ft::name(params)
@@ -105,5 +138,11 @@ void launch(void (*kernel)(const Params&, void*), const Params& params, const Te
 }  // namespace ft
 
 // FT_REGISTER(softmax, ft::softmax): implements fasttransformer::softmax on this library's device.
-#define FT_REGISTER_EXPANDED(key, m) STABLE_TORCH_LIBRARY_IMPL(fasttransformer, key, m)
-#define FT_REGISTER_IMPL(m) FT_REGISTER_EXPANDED(FT_DISPATCH_KEY, m)
+#if defined(FT_SIMT)
+#  define FT_NAMESPACE fasttransformer_simt
+#else
+#  define FT_NAMESPACE fasttransformer
+#endif
+#define FT_REGISTER_EXPANDED(space, key, m) STABLE_TORCH_LIBRARY_IMPL(space, key, m)
+#define FT_REGISTER_NAMED(space, key, m) FT_REGISTER_EXPANDED(space, key, m)
+#define FT_REGISTER_IMPL(m) FT_REGISTER_NAMED(FT_NAMESPACE, FT_DISPATCH_KEY, m)

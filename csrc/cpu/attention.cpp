@@ -10,6 +10,7 @@
 
 #include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
+#include "cpu/philox.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -100,6 +101,16 @@ FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent,
   store(total, fma(load(total), splat(alpha), sum));
 }
 
+inline void drop_row(const AttentionParams& p, int64_t position, int64_t begin, int64_t end,
+                     float* s) {
+  uint32_t buffer[random_words_room(kKeys)];
+  const uint32_t* words =
+      random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, buffer);
+  for (int64_t k = begin; k < end; k += W) {
+    store(s + k, dropped(load(s + k), words + (k - begin), p.dropout.threshold, p.dropout.scale));
+  }
+}
+
 template <class T>
 void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, int64_t g,
            const Strips& strips) {
@@ -162,6 +173,11 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, in
       }
       each_row([&](int64_t i, float* row, const Seen& see, int64_t end) {
         weights_row(row, see.begin, end, u.exponent, w.top[i], w.alpha[i - row0], w.total + i * W);
+        if (p.dropout.on()) {
+          const int64_t position =
+              ((b * p.heads + w.rows[i].head) * p.q_len + w.rows[i].index) * p.kv_len + j + see.begin;
+          drop_row(p, position, see.begin, end, row);
+        }
       });
       for (int64_t e = 0; e < columns; e += NR) {
         const int vectors = columns - e > W ? NV : 1;

@@ -67,10 +67,21 @@ FT_INLINE void product_rows(int n, int vectors, int64_t depth, const float* a, c
   }
 }
 
+// Longer sums are cut, as the rounding errors of one long sum would outgrow those of torch's.
+constexpr int64_t kDepthOfSum = 128;
+
 // scores[n × NR] = strip · panel, over `depth` = head_dim.
 inline __attribute__((noinline)) void scores_product(int n, int64_t depth, const float* strip,
                                                      const float* panel, float* scores) {
-  product_rows<1, kPanelRows, Into::store>(n, NV, depth, strip, panel, scores, kKeys, nullptr);
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
+    const int64_t part = depth - k < kDepthOfSum ? depth - k : kDepthOfSum;
+    const float *a = strip + k * kPanelRows, *b = panel + k * NR;
+    if (k == 0) {
+      product_rows<1, kPanelRows, Into::store>(n, NV, part, a, b, scores, kKeys, nullptr);
+    } else {
+      product_rows<1, kPanelRows, Into::add>(n, NV, part, a, b, scores, kKeys, nullptr);
+    }
+  }
 }
 
 // c[n × columns] = factor·c + scores[n × depth] · panel.

@@ -125,19 +125,17 @@ struct Engine {
 
   // One task: a tile of C over the whole summed dimension.
   void task(const float* panels, GemmTile tile, float* a_block) const {
-    if (in_place<Unit, T>(p)) {
-      const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
-      multiply(InPlace{static_cast<const char*>(p.a.data) + tile.row * stride, stride}, tile,
-               panels, units, false);
-      return p.epilogue(tile, p.context);
-    }
     const int64_t blocks = ceil_div(units, kDepth);
     int64_t done = 0;
     for (int64_t s = 0; s < blocks; ++s) {
       const int64_t n = ceil_div(units - done, blocks - s);
       const int64_t k = done * Unit::elements, depth = min64(n * Unit::elements, p.depth - k);
       const float* panel = panels + done * NR;
-      if (p.a.transposed) {
+      if (in_place<Unit, T>(p)) {
+        const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+        const char* rows = static_cast<const char*>(p.a.data) + tile.row * stride;
+        multiply(InPlace{rows + done * 4, stride}, tile, panel, n, s > 0);
+      } else if (p.a.transposed) {
         copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(BlockColumns{a_block}, tile, panel, n, s > 0);
       } else {

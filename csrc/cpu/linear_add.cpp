@@ -48,7 +48,7 @@ void store_plain(const GemmTile& tile, const void* context) {
 template <class T>
 void column_sum(const T* grad, int64_t stride, int64_t rows, int64_t columns, T* out) {
   constexpr int kVectors = 8;
-  constexpr int64_t kStretch = kVectors * W, kRowBlock = 64;
+  constexpr int64_t kStretch = kVectors * W, kRowBlock = 16;
   parallel_for((columns + kStretch - 1) / kStretch, 65536 / (rows * kStretch + 1) + 1,
                [&](int64_t begin, int64_t end) {
                  for (int64_t j = begin * kStretch; j < end * kStretch && j < columns;) {

@@ -1,6 +1,6 @@
 // Residual addition and layer norm in one pass over memory, forward and backward.
 //   summed = residual + dropout(input);  normed = (summed − mean) · rstd · weight + bias
-// A group of threads (4 lanes … a block of 512) owns a row and keeps `summed` in registers as raw
+// A group of threads (4 lanes of a warp … a block) owns a row and keeps `summed` in registers as raw
 // 16-byte chunks while it takes the mean and then the variance of the centred values: two reads, two
 // writes, bound by memory. Backward, the same groups walk over rows and carry the weight gradients of
 // their columns in registers; a second kernel adds up the groups' partial sums in a fixed order.
@@ -25,12 +25,13 @@ struct Plan {
   int held, group;
 };
 constexpr Plan kForward[] = {{8, 2, 4},     {16, 2, 8},    {32, 2, 16},   {64, 2, 32}, {128, 4, 32},
-                             {256, 4, 64},  {512, 4, 128}, {1024, 4, 256}, {2048, 4, 512}};
+                             {256, 4, 64},  {512, 4, 128}, {1024, 4, 256}};
 // Backward, a thread also carries the sums of its columns: 2 chunks at most.
 constexpr Plan kBackward[] = {{8, 2, 4},     {16, 2, 8},    {32, 2, 16},  {64, 2, 32},
                               {128, 2, 64},  {256, 2, 128}, {512, 2, 256}, {1024, 2, 512}};
 constexpr int kSmallBlock = 128;  // block size of groups within a warp
-constexpr int kHeldBlock = 512;   // largest block of the held kernels
+constexpr int kForwardBlock = 256, kForwardBlocks = 3;  // largest block, and how many an SM has room for
+constexpr int kBackwardBlock = 512;
 constexpr int kWideBlock = 512;   // block size of the wide kernels, two on an SM where rows fit
 // Backward: threads in all, 512 for each of an H100's 132 SMs. It fixes the size of the partial sums
 // (17 MB for 16-bit types at most, which stay in L2) and makes the result the same on every GPU.
@@ -96,7 +97,7 @@ FT_DEVICE Chunk norm_chunk(const Chunk& summed, float mean, float rstd, const Ro
 }
 
 template <class T, int kHeld>
-FT_GLOBAL void __launch_bounds__(kHeldBlock, 1) add_layer_norm_held(const ForwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) add_layer_norm_held(const ForwardArgs a) {
   FT_SHARED float scratch[kWarp];
   const RowNormParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
@@ -314,7 +315,7 @@ FT_DEVICE void store_partial(float* row, Index column, Index end, const float (&
 }
 
 template <class T, int kHeld>
-FT_GLOBAL void __launch_bounds__(kHeldBlock, 1) add_layer_norm_backward_held(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) add_layer_norm_backward_held(const BackwardArgs a) {
   FT_SHARED Pair scratch[kWarp];
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
@@ -504,7 +505,8 @@ int64_t cached_chunks(const char* name, int64_t chunks, int arrays) {
   return chunks < fits ? chunks : fits;
 }
 
-int block_of(int group) { return group < kSmallBlock ? kSmallBlock : group; }
+// A group is a part of a warp, or the whole block (see group_reduce).
+int block_of(int group) { return group <= kWarp ? kSmallBlock : group; }
 
 int lanes_of(DType dtype) { return dtype == DType::f32 ? kLanes<float> : kLanes<bf16>; }
 
@@ -575,7 +577,7 @@ void add_layer_norm_backward(const AddLayerNormBackwardParams& params, void* str
     });
   }
   if (!weights) return;
-  launch(name, add_layer_norm_weights, grid_for(params.features, kReduceColumns),
+  launch(name, add_layer_norm_weights, (params.features + kReduceColumns - 1) / kReduceColumns,
          kReduceColumns * kReduceRows, 0, stream, a);
 }
 

@@ -44,6 +44,7 @@ Plan choose(const Plan (&table)[kRows], int64_t chunks) {
 
 struct ForwardArgs {
   SoftmaxParams p;     // dims collapsed
+  float sign = 1.f, size = 1.f;  // scale = sign · size
   int64_t period = 1;  // size of dimension −2, for the causal rule
   int group = 0;
   int64_t cached = 0;  // wide: chunks that shared memory holds
@@ -115,28 +116,39 @@ FT_DEVICE uint32_t allowed_bits(const Row<T>& r, int64_t mask_stride, Index colu
   return bits;
 }
 
-FT_DEVICE float score(float x, float scale, uint32_t bits, int i) {
-  return (bits >> i & 1) ? x * scale : -infinity();
+// The order of scores is that of sign · x, whose maximum is subtracted before it is scaled: scores
+// then have a relative error of their own size, not of the maximum's, and the largest is exactly 0.
+FT_DEVICE float signed_input(float x, float sign, uint32_t bits, int i) {
+  return (bits >> i & 1) ? x * sign : -infinity();
+}
+FT_DEVICE float centred(float x, const ForwardArgs& a, float top, uint32_t bits, int i) {
+  return (bits >> i & 1) ? (x * a.sign - top) * a.size : -infinity();
+}
+// exp((from − to) · |scale|): what a sum relative to `from` is multiplied by. It is 0, or NaN, if
+// `from` is −inf.
+FT_DEVICE float rescale(float from, float to, float size) {
+  return from == -infinity() ? 0.f : exponential<float>((from - to) * size);
 }
 
 // What turns scores into outputs once the row's maximum and sum are known. A row without an allowed
 // entry is told by the mask, never by the sum: a row of −inf scores, or with a NaN, comes out NaN.
 struct Finish {
-  float top, scale, shift;  // out = exp(s − top)·scale, or for log (s − top) − shift
+  float top, scale, shift;  // out = exp(centred) · scale, or for log centred − shift
   bool log, empty;
 };
 
 template <class T>
-FT_DEVICE Chunk finish_chunk(const Chunk& raw, float scale, uint32_t bits, const Finish& f) {
+FT_DEVICE Chunk finish_chunk(const Chunk& raw, const ForwardArgs& a, uint32_t bits,
+                             const Finish& f) {
   float x[kLanes<T>];
   unpack<T>(raw, x);
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
-    const float s = score(x[i], scale, bits, i);
+    const float d = centred(x[i], a, f.top, bits, i);
     if (f.log) {
-      x[i] = (bits >> i & 1) ? (s - f.top) - f.shift : -infinity();
+      x[i] = (bits >> i & 1) ? d - f.shift : -infinity();
     } else {
-      x[i] = f.empty ? 0.f : exp_minus<T>(s, f.top) * f.scale;
+      x[i] = f.empty ? 0.f : exponential<T>(d) * f.scale;
     }
   }
   return pack<T>(x);
@@ -182,7 +194,7 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const For
       float x[kLanes<T>];
       unpack<T>(raw[k], x);
 #pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) top = maximum(top, score(x[i], p.scale, bits_of(k), i));
+      for (int i = 0; i < kLanes<T>; ++i) top = maximum(top, signed_input(x[i], a.sign, bits_of(k), i));
     }
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) keep_packed(raw[k]);
@@ -196,7 +208,7 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const For
       unpack<T>(raw[k], x);
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) {
-        sum += exp_minus<T>(score(x[i], p.scale, bits_of(k), i), top);
+        sum += exponential<T>(centred(x[i], a, top, bits_of(k), i));
       }
     }
 #pragma unroll
@@ -213,7 +225,7 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const For
     for (int k = 0; k < kHeld; ++k) {
       if (start + k * step >= width) continue;
       store_chunk(out, start + k * step, width, out_aligned,
-                  finish_chunk<T>(raw[k], p.scale, bits_of(k), f));
+                  finish_chunk<T>(raw[k], a, bits_of(k), f));
     }
   }
 }
@@ -244,14 +256,15 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
       float best = top;
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) {
-        x[i] = score(x[i], p.scale, bits, i);
-        best = maximum(best, x[i]);
+        best = maximum(best, signed_input(x[i], a.sign, bits, i));
       }
       // −inf − (−inf) must not make NaN of a row whose finite scores come later.
       const float base = best == -infinity() ? 0.f : best;
-      sum *= exp_minus<T>(top, base);
+      sum *= rescale(top, base, a.size);
 #pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) sum += exp_minus<T>(x[i], base);
+      for (int i = 0; i < kLanes<T>; ++i) {
+        sum += exponential<T>(centred(x[i], a, base, bits, i));
+      }
       top = best;
     }
     const float mine = top;
@@ -260,7 +273,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
     if (top == -infinity()) {
       sum = not_a_number();  // nothing but −inf and NaN among the allowed
     } else {
-      sum *= exp_minus<T>(mine, top);
+      sum *= rescale(mine, top, a.size);
     }
     sum = group_sum(sum, kWideBlock, scratch);
     Finish f = {top, 1.f / sum, 0.f, p.log, false};
@@ -279,7 +292,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
         raw = c < a.cached ? cache[c] : load_chunk(r.input, column, r.end, aligned);
         bits = allowed_bits<T>(r, p.mask_column_stride, column, r.end);
       }
-      store_chunk(out, column, p.columns, out_aligned, finish_chunk<T>(raw, p.scale, bits, f));
+      store_chunk(out, column, p.columns, out_aligned, finish_chunk<T>(raw, a, bits, f));
     }
   }
 }
@@ -308,7 +321,7 @@ FT_DEVICE Chunk backward_chunk(const Chunk& grad, const Chunk& output, float sum
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
     if (log) {
-      g[i] = y[i] == -infinity() ? 0.f : scale * (g[i] - exp_minus<T>(y[i], 0.f) * sum);
+      g[i] = y[i] == -infinity() ? 0.f : scale * (g[i] - exponential<T>(y[i]) * sum);
     } else {
       g[i] = scale * y[i] * (g[i] - sum);
     }
@@ -451,7 +464,8 @@ int64_t cached_chunks(const char* name, int64_t chunks, int arrays) {
   return chunks < fits ? chunks : fits;
 }
 
-int block_of(int group) { return group < kSmallBlock ? kSmallBlock : group; }
+// A group is a part of a warp, or the whole block (see group_reduce).
+int block_of(int group) { return group <= kWarp ? kSmallBlock : group; }
 
 }  // namespace
 
@@ -459,6 +473,8 @@ void softmax(const SoftmaxParams& params, void* stream) {
   if (params.rows == 0 || params.columns == 0) return;
   with_type(params.dtype, [&]<class T>() {
     ForwardArgs a{params};
+    if (params.scale < 0.f) a.sign = -1.f;
+    a.size = params.scale * a.sign;
     if (params.dims > 0) a.period = params.sizes[params.dims - 1];
     collapse(a.p);
     const int64_t chunks = row_chunks(params.columns, kLanes<T>);

@@ -25,7 +25,7 @@ struct Dropout {
 }  // namespace ft
 
 // FT_DECLARE_KERNEL(name, Params) stands in params/<op>.h and declares ft::name for this device.
-#if defined(FT_CUDA)
+#if defined(FT_CUDA) || defined(FT_SIMT)
 #  define FT_DECLARE_KERNEL(name, Params) \
     namespace ft::cuda { void name(const Params&, void* stream); }
 #else

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fasttransformer as ft
 
-from ..backends import ALIASES, NAMES, TABLE, Explanation
+from ..backends import ALIASES, COMPOSED, NAMES, TABLE, Explanation
 from ._output import UsageError, command, dtype_of, print_json, shape_of
 
 
@@ -146,6 +146,10 @@ def _explain(args: argparse.Namespace) -> Explanation:
         )
     if list(TABLE[ALIASES.get(args.op, args.op)]) == ["torch"]:
         return Explanation(args.op, "any arguments", "torch", (("others", "no kernel yet"),))
+    if args.op in COMPOSED:
+        made_of = COMPOSED[args.op]
+        found = _explain(argparse.Namespace(**{**vars(args), "op": made_of}))
+        return replace(found, op=args.op, case=f"made of {made_of}: {found.case}")
     family = FAMILIES[args.op]
     given = {name for name in _OPTIONS if getattr(args, name) not in (None, False)}
     foreign = sorted(given - family.options)

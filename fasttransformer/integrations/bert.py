@@ -129,6 +129,16 @@ def known_case(
         and (mask.dtype is torch.bool or mask.is_floating_point())
     ):
         return False
+    # Eager's masks can hold finfo.min for every key of a row (left padding under a causal mask).
+    # Its log-sum-exp is then finfo.min too, whatever the number of keys; the CPU kernel's backward
+    # sees to such rows, the Triton kernel's would take weights of 1 from it.
+    if (
+        mask is not None
+        and mask.dtype is not torch.bool
+        and not mask.is_cpu
+        and torch.is_grad_enabled()
+    ):
+        return False
     return (
         module.config._attn_implementation in _IMPLEMENTATIONS
         and not _wants_weights(module, options)
@@ -221,6 +231,35 @@ class Intermediate(Base):
         return linear(hidden_states, dense, activation)
 
 
+class Layer(Base):
+    """Attention and feed-forward; transformers' cuts the input into chunks, mostly one.
+
+    Finding that out costs it as much time as a small kernel (it inspects a signature).
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.chunk_size_feed_forward or (self.is_decoder and encoder_hidden_states is not None):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                cache,
+                **kwargs,
+            )
+        modules: Any = self._modules
+        out, _ = modules["attention"](hidden_states, attention_mask, cache=cache, **kwargs)
+        return modules["output"](modules["intermediate"](out), out)
+
+
 # ---- which classes ------------------------------------------------------------------------------
 
 
@@ -248,16 +287,24 @@ def _output_accepts(module: Any) -> str | None:
 
 def _intermediate_accepts(module: Any) -> str | None:
     if activation_name(module.intermediate_act_fn) is None:
-        return f"its activation, {module.intermediate_act_fn!r}, has no kernel"
+        return f"its activation, {module.intermediate_act_fn}, has no kernel"
     return None
 
 
+def _layer_accepts(module: Any) -> str | None:
+    if "feed_forward_chunk" in module.__dict__:
+        return "its feed_forward_chunk is replaced on this instance"
+    return None
+
+
+_LAYER_CHILDREN = dict.fromkeys(("attention", "crossattention", "intermediate", "output"), "called")
 _ATTENTION_CHILDREN = {"query": "Linear", "key": "Linear", "value": "Linear", "dropout": "Dropout"}
 _OUTPUT_CHILDREN = {"dense": "Linear", "LayerNorm": "LayerNorm", "dropout": "Dropout"}
 _INTERMEDIATE_CHILDREN = {"dense": "Linear", "intermediate_act_fn": "activation"}
 
 #: end of the class's name → (mixin, operation, bypassed children, accepts)
 PARTS: dict[str, tuple[type, str, dict[str, str], patterns.Reason]] = {
+    "Layer": (Layer, "linear_add_layer_norm", _LAYER_CHILDREN, _layer_accepts),
     "SelfAttention": (SelfAttention, "attention", _ATTENTION_CHILDREN, _attention_accepts),
     "CrossAttention": (CrossAttention, "attention", _ATTENTION_CHILDREN, _attention_accepts),
     "SelfOutput": (OutputNorm, "linear_add_layer_norm", _OUTPUT_CHILDREN, _output_accepts),
@@ -267,7 +314,7 @@ PARTS: dict[str, tuple[type, str, dict[str, str], patterns.Reason]] = {
 
 _ATTENTION = ("SelfAttention", "CrossAttention")
 _FEED_FORWARD = ("Intermediate", "Output")
-_ALL = (*_ATTENTION, "SelfOutput", *_FEED_FORWARD)
+_ALL = ("Layer", *_ATTENTION, "SelfOutput", *_FEED_FORWARD)
 
 #: file under transformers.models → (prefix of its classes, the parts that are BERT's own forwards).
 #: tests/test_swap_bert.py compares the source of each with BERT's.
@@ -284,7 +331,10 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     # Pre-norm: their outputs add no LayerNorm, so only what they share with BERT.
     "xlm_roberta_xl.modeling_xlm_roberta_xl": ("XLMRobertaXL", (*_ATTENTION, "Intermediate")),
     "xmod.modeling_xmod": ("Xmod", (*_ATTENTION, "Intermediate")),
-    "roberta_prelayernorm.modeling_roberta_prelayernorm": ("RobertaPreLayerNorm", _ATTENTION),
+    "roberta_prelayernorm.modeling_roberta_prelayernorm": (
+        "RobertaPreLayerNorm",
+        ("Layer", *_ATTENTION),
+    ),
     "megatron_bert.modeling_megatron_bert": ("MegatronBert", ("Intermediate",)),
     # Their attention is of another kind.
     "mpnet.modeling_mpnet": ("MPNet", _FEED_FORWARD),

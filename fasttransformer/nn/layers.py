@@ -138,6 +138,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         super().__init__(*args, **kwargs)
         _adopt(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's decoder layer looks for an activation among the plain attributes only, and so
+        # puts relu in front of one that is a module, in every copy.
+        nn.Module.__setstate__(self, state)
+        if not hasattr(self, "activation"):
+            self.activation = F.relu
+
     def forward(
         self,
         tgt: Tensor,

@@ -61,8 +61,8 @@ class AddLayerNorm(nn.LayerNorm):
 
     >>> import torch, fasttransformer as ft
     >>> normed, summed = ft.nn.AddLayerNorm(2)(torch.ones(1, 2), torch.tensor([[0.0, 2.0]]))
-    >>> summed
-    tensor([[1., 3.]])
+    >>> summed.tolist()
+    [[1.0, 3.0]]
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class AddRMSNorm(nn.RMSNorm):
 
     >>> import torch, fasttransformer as ft
     >>> normed, summed = ft.nn.AddRMSNorm(2)(torch.ones(1, 2), torch.ones(1, 2))
-    >>> summed
-    tensor([[2., 2.]])
+    >>> summed.tolist()
+    [[2.0, 2.0]]
     """
 
     def __init__(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 
-from ._front import is_float, same_device
-from .attention import _ALIGNMENTS, _check_bias, _check_mask, _check_slopes, _check_window
+from ._attention_checks import (
+    check_alignment,
+    check_bias,
+    check_mask,
+    check_sinks,
+    check_slopes,
+    check_softcap,
+    check_window,
+)
 
 
 def check_options(
@@ -25,29 +31,16 @@ def check_options(
 ) -> None:
     """Raises as attention would, for query (batch, heads, q_len, ·), key (batch, ·, kv_len, ·)."""
     if mask is not None:
-        _check_mask(op, "mask", mask, query, key)
+        check_mask(op, "mask", mask, query, key)
     if bias is not None:
-        _check_bias(op, "bias", bias, query, key)
-    if causal_alignment not in _ALIGNMENTS:
-        raise ValueError(
-            f"{op}: causal_alignment is {causal_alignment!r}; it must be "
-            f"{' or '.join(map(repr, _ALIGNMENTS))}"
-        )
-    _check_window(op, window)
-    if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
-        raise ValueError(
-            f"{op}: softcap is {softcap}; it must be a positive finite number, or None"
-        )
+        check_bias(op, "bias", bias, query, key)
+    check_alignment(op, causal_alignment)
+    check_window(op, window)
+    check_softcap(op, softcap)
     if alibi_slopes is not None:
-        _check_slopes(op, alibi_slopes, query)
+        check_slopes(op, alibi_slopes, query)
     if sinks is not None:
-        is_float(op, sinks=sinks)
-        same_device(op, query, sinks=sinks)
-        if sinks.shape != query.shape[1:2]:
-            raise ValueError(
-                f"{op}: sinks has shape {tuple(sinks.shape)}; it must be (heads,) = "
-                f"({query.shape[1]},)"
-            )
+        check_sinks(op, sinks, query)
 
 
 def option_names(**used: Any) -> frozenset[str]:

@@ -9,10 +9,25 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import Kernel, choose
-from ._attention_vmap import register_vmap
+from ..backends import choose
+from . import _attention_vmap  # noqa: F401  (registers the vmap rules)
+from ._attention_checks import (
+    ALIGNMENTS,
+    check_alignment,
+    check_bias,
+    check_heads,
+    check_lengths,
+    check_mask,
+    check_shapes,
+    check_sinks,
+    check_slopes,
+    check_softcap,
+    check_window,
+    flatten,
+    flatten_mask,
+    scores_shape,
+)
 from ._front import (
-    FLOATS,
     autocast_dtype,
     fake,
     is_float,
@@ -22,10 +37,12 @@ from ._front import (
     same_device,
     same_dtype,
 )
+from ._function import differentiable
 
-_ALIGNMENTS = ("top_left", "bottom_right")
+_transforms_active = torch._C._are_functorch_transforms_active
 _OPTION_NAMES = ("grad", "mask", "bias", "is_causal", "bottom_right", "window", "softcap",
-                 "alibi_slopes", "sinks", "key_lengths", "dropout")  # fmt: skip
+                 "alibi_slopes", "sinks", "key_lengths", "dropout",
+                 "alibi_slopes_grad")  # fmt: skip
 #: flags in the order of _OPTION_NAMES → the names that are in use; calls repeat, so sets are kept.
 _options: dict[tuple[bool, ...], frozenset[str]] = {}
 
@@ -57,12 +74,12 @@ def attention(
         \text{lse}_i &= \log \Big(\sum_j e^{s_{ij}} + e^{\text{sink}}\Big), \qquad
         \text{out}_i = \sum_j e^{s_{ij} - \text{lse}_i} v_j
 
-    A key takes part where every rule lets it: ``mask`` is True, ``bias`` is not −inf, and the causal
-    rule, the window and ``key_lengths`` allow it. A query without any key gives output 0, lse −inf
-    and gradient 0.  NaN in a query, or in a key or value that a query sees, makes that query's
-    output NaN and no other's. A masked key is not felt, whatever it holds; a masked *value* that is
-    NaN or inf may give NaN (0·NaN) unless no query of its tile sees it, and values behind
-    ``key_lengths`` are never read.
+    A key takes part where every rule lets it: ``mask`` is True, ``bias`` is not −inf, and the
+    causal rule, the window and ``key_lengths`` allow it. A query without any key gives output 0,
+    lse −inf and gradient 0. NaN in a query, or in a key or value that a query sees, makes that
+    query's output NaN and no other's. A masked key is not felt, whatever it holds; a masked *value*
+    that is NaN or inf may give NaN (0·NaN) to queries that are computed beside others that see it.
+    Keys and values behind ``key_lengths`` are never read.
 
     Args:
         query: (batch, heads, q_len, head_dim); float32, float16, bfloat16 (or float64: reference).
@@ -105,27 +122,20 @@ def attention(
     op = "attention"
     is_float(op, query=query, key=key, value=value)
     same_device(op, query, key=key, value=value)
-    _check_shapes(op, query, key, value)
+    check_shapes(op, query, key, value)
     if mask is not None:
-        mask = _check_mask(op, "mask", mask, query, key)
+        mask = check_mask(op, "mask", mask, query, key)
     if bias is not None:
-        _check_bias(op, "bias", bias, query, key)
-    if causal_alignment not in _ALIGNMENTS:
-        raise ValueError(f"{op}: causal_alignment is {causal_alignment!r}; it must be 'top_left' "
-                         "or 'bottom_right'")  # fmt: skip
-    left, right = _check_window(op, window)
-    if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
-        raise ValueError(f"{op}: softcap is {softcap}; it must be a positive finite number, or None")
+        check_bias(op, "bias", bias, query, key)
+    check_alignment(op, causal_alignment)
+    left, right = check_window(op, window)
+    check_softcap(op, softcap)
     if alibi_slopes is not None:
-        alibi_slopes = _check_slopes(op, alibi_slopes, query)
+        alibi_slopes = check_slopes(op, alibi_slopes, query)
     if sinks is not None:
-        is_float(op, sinks=sinks)
-        same_device(op, query, sinks=sinks)
-        if sinks.shape != query.shape[1:2]:
-            raise ValueError(f"{op}: sinks has shape {tuple(sinks.shape)}; it must be (heads,) = "
-                             f"({query.shape[1]},)")  # fmt: skip
+        check_sinks(op, sinks, query)
     if key_lengths is not None:
-        key_lengths = _check_lengths(op, key_lengths, query)
+        key_lengths = check_lengths(op, key_lengths, query)
     probability(op, dropout_p)
     bottom_right = causal_alignment == "bottom_right"
     out, lse = _attend(
@@ -153,7 +163,7 @@ def scaled_dot_product_attention(
     Args:
         query: (..., heads, q_len, head_dim); with three dimensions or two, heads are left out.
             Leading dimensions of the three inputs broadcast.
-        key: (..., kv_heads, kv_len, head_dim); kv_heads differs from heads with ``enable_gqa`` only.
+        key: (..., kv_heads, kv_len, head_dim); kv_heads may differ with ``enable_gqa`` only.
         value: (..., kv_heads, kv_len, value_dim).
         attn_mask: bool (True takes part) or float (added; may require a gradient); broadcasts to
             (..., heads, q_len, kv_len). Excludes ``is_causal``.
@@ -185,23 +195,23 @@ def scaled_dot_product_attention(
     if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0]:
         leading = None
         if not enable_gqa and query.shape[1] != key.shape[1]:
-            _check_heads(op, query, key, value)
+            check_heads(op, query, key, value)
             if query.shape[1] == 1:
                 query = query.expand(-1, key.shape[1], -1, -1)
     else:
-        query, key, value, leading = _flatten(op, query, key, value, enable_gqa)
-    _check_shapes(op, query, key, value)
+        query, key, value, leading = flatten(op, query, key, value, enable_gqa)
+    check_shapes(op, query, key, value)
     mask = bias = None
     if attn_mask is not None:
         if not isinstance(attn_mask, Tensor):
             raise TypeError(f"{op}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
         if leading is not None:
-            attn_mask = _flatten_mask(op, attn_mask, leading, query, key)
+            attn_mask = flatten_mask(op, attn_mask, leading, query, key)
         if attn_mask.dtype == torch.bool:
-            mask = _check_mask(op, "attn_mask", attn_mask, query, key)
+            mask = check_mask(op, "attn_mask", attn_mask, query, key)
         else:
             bias = attn_mask
-            _check_bias(op, "attn_mask", bias, query, key)
+            check_bias(op, "attn_mask", bias, query, key)
     out, _ = _attend(
         op, query, key, value, mask, bias, is_causal, False, -1, -1, 0.0, None, None, None, scale,
         dropout_p, False, backend,
@@ -209,162 +219,7 @@ def scaled_dot_product_attention(
     return out if leading is None else out.reshape(*leading, *out.shape[-2:])
 
 
-# ---- checks ---------------------------------------------------------------------------------------
-
-
-def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    q, k, v = query.shape, key.shape, value.shape
-    if len(q) != 4 or len(k) != 4 or len(v) != 4:
-        for name, shape in (("query", q), ("key", k), ("value", v)):
-            if len(shape) != 4:
-                raise ValueError(f"{op}: {name} has shape {tuple(shape)}; it must have 4 dimensions, "
-                                 "(batch, heads, sequence, head_dim)")  # fmt: skip
-    if k[0] != q[0] or v[0] != q[0]:
-        raise ValueError(f"{op}: query has batch {q[0]}, key {k[0]} and value {v[0]} (shapes "
-                         f"{tuple(q)}, {tuple(k)}, {tuple(v)}); they must be equal")  # fmt: skip
-    if k[1] != v[1]:
-        raise ValueError(f"{op}: key has {k[1]} heads, but value has {v[1]}")
-    if k[1] != q[1] and (k[1] == 0 or q[1] % k[1] != 0):
-        raise ValueError(
-            f"{op}: key has {k[1]} heads, which does not divide query's {q[1]} heads"
-        )
-    if k[2] != v[2]:
-        raise ValueError(f"{op}: key has length {k[2]}, but value has {v[2]}")
-    if k[3] != q[3]:
-        raise ValueError(f"{op}: key has head_dim {k[3]}, but query has {q[3]}")
-
-
-def _scores_shape(query: Tensor, key: Tensor) -> tuple[int, ...]:
-    return (*query.shape[:3], key.shape[2])
-
-
-def _does_not_broadcast(op: str, name: str, shape: tuple[int, ...], to: tuple[int, ...]) -> str:
-    return (f"{op}: {name} of shape {tuple(shape)} does not broadcast to (batch, heads, q_len, "
-            f"kv_len) = {tuple(to)}")  # fmt: skip
-
-
-def _check_mask(op: str, name: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        hint = "give numbers that are added to the scores as bias" if op == "attention" else ""
-        raise TypeError(f"{op}: {name} has dtype {mask.dtype}; it must be bool, True = takes part "
-                        f"({hint})")  # fmt: skip
-    same_device(op, query, **{name: mask})
-    shape = _scores_shape(query, key)
-    try:
-        return mask.expand(shape)
-    except RuntimeError:
-        raise ValueError(_does_not_broadcast(op, name, mask.shape, shape)) from None
-
-
-def _check_bias(op: str, name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
-    if isinstance(bias, Tensor) and bias.dtype not in FLOATS:
-        hint = "; a bool tensor is given as mask" if bias.dtype == torch.bool else ""
-        raise TypeError(f"{op}: {name} has dtype {bias.dtype}; it must be a floating-point dtype"
-                        f"{hint if op == 'attention' else ' or bool'}")  # fmt: skip
-    is_float(op, **{name: bias})
-    same_device(op, query, **{name: bias})
-    shape = _scores_shape(query, key)
-    own = bias.shape
-    if len(own) > 4 or any(n != 1 and n != m for n, m in zip(own[::-1], shape[::-1])):
-        raise ValueError(_does_not_broadcast(op, name, own, shape))
-
-
-def _check_window(op: str, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    try:
-        left, right = window
-    except (TypeError, ValueError):
-        raise ValueError(f"{op}: window is {window!r}; it must be (left, right)") from None
-    for size in (left, right):
-        if size is not None and (not isinstance(size, int) or size < 0):
-            raise ValueError(f"{op}: window is {window!r}; left and right must be integers, 0 or "
-                             "more, or None = unbounded")  # fmt: skip
-    return -1 if left is None else left, -1 if right is None else right
-
-
-def _check_slopes(op: str, slopes: Tensor, query: Tensor) -> Tensor:
-    is_float(op, alibi_slopes=slopes)
-    same_device(op, query, alibi_slopes=slopes)
-    if slopes.shape != query.shape[:2] and slopes.shape != query.shape[1:2]:
-        raise ValueError(f"{op}: alibi_slopes has shape {tuple(slopes.shape)}; it must be (heads,) "
-                         f"= ({query.shape[1]},) or (batch, heads) = {tuple(query.shape[:2])}")  # fmt: skip
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: alibi_slopes requires a gradient, which this operation does not "
-                         "compute; pass alibi_slopes.detach(), or learn the slopes through bias")  # fmt: skip
-    return slopes
-
-
-def _check_lengths(op: str, lengths: Tensor, query: Tensor) -> Tensor:
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{op}: key_lengths must be a tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: key_lengths has dtype {lengths.dtype}; it must be int32 or int64")
-    same_device(op, query, key_lengths=lengths)
-    if lengths.shape != query.shape[:1]:
-        raise ValueError(f"{op}: key_lengths has shape {tuple(lengths.shape)}; it must be (batch,) "
-                         f"= ({query.shape[0]},)")  # fmt: skip
-    return lengths
-
-
-def _check_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Without grouped queries, heads must be equal or broadcast."""
-    q, k = query.shape[-3], key.shape[-3]
-    if q != k and q != 1 and k != 1:
-        raise ValueError(f"{op}: query has {q} heads, but key has {k}; pass enable_gqa=True if "
-                         "groups of query heads share one key head")  # fmt: skip
-
-
-def _flatten(
-    op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """(batch, heads, sequence, head_dim) views or copies, and the output's leading dimensions."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 2:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; it must have two "
-                             "dimensions or more, (..., sequence, head_dim)")  # fmt: skip
-    rank = max(query.dim(), key.dim(), value.dim())
-    query, key, value = (x[(None,) * (rank - x.dim())] for x in (query, key, value))
-    if rank < 4:  # no heads: every sequence is a batch entry of its own
-        query, key, value = (x.unsqueeze(-3) for x in (query, key, value))
-    elif not enable_gqa:
-        _check_heads(op, query, key, value)
-        if query.shape[-3] == 1 and key.shape[-3] != 1:
-            query = query.expand(*query.shape[:-3], *key.shape[-3:-2], *query.shape[-2:])
-    try:
-        batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
-    except RuntimeError:
-        raise ValueError(f"{op}: the leading dimensions of query {tuple(query.shape)}, key "
-                         f"{tuple(key.shape)} and value {tuple(value.shape)} do not broadcast") from None  # fmt: skip
-    leading = tuple(batch) if rank < 4 else (*batch, query.shape[-3])
-    count = math.prod(batch)
-    query, key, value = (
-        x.expand(*batch, *x.shape[-3:]).reshape(count, *x.shape[-3:]) for x in (query, key, value)
-    )
-    return query, key, value, leading
-
-
-def _flatten_mask(op: str, mask: Tensor, leading: tuple[int, ...], query: Tensor, key: Tensor) -> Tensor:  # fmt: skip
-    """A mask that broadcasts to (*leading, q_len, kv_len) as one of (batch, heads, q_len, kv_len).
-
-    Its own size-1 dimensions behind the batch stay 1, so a copy, where one is needed, is small.
-    """
-    shape = (*leading, query.shape[2], key.shape[2])
-    own = mask.shape
-    if len(own) > len(shape) or any(n != 1 and n != m for n, m in zip(own[::-1], shape[::-1])):
-        raise ValueError(_does_not_broadcast(op, "attn_mask", own, shape))
-    mask = mask[(None,) * (len(shape) - len(own))]
-    if len(shape) < 4:
-        mask = mask.unsqueeze(-3)
-    batch = leading if len(shape) < 4 else leading[:-1]
-    if all(n == 1 for n in mask.shape[:-3]):
-        return mask.reshape(1, *mask.shape[-3:])
-    return mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
-
-
-# ---- running --------------------------------------------------------------------------------------
+# ---- running ----------------------------------------------------------------------------------
 
 
 def _attend(
@@ -397,9 +252,11 @@ def _attend(
     head_dim = query.shape[3]
     scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
     flags = (
-        needs_grad(query, key, value, bias, sinks), mask is not None, bias is not None, is_causal,
+        needs_grad(query, key, value, bias, sinks, alibi_slopes), mask is not None,
+        bias is not None, is_causal,
         bottom_right, window_left >= 0 or window_right >= 0, softcap != 0.0,
         alibi_slopes is not None, sinks is not None, key_lengths is not None, dropout_p > 0.0,
+        alibi_slopes is not None and needs_grad(alibi_slopes),
     )  # fmt: skip
     options = _options.get(flags)
     if options is None:
@@ -408,11 +265,12 @@ def _attend(
     sizes = (("head_dim", max(head_dim, value.shape[3])),)
     kernel = choose(op, device.type, query.dtype, options, sizes, backend)
     seed = new_seed(device) if dropout_p > 0.0 else None
+    dtype = query.dtype
     if kernel.forward is None:
         with torch.autocast(device.type, enabled=False):
             result = reference.attention(
                 query, key, value, mask=mask, bias=bias, is_causal=is_causal,
-                causal_alignment=_ALIGNMENTS[bottom_right],
+                causal_alignment=ALIGNMENTS[bottom_right],
                 window=(None if window_left < 0 else window_left,
                         None if window_right < 0 else window_right),
                 softcap=softcap or None, alibi_slopes=alibi_slopes, sinks=sinks,
@@ -423,9 +281,16 @@ def _attend(
     if bias is not None:
         if bias.dtype != torch.float32 and bias.dtype != query.dtype:
             bias = bias.float()
-        if flags[0] and bias.requires_grad and 0 in bias.stride():
-            # d_bias has one number per stride-0 dimension; an expanded bias wants one per element.
-            bias = bias.contiguous()
+        if flags[0] and bias.requires_grad:
+            if 0 in bias.stride():
+                # d_bias has one number per stride-0 dimension; an expanded bias wants one each.
+                bias = bias.contiguous()
+    if device.type == "cpu" and dtype != torch.float32 and flags[0]:
+        wide_bias = bias is not None and bias.dtype == torch.float32 and bias.requires_grad
+        if wide_bias or (sinks is not None and sinks.requires_grad):
+            # The backward reads `out`: rounded to 16 bits, it would leave a float32 gradient with
+            # 16-bit errors. The kernel computes in float32 anyway: this costs memory only.
+            query, key, value = query.float(), key.float(), value.float()
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().float().expand(query.shape[:2]).contiguous()
     if sinks is not None:
@@ -437,14 +302,10 @@ def _attend(
         is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes, sinks,
         key_lengths, scale, dropout_p, seed,
     )  # fmt: skip
-    return run(kernel, arguments)
-
-
-def run(kernel: Kernel, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """The kernel's operator, through autograd where a gradient is needed; ``bias`` unexpanded."""
-    query, key, value, _, bias, *_, sinks, _, _, _, _ = arguments
-    if needs_grad(query, key, value, bias, sinks):
-        return _Attention.apply(*arguments, kernel)
+    # Under torch.func's transforms a level further out may want the gradient: autograd decides.
+    if flags[0] or _transforms_active():
+        out, lse = _differentiable(*arguments, kernel)
+        return out.to(dtype), lse
     return _Attention.forward(*arguments, kernel)
 
 
@@ -453,15 +314,14 @@ def _last_stride_one(x: Tensor) -> Tensor:
 
 
 def _expanded(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    return None if bias is None else bias.expand(_scores_shape(query, key))
+    return None if bias is None else bias.expand(scores_shape(query, key))
 
 
-class _Attention(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Attention:
     @staticmethod
-    def forward(query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right,
-                softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p, seed, kernel):  # fmt: skip
+    def forward(query, key, value, mask, bias, is_causal, bottom_right, window_left,
+                window_right, softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p, seed,
+                kernel):  # fmt: skip
         return kernel.forward(query, key, value, mask, _expanded(bias, query, key), is_causal,
                               bottom_right, window_left, window_right, softcap, alibi_slopes, sinks,
                               key_lengths, scale, dropout_p, seed)  # fmt: skip
@@ -474,11 +334,11 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, out, lse, mask, bias, alibi_slopes, sinks,
                               key_lengths, seed)  # fmt: skip
-        ctx.numbers = (is_causal, bottom_right, window_left, window_right, softcap, scale, dropout_p)
+        ctx.numbers = (is_causal, bottom_right, window_left, window_right, softcap, scale,
+                       dropout_p)  # fmt: skip
         ctx.kernel = kernel
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
         (query, key, value, out, lse, mask, bias, alibi_slopes, sinks, key_lengths,
          seed) = ctx.saved_tensors  # fmt: skip
@@ -501,6 +361,9 @@ class _Attention(torch.autograd.Function):
         return (d_query, d_key, d_value, None, d_bias if bias_grad else None, None, None, None,
                 None, None, None, d_sinks if sinks_grad else None, None, None, None, None,
                 None)  # fmt: skip
+
+
+_differentiable = differentiable(_Attention)
 
 
 def _heads_last(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
@@ -527,8 +390,6 @@ def _(grad_out, grad_lse, query, key, value, out, lse, mask, bias, is_causal, bo
     if bias_grad:
         d_bias = [1 if step == 0 and size > 1 else size
                   for size, step in zip(bias.shape, bias.stride())]  # fmt: skip
+    d_sinks = [query.shape[1] if sinks_grad else 0]
     return (empty(query), empty(key), empty(value), query.new_empty(d_bias, dtype=torch.float32),
-            query.new_empty([query.shape[1] if sinks_grad else 0], dtype=torch.float32))  # fmt: skip
-
-
-register_vmap(run)
+            query.new_empty(d_sinks, dtype=torch.float32))  # fmt: skip

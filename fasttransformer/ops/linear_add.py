@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Kernel, choose
 from ._front import autocast_dtype, cast, fake, is_float, needs_grad, same_device, same_dtype
-from ._function import differentiable
+from ._function import differentiable, fold, vmap_rule
 from ._norm import fold_rows
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -101,8 +102,10 @@ def check_linear(
         raise ValueError(f"{op}: input has no dimensions; it must be (*, in_features)")
     out_features, in_features = weight.shape
     shape = input.shape
-    if shape[-1] == in_features:
-        out_shape = (*shape[:-1], out_features)
+    # One head reads either way: a residual of three dimensions asks for heads.
+    one_head = input.dim() == 4 and shape[1] == 1 and residual is not None and residual.dim() == 3
+    if shape[-1] == in_features and not one_head:
+        out_shape: tuple[int, ...] = (*shape[:-1], out_features)
     elif input.dim() == 4 and shape[1] * shape[3] == in_features:
         out_shape = (shape[0], shape[2], out_features)
     else:
@@ -133,15 +136,15 @@ def rows_of(
     input: Tensor, weight: Tensor, residual: Tensor | None, out_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(input, weight, residual) in the form that the operators take."""
-    in_features = weight.shape[1]
+    in_features, rows = weight.shape[1], math.prod(out_shape[:-1])
     if input.shape[-1] == in_features:
-        x = input if input.dim() == 2 else input.reshape(-1, in_features)
+        x = input if input.dim() == 2 else input.reshape(rows, in_features)
         if x.stride(1) != 1 and in_features != 1:
             x = x.contiguous()
     else:  # (batch, heads, q_len, head_dim)
         merged = input.transpose(1, 2)
         if merged.is_contiguous():  # as attention leaves it: the heads are already joined
-            x = merged.reshape(-1, in_features)
+            x = merged.reshape(rows, in_features)
         else:
             x = input if input.stride(3) == 1 else input.contiguous()
     if not weight.is_contiguous():
@@ -150,7 +153,7 @@ def rows_of(
         if residual.shape != out_shape:
             residual = residual.expand(out_shape)
         if residual.dim() != 2:
-            residual = residual.reshape(-1, out_shape[-1])
+            residual = residual.reshape(rows, out_shape[-1])
         if residual.stride(1) != 1 and residual.shape[1] != 1:
             residual = residual.contiguous()
     return x, weight, residual
@@ -227,5 +230,13 @@ def _(grad, input, weight, input_grad, weight_grad, bias_grad):
     )
 
 
-fold_rows("linear_add", batched=(0, 3), per_sample=())
+@vmap_rule("linear_add")
+def _(operator, batch_size, in_dims, input, weight, bias, residual, activation):
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return None
+    rows = fold(input, in_dims[0], batch_size), fold(residual, in_dims[3], batch_size)
+    out = operator(rows[0], weight, bias, rows[1], activation)
+    return out.view(batch_size, out.shape[0] // batch_size, out.shape[1]), 0
+
+
 fold_rows("linear_add_backward", batched=(0, 1), per_sample=(4, 5))

@@ -92,5 +92,8 @@ def _parts(op: str, name: str, parts: Sequence[Tensor] | Tensor) -> list[Tensor]
             raise ValueError(f"{op}: {name} has no dimensions; the first one is that of the parts")
         return list(parts.unbind())
     parts = list(parts)
+    for i, part in enumerate(parts):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{op}: {name}[{i}] must be a tensor, got {type(part).__name__}")
     is_float(op, **{f"{name}[{i}]": part for i, part in enumerate(parts)})
     return parts

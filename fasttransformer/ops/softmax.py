@@ -161,12 +161,16 @@ class _Softmax:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.scale, _, _, ctx.log, ctx.kernel = inputs
+        _, ctx.scale, mask, is_causal, ctx.log, ctx.kernel = inputs
+        # A left-out entry of log softmax is −inf whatever the input: what comes back is dropped.
+        ctx.drops = ctx.log and (mask is not None or is_causal)
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, grad):
         (out,) = ctx.saved_tensors
+        if ctx.drops:
+            grad = grad.masked_fill(out == -torch.inf, 0)
         d_input = ctx.kernel.backward(grad.contiguous(), out, ctx.scale, ctx.log)
         return d_input, None, None, None, None, None
 

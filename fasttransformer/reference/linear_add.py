@@ -72,6 +72,6 @@ def join_heads(input: Tensor, weight: Tensor, residual: Tensor | None = None) ->
     in_features = weight.shape[1]
     if input.ndim != 4 or input.shape[1] * input.shape[3] != in_features:
         return input
-    if input.shape[3] == in_features and (residual is None or residual.ndim == 4):
+    if input.shape[3] == in_features and (residual is None or residual.ndim != 3):
         return input
     return input.transpose(1, 2).flatten(2)

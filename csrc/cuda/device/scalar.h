@@ -10,33 +10,31 @@ constexpr float kLog2E = 1.4426950408889634f;
 FT_DEVICE float infinity() { return INFINITY; }
 FT_DEVICE float not_a_number() { return NAN; }
 template <class T>
-FT_DEVICE float exp_minus(float x, float top) {
-  return std::exp(x - top);
+FT_DEVICE float exponential(float x) {
+  return std::exp(x);
 }
 FT_DEVICE float natural_log(float x) { return std::log(x); }
 FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 FT_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }  // the number, if one is NaN
-FT_DEVICE void multiply_add(float a, float b, float& c) { c = std::fma(a, b, c); }
 #else
 FT_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 FT_DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
 
-// exp(x − top). For a 16-bit result one ex2.approx (2 ulp of float, results under 2^-126 are 0);
-// for float the library's 1-ulp expf, whose five extra instructions hide behind memory.
+// For a 16-bit result one ex2.approx (2 ulp of float, results under 2^-126 are 0); for float the
+// library's 1-ulp expf, whose five extra instructions hide behind memory.
 template <class T>
-FT_DEVICE float exp_minus(float x, float top) {
+FT_DEVICE float exponential(float x) {
   if constexpr (sizeof(T) == 2) {
     float out;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"((x - top) * kLog2E));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x * kLog2E));
     return out;
   } else {
-    return expf(x - top);
+    return expf(x);
   }
 }
 FT_DEVICE float natural_log(float x) { return logf(x); }
 FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / sqrtf(x); }
 FT_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
-FT_DEVICE void multiply_add(float a, float b, float& c) { c = fmaf(a, b, c); }
 #endif
 
 }  // namespace ft::cuda

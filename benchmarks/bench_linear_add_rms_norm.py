@@ -1,0 +1,21 @@
+"""linear_add_rms_norm: output projection, residual and RMSNorm in one, beside torch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+import fasttransformer as ft
+from fasttransformer.benchmarks._linear import norm_cases
+from fasttransformer.benchmarks._shared import Case, run_under_pytest
+
+
+def _torch(x, weight, bias, residual, norm_weight):
+    summed = F.linear(x, weight, bias) + residual
+    return F.rms_norm(summed, summed.shape[-1:], norm_weight), summed
+
+
+def cases(quick: bool = False) -> list[Case]:
+    return norm_cases("linear_add_rms_norm", ft.linear_add_rms_norm, _torch, 1, quick)
+
+
+test_linear_add_rms_norm = run_under_pytest

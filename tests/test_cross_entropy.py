@@ -1,0 +1,160 @@
+"""cross_entropy: torch's values and gradients, ids out of range, pieces of rows, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fronts import refuses, runs_on_the_reference, same_compiled
+
+import fasttransformer as ft
+from contract import check
+from fasttransformer import reference
+from fasttransformer.ops import _output_layer
+
+TARGET = torch.tensor([0, -100, 2, 3, -100, 4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_contract(reduction, dtype):
+    options = {"label_smoothing": 0.2, "weight": torch.rand(5), "reduction": reduction}
+    check(
+        lambda x: ft.cross_entropy(x, TARGET, **options),
+        lambda x: reference.cross_entropy(x, TARGET, **options),
+        [torch.randn(6, 5).to(dtype)],
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignore_index", [-100, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_b54_ignored_rows_count_nowhere(monkeypatch, reduction, ignore_index, weighted, pieces):
+    """pytorch/pytorch#73205: equals the same call on the kept rows."""
+    if pieces:
+        monkeypatch.setattr(_output_layer, "PIECE", 11)  # two rows of five
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.where(TARGET < 0, ignore_index, TARGET)
+    kept = target != ignore_index
+    options = {
+        "weight": torch.rand(5, dtype=torch.float64) if weighted else None,
+        "label_smoothing": 0.2,
+        "reduction": reduction,
+    }
+    loss = ft.cross_entropy(x, target, ignore_index=ignore_index, **options)
+    want = F.cross_entropy(x[kept], target[kept], **options)
+    torch.testing.assert_close(loss[kept] if reduction == "none" else loss, want)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    (wanted,) = torch.autograd.grad(want.sum(), x)
+    torch.testing.assert_close(gradient, wanted)
+    assert not gradient[~kept].any()
+    if reduction == "none":
+        assert not loss[~kept].any()
+
+
+def test_b57_true_loss_without_gradients():
+    """linkedin/Liger-Kernel#507."""
+    x, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            plain = ft.cross_entropy(x, target)
+            smooth = ft.cross_entropy(x, target, label_smoothing=0.3)
+        torch.testing.assert_close(plain, F.cross_entropy(x, target))
+        torch.testing.assert_close(smooth, F.cross_entropy(x, target, label_smoothing=0.3))
+        assert plain != smooth
+
+
+def test_b59_pieces_of_a_tensor_past_two_to_the_31():
+    """pytorch/pytorch#85786: rows × classes past 2^31. A softmax over all of them is too slow
+    for a test, so one column of each piece is looked at, and the last rows' losses."""
+    columns, rows = 50257, 42740
+    x = torch.randn(1, columns).bfloat16().expand(rows, columns)
+    assert x.numel() > 2**31
+    target = torch.arange(rows) % columns
+    seen = []
+
+    def losses(logits, ids):
+        seen.append(logits.shape[0])
+        return logits[:, 0].float() + ids
+
+    got = _output_layer.by_rows(losses, columns, x, target)
+    assert max(seen) * columns <= _output_layer.PIECE and sum(seen) == rows
+    torch.testing.assert_close(got, x[:, 0].float() + target)
+    tail = ft.cross_entropy(x[-3:], target[-3:], reduction="none")
+    logp = torch.log_softmax(x[0].float(), 0)
+    torch.testing.assert_close(tail.float(), -logp[target[-3:]], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "dims"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_of_rows_equal_the_whole(monkeypatch, kind, reduction, dtype):
+    shape = (7, 5, 3) if kind == "dims" else (7, 5)
+    target = torch.randint(5, (7, 3) if kind == "dims" else (7,))
+    if kind == "probabilities":
+        target = torch.rand(7, 5)
+    options = {"weight": torch.rand(5), "label_smoothing": 0.1, "reduction": reduction}
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    whole = ft.cross_entropy(x, target, **options)
+    monkeypatch.setattr(_output_layer, "PIECE", 11)
+    pieces = ft.cross_entropy(x, target, **options)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x) for y in (pieces, whole)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_class_out_of_range(bad, compiled):
+    function = torch.compile(ft.cross_entropy, fullgraph=True) if compiled else ft.cross_entropy
+    x = torch.randn(3, 5)
+    function(x, torch.tensor([0, 4, -100]))
+    with pytest.raises(ValueError, match=f"target holds {bad}; it must be in"):
+        function(x, torch.tensor([0, bad, 1]))
+
+
+def test_compiles_and_transforms():
+    target = torch.tensor([1, 4, 0])
+    same_compiled(lambda x: ft.cross_entropy(x, target, label_smoothing=0.1), torch.randn(3, 5))
+    x, targets = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
+    got = torch.vmap(torch.func.grad(ft.cross_entropy))(x, targets)
+    each = [torch.func.grad(ft.cross_entropy)(*args) for args in zip(x, targets)]
+    torch.testing.assert_close(got, torch.stack(each))
+
+
+def test_autocast_is_float32():
+    x, target = torch.randn(3, 5).bfloat16(), torch.tensor([1, 4, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ft.cross_entropy(x, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(x.float(), target))
+
+
+def test_old_names_of_reduction_and_other_ids():
+    x, target = torch.randn(3, 5), torch.tensor([1, 4, 0])
+    for ids in (torch.int64, torch.int32, torch.uint8):
+        loss = ft.cross_entropy(x, target.to(ids), size_average=False)
+        torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction="sum"))
+
+
+def test_backend():
+    runs_on_the_reference("cross_entropy", torch.randn(3, 5), torch.tensor([1, 4, 0]))
+
+
+@pytest.mark.parametrize("change, error, text", [
+    ({"input": torch.ones(2, 3).long()}, TypeError, "input has dtype torch.int64"),
+    ({"input": torch.tensor(1.0)}, ValueError, "input has no dimensions"),
+    ({"target": [0, 1]}, TypeError, "target must be a tensor, got list"),
+    ({"target": torch.ones(2).bool()}, TypeError, "target has dtype torch.bool"),
+    ({"target": torch.ones(3).long()}, ValueError, "target has shape (3,)"),
+    ({"target": torch.ones(2)}, ValueError, "target holds probabilities and has shape (2,)"),
+    ({"target": torch.ones(2, 3), "ignore_index": 1}, ValueError, "ignore_index is 1, but target"),
+    ({"target": torch.tensor([0, 3])}, ValueError, "target holds 3; it must be in [0, 3)"),
+    ({"target": torch.tensor([0, 1], device="meta")}, ValueError, "target is on meta"),
+    ({"weight": torch.ones(2)}, ValueError, "weight has shape (2,)"),
+    ({"weight": torch.ones(3).int()}, TypeError, "weight has dtype torch.int32"),
+    ({"reduction": "max"}, ValueError, "reduction is 'max'"),
+    ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5; it must be in [0, 1]"),
+    ({"label_smoothing": float("nan")}, ValueError, "label_smoothing is nan"),
+])  # fmt: skip
+def test_bad_input_is_named(change, error, text):
+    arguments = {"input": torch.randn(2, 3), "target": torch.tensor([0, 2])}
+    refuses("cross_entropy", arguments, change, error, text)

@@ -1,0 +1,112 @@
+"""embedding: look-ups and positions, ids out of range in eager and compiled calls, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fronts import refuses, runs_on_the_reference, same_compiled
+
+import fasttransformer as ft
+from contract import check
+from fasttransformer import reference
+
+IDS = torch.tensor([[1, 0, 2], [2, 2, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sinusoidal", [False, True])
+@pytest.mark.parametrize("positions", [None, torch.tensor([4, 0, 3]), torch.tensor([[1], [2]])])
+def test_contract(positions, sinusoidal, dtype):
+    options = {"positions": positions, "sinusoidal": sinusoidal, "scale": 3.0, "padding_idx": 0}
+    check(
+        lambda w, p: ft.embedding(IDS, w, position_weight=p, **options),
+        lambda w, p: reference.embedding(IDS, w, position_weight=p, **options),
+        [torch.randn(3, 6).to(dtype), torch.randn(5, 6).to(dtype)],
+    )
+
+
+@pytest.mark.parametrize("padding_idx", [0, -1, -10, 9])
+def test_b61_padding_row_gets_no_gradient(padding_idx):
+    """pytorch/pytorch#26302: its value is used all the same, and a tied layer still trains it."""
+    weight = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(10, (256, 3, 7))
+    out = ft.embedding(ids, weight, padding_idx=padding_idx)
+    assert torch.equal(out, weight[ids])
+    (gradient,) = torch.autograd.grad(out.sum(), weight)
+    expected = torch.bincount(ids.flatten(), minlength=10).double()
+    expected[padding_idx] = 0
+    torch.testing.assert_close(gradient, expected[:, None].expand(10, 5))
+    tied = ft.embedding(ids, weight, padding_idx=padding_idx).mean((0, 1, 2)) @ weight.T
+    (gradient,) = torch.autograd.grad(tied.sum(), weight)
+    assert gradient[padding_idx].any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("bad", [[1, -1], [3], [-(2**31)], [2**31 - 1]], ids=str)
+def test_b62_id_out_of_range(bad, dtype, compiled):
+    """pytorch/pytorch#183608."""
+    weight = torch.randn(3, 4)
+    function = lambda ids: ft.embedding(ids, weight, padding_idx=-1)  # noqa: E731
+    if compiled:
+        function = torch.compile(function, fullgraph=True)
+    ids = torch.tensor([2, 0], dtype=dtype)
+    torch.testing.assert_close(function(ids), weight[[2, 0]])
+    with pytest.raises(ValueError, match=r"embedding: input holds -?\d+; it must be in \[0, 3\)"):
+        function(torch.tensor(bad, dtype=dtype))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_b62_position_past_the_table(compiled):
+    """pytorch/pytorch#183608."""
+    weight, table = torch.randn(3, 4), torch.randn(5, 4)
+    function = lambda ids, at: ft.embedding(ids, weight, positions=at, position_weight=table)  # noqa: E731
+    if compiled:
+        function = torch.compile(function, fullgraph=True)
+    function(IDS, torch.tensor([4, 4, 4]))
+    for bad in (-1, 5):
+        with pytest.raises(ValueError, match=f"embedding: positions holds {bad}"):
+            function(IDS, torch.tensor([0, 1, bad]))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+def test_b62_no_ids(shape):
+    """pytorch/pytorch#183608."""
+    ids = torch.zeros(shape, dtype=torch.int32)
+    out = ft.embedding(ids, torch.randn(3, 4), sinusoidal=True)
+    assert out.shape == (*shape, 4)
+
+
+def test_same_ids_are_checked_per_sample_under_vmap():
+    ids, weight = torch.randint(3, (4, 2, 5)), torch.randn(3, 4)
+    got = torch.vmap(lambda i: ft.embedding(i, weight))(ids)
+    torch.testing.assert_close(got, F.embedding(ids, weight))
+
+
+def test_compiles_and_backend():
+    same_compiled(
+        lambda w, p: ft.embedding(IDS, w, position_weight=p, sinusoidal=True, scale=2.0),
+        torch.randn(3, 6), torch.randn(4, 6),
+    )  # fmt: skip
+    runs_on_the_reference("embedding", IDS, torch.randn(3, 6))
+    meta = ft.embedding(IDS.to("meta"), torch.randn(3, 6, device="meta"), sinusoidal=True)
+    assert meta.shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("change, error, text", [
+    ({"input": torch.ones(3)}, TypeError, "input has dtype torch.float32; it must be an integer"),
+    ({"input": torch.ones(3).bool()}, TypeError, "input has dtype torch.bool"),
+    ({"input": [1, 2]}, TypeError, "input must be a tensor, got list"),
+    ({"weight": torch.ones(3, 4).int()}, TypeError, "weight has dtype torch.int32"),
+    ({"weight": torch.ones(3)}, ValueError, "weight has shape (3,)"),
+    ({"weight": torch.ones(3, 4, device="meta")}, ValueError, "weight is on meta"),
+    ({"padding_idx": 3}, ValueError, "padding_idx is 3; it must be in [-3, 3)"),
+    ({"position_weight": torch.ones(5, 4).half()}, TypeError, "position_weight has dtype"),
+    ({"position_weight": torch.ones(5, 3)}, ValueError, "position_weight has 3 features, but"),
+    ({"position_weight": torch.ones(2, 4)}, ValueError, "input has length 3, but position_weight"),
+    ({"positions": torch.arange(3)}, ValueError, "positions are given, but neither"),
+    ({"positions": torch.arange(2), "sinusoidal": True}, ValueError, "positions of shape (2,)"),
+    ({"positions": torch.rand(3), "sinusoidal": True}, TypeError, "positions has dtype"),
+    ({"input": torch.tensor(1), "sinusoidal": True}, ValueError, "input has no dimensions"),
+])  # fmt: skip
+def test_bad_input_is_named(change, error, text):
+    refuses("embedding", {"input": IDS, "weight": torch.randn(3, 4)}, change, error, text)

@@ -1,0 +1,79 @@
+"""merge_attention: the parts give the whole, in any order and grouping; gradients; bad input."""
+
+import pytest
+import torch
+from fronts import refuses, runs_on_the_reference, same_compiled
+
+import fasttransformer as ft
+from contract import check
+from fasttransformer import reference
+
+
+def parts_of(q, k, v, cuts, **options):
+    pieces = zip(k.split(cuts, 2), v.split(cuts, 2))
+    return zip(*[ft.attention(q, a, b, return_lse=True, **options) for a, b in pieces])
+
+
+@pytest.mark.parametrize("cuts", [[7], [1, 6], [3, 0, 2, 2]], ids=str)
+def test_parts_give_the_whole(cuts):
+    q, k, v = (torch.randn(2, 3, n, 8).double().requires_grad_() for n in (5, 7, 7))
+    outs, lses = parts_of(q, k, v, cuts)
+    got = ft.merge_attention(outs, lses)
+    want = ft.attention(q, k, v, return_lse=True)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got[0])
+    torch.testing.assert_close(
+        torch.autograd.grad((got[0] * weights).sum() + got[1].sum(), (q, k, v)),
+        torch.autograd.grad((want[0] * weights).sum() + want[1].sum(), (q, k, v)),
+    )
+
+
+def test_order_and_grouping_do_not_matter():
+    outs, lses = torch.randn(4, 2, 5, 8).double(), torch.randn(4, 2, 5).double() * 30
+    whole = ft.merge_attention(outs, lses)
+    torch.testing.assert_close(ft.merge_attention(outs.flip(0), lses.flip(0)), whole)
+    halves = [ft.merge_attention(outs[i : i + 2], lses[i : i + 2]) for i in (0, 2)]
+    torch.testing.assert_close(ft.merge_attention(*zip(*halves)), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_contract(dtype):
+    def run(module):
+        return lambda o, l: module.merge_attention(
+            o, l.to(torch.promote_types(o.dtype, torch.float32))
+        )
+
+    check(run(ft), run(reference), [torch.randn(3, 4, 5).to(dtype), torch.randn(3, 4)])
+
+
+def test_parts_without_keys():
+    inf = float("inf")
+    outs, lses = torch.randn(2, 3, 4), torch.tensor([[0.5, -inf, -inf], [-inf, 1.5, -inf]])
+    out, lse = ft.merge_attention(outs, lses)
+    torch.testing.assert_close(out, torch.stack([outs[0, 0], outs[1, 1], torch.zeros(4)]))
+    assert lse.tolist() == [0.5, 1.5, -inf]
+    outs.requires_grad_()
+    (gradient,) = torch.autograd.grad(ft.merge_attention(outs, lses)[0].sum(), outs)
+    assert not gradient[:, 2].any() and gradient.isfinite().all()
+
+
+def test_compiles_and_backend():
+    outs, lses = torch.randn(2, 3, 4), torch.randn(2, 3)
+    same_compiled(ft.merge_attention, outs, lses)
+    runs_on_the_reference("merge_attention", outs, lses)
+
+
+@pytest.mark.parametrize("change, error, text", [
+    ({"outs": [], "lses": []}, ValueError, "there are 0 outs and 0 lses"),
+    ({"lses": torch.ones(3, 3)}, ValueError, "there are 2 outs and 3 lses"),
+    ({"outs": [torch.ones(3, 4), torch.ones(3, 4).half()]}, TypeError, "outs[1] has dtype"),
+    ({"outs": [torch.ones(3, 4), torch.ones(3, 5)]}, ValueError, "outs[1] has shape (3, 5), but"),
+    ({"outs": torch.ones(2, 3, 4).int()}, TypeError, "outs has dtype torch.int32"),
+    ({"outs": [torch.ones(3, 4), None]}, TypeError, "outs[1] must be a tensor, got NoneType"),
+    ({"lses": torch.ones(2, 4)}, ValueError, "lses[0] has shape (4,); outs[0]'s makes it (3,)"),
+    ({"lses": torch.ones(2, 3).half()}, TypeError, "lses[0] has dtype torch.float16; with outs of"),
+    ({"lses": torch.ones(2, 3, device="meta")}, ValueError, "lses[0] is on meta"),
+])  # fmt: skip
+def test_bad_input_is_named(change, error, text):
+    arguments = {"outs": torch.randn(2, 3, 4), "lses": torch.randn(2, 3)}
+    refuses("merge_attention", arguments, change, error, text)

@@ -1,0 +1,125 @@
+"""rotary_embedding: per-sample angles, inputs left alone, positions out of range, bad input."""
+
+import pytest
+import torch
+from fronts import refuses, runs_on_the_reference, same_compiled
+
+import fasttransformer as ft
+from contract import check
+from fasttransformer import reference
+
+B, S, D = 2, 5, 8
+IDS = torch.stack([torch.arange(5), torch.arange(3, 8)])
+
+
+def problem(dtype=torch.float32):
+    return torch.randn(B, 4, S, D).to(dtype), torch.randn(B, 2, S, D).to(dtype)
+
+
+def tables(positions=9, leading=()):
+    angle = torch.rand(*leading, positions, D // 2) * 6
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("leading", [(), (1,), (B,)], ids=str)
+def test_contract(leading, interleaved, dtype):
+    options = {"interleaved": interleaved, "position_ids": IDS}
+    check(
+        lambda *args: ft.rotary_embedding(*args, **options),
+        lambda *args: reference.rotary_embedding(*args, **options),
+        [*problem(dtype), *tables(leading=leading)],
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_b64_each_sample_has_its_own_angles(interleaved):
+    """Liger-Kernel PR #477: every sample alone gives the same; nothing is modified; lengths are
+    kept; the backward turns back."""
+    q, k = (x.double() for x in problem())
+    base = torch.rand(S, D // 2, dtype=torch.float64) * 6
+    per_sample = torch.stack([base, base + 1])
+    expanded = base.expand(B, S, D // 2)
+    for angle in (per_sample, expanded, base[None]):
+        cos, sin = angle.cos(), angle.sin()
+        if angle is expanded:
+            cos, sin = base.cos().expand(B, S, -1), base.sin().expand(B, S, -1)
+        before = [x.clone() for x in (q, k, cos, sin)]
+        leaf = q.clone().requires_grad_()
+        turned, turned_key = ft.rotary_embedding(leaf, k, cos, sin, interleaved=interleaved)
+        for x, y in zip((q, k, cos, sin), before):
+            assert torch.equal(x, y)
+        for b in range(B):
+            row = min(b, cos.shape[0] - 1)
+            alone = ft.rotary_embedding(
+                q[b : b + 1], k[b : b + 1], cos[row], sin[row], interleaved=interleaved
+            )
+            torch.testing.assert_close(turned[b : b + 1], alone[0])
+            torch.testing.assert_close(turned_key[b : b + 1], alone[1])
+        weights = torch.randn_like(q)
+        (gradient,) = torch.autograd.grad((turned * weights).sum(), leaf)
+        back = ft.rotary_embedding(weights, k, cos, -sin, interleaved=interleaved)[0]
+        torch.testing.assert_close(gradient, back)
+        pairs = (-1, 2) if interleaved else (2, -1)
+        length = lambda x: x.unflatten(-1, pairs).square().sum(-1 if interleaved else -2)  # noqa: B023, E731
+        torch.testing.assert_close(length(turned), length(q))
+
+
+def test_b64_half_split_tables_are_refused_for_interleaved_pairs():
+    """Tongjilibo/bert4torch#1: tables of twice the angles only make sense for half-split pairs."""
+    q, k = problem()
+    cos, sin = (torch.cat([t, t], -1) for t in tables())
+    wide = ft.rotary_embedding(q, k, cos, sin)
+    torch.testing.assert_close(wide, ft.rotary_embedding(q, k, cos[:, :4], sin[:, :4]))
+    with pytest.raises(ValueError, match="width 8; head_dim 8 makes it 4, interleaved"):
+        ft.rotary_embedding(q, k, cos, sin, interleaved=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_b62_position_past_the_tables(compiled):
+    """pytorch/pytorch#183608."""
+    function = (
+        torch.compile(ft.rotary_embedding, fullgraph=True) if compiled else ft.rotary_embedding
+    )
+    q, k = problem()
+    cos, sin = tables()
+    function(q, k, cos, sin, position_ids=torch.tensor([0, 8, 8, 1, 2]))
+    for bad in (-1, 9):
+        with pytest.raises(ValueError, match=f"position_ids holds {bad}"):
+            function(q, k, cos, sin, position_ids=torch.tensor([0, 8, bad, 1, 2]))
+
+
+def test_compiles_autocast_and_backend():
+    q, k = problem()
+    cos, sin = tables()
+    same_compiled(lambda q, k: ft.rotary_embedding(q, k, cos, sin, position_ids=IDS), q, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ft.rotary_embedding(q, k, cos, sin)[0].dtype == torch.float32
+    runs_on_the_reference("rotary_embedding", q, k, cos, sin)
+
+
+@pytest.mark.parametrize("change, error, text", [
+    ({"query": torch.ones(B, 4, S, D).int()}, TypeError, "query has dtype torch.int32"),
+    ({"query": torch.ones(4, S, D)}, ValueError, "query has shape (4, 5, 8); it must have 4"),
+    ({"key": torch.ones(B, 2, S, D).half()}, TypeError, "key has dtype torch.float16"),
+    ({"key": torch.ones(B, 2, S + 1, D)}, ValueError, "only their numbers of heads may differ"),
+    ({"cos": torch.ones(9, 3)}, ValueError, "cos has shape (9, 3), but sin has (9, 4)"),
+    ({"cos": torch.ones(4, 4), "sin": torch.ones(4, 4)}, ValueError, "have 4 positions, but query"),
+    ({"cos": torch.ones(3, 9, 4), "sin": torch.ones(3, 9, 4)}, ValueError, "batch 1 or 2"),
+    ({"position_ids": torch.zeros(S)}, TypeError, "position_ids has dtype torch.float32"),
+    ({"position_ids": torch.zeros(3, S).int()}, ValueError, "position_ids has shape (3, 5)"),
+    ({"position_ids": torch.full((S,), 9)}, ValueError, "position_ids holds 9"),
+    ({"cos": torch.ones(9, 4, device="meta")}, ValueError, "cos is on meta"),
+])  # fmt: skip
+def test_bad_input_is_named(change, error, text):
+    query, key = problem()
+    cos, sin = tables()
+    arguments = {"query": query, "key": key, "cos": cos, "sin": sin}
+    refuses("rotary_embedding", arguments, change, error, text)
+
+
+def test_odd_head_size():
+    q = torch.randn(1, 1, 2, 7)
+    with pytest.raises(ValueError, match="head_dim 7; it must be even"):
+        ft.rotary_embedding(q, q, torch.ones(2, 3), torch.ones(2, 3))

@@ -26,3 +26,33 @@ def two_threads():
     torch.set_num_threads(2)
     yield 2
     torch.set_num_threads(before)
+
+
+#: Interpreted Triton takes a hundred times as long as a kernel. Of each test's cases on it, this many
+#: run, spread evenly; test_triton.py is about these kernels and chooses its own sizes.
+INTERPRETED_CASES = 4
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-interpreted", action="store_true", help="run every case on interpreted Triton"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all-interpreted") or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    cases = {}
+    for item in items:
+        if "triton" in getattr(item, "callspec", _NoParams).params.values():
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = set()
+    for group in cases.values():
+        kept = {len(group) * i // INTERPRETED_CASES for i in range(INTERPRETED_CASES)}
+        dropped.update(item for i, item in enumerate(group) if i not in kept)
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=list(dropped))
+
+
+class _NoParams:
+    params = {}

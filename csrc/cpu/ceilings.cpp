@@ -12,7 +12,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -31,7 +30,11 @@ double best_rate(double work, double seconds, const F& piece) {
   using clock = std::chrono::steady_clock;
   const int threads = num_threads();
   const size_t windows = static_cast<size_t>(seconds / kWindow) + 2;
-  std::vector<std::vector<int64_t>> ended(threads, std::vector<int64_t>(windows));
+  // (threads, windows). Scratch, not a std::vector: its members compiled for this instruction set
+  // could become the whole library's.
+  const size_t bytes = sizeof(int64_t) * static_cast<size_t>(threads) * windows;
+  int64_t* ended = static_cast<int64_t*>(thread_scratch(Scratch::shared, bytes));
+  std::memset(ended, 0, bytes);
   const auto start = clock::now();
   parallel_for(threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
@@ -40,15 +43,15 @@ double best_rate(double work, double seconds, const F& piece) {
         const std::chrono::duration<double> now = clock::now() - start;
         const size_t window = static_cast<size_t>(now.count() / kWindow);
         if (window >= windows) break;
-        ++ended[thread][window];
+        ++ended[static_cast<size_t>(thread) * windows + window];
       }
     }
   });
   int64_t best = 0;
   for (size_t window = 0; window < windows; ++window) {
     int64_t pieces = 0;
-    for (const std::vector<int64_t>& of_thread : ended) pieces += of_thread[window];
-    best = std::max(best, pieces);
+    for (int thread = 0; thread < threads; ++thread) pieces += ended[thread * windows + window];
+    if (pieces > best) best = pieces;
   }
   return static_cast<double>(best) * work / kWindow;
 }

@@ -1,8 +1,8 @@
 #include "params/attention.h"
 
-#include "bindings/device.h"
-
 #include <algorithm>
+
+#include "bindings/device.h"
 
 #if !defined(FT_CUDA)
 #  include "cpu/parallel.h"
@@ -57,12 +57,13 @@ void fill_case(AttentionCase& p, const Tensor& query, const Tensor& key, const T
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-    const OptionalTensor& bias, bool is_causal, bool bottom_right, int64_t window_left,
-    int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& key_lengths, double scale, double dropout_p,
-    const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const OptionalTensor& mask, const OptionalTensor& bias,
+                                     bool is_causal, bool bottom_right, int64_t window_left,
+                                     int64_t window_right, double softcap,
+                                     const OptionalTensor& alibi_slopes,
+                                     const OptionalTensor& sinks, const OptionalTensor& key_lengths,
+                                     double scale, double dropout_p, const OptionalTensor& seed) {
   AttentionParams p;
   fill_case(p, query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right,
             softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p, seed);

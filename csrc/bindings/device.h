@@ -1,6 +1,6 @@
 // What the bindings share: torch tensors in, params structs out, for the device that this library
-// is built for. Compiled into the CPU library, again (with FT_CUDA) into the CUDA library, and (with
-// FT_SIMT) into the library with which tests run the CUDA kernels on the CPU.
+// is built for. Compiled into the CPU library, again (with FT_CUDA) into the CUDA library, and
+// (with FT_SIMT) into the library with which tests run the CUDA kernels on the CPU.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,11 +1,10 @@
-// Attention forward: out = softmax(scale·QKᵀ + …)·V by tiles of keys with a running maximum, so that
-// no more than a tile of scores ever exists.
-// A work item is a block of query rows that read the same key head (several short heads of a group
-// share one). Per tile of 128 keys, K and V are packed once (widened, K transposed); then, a band of
-// a few strips of MR rows at a time, so that the band's scores stay in L1: scores = strip · Kᵀ, the
-// masks, exponentials, out = α·out + scores · V. Bound by the multiply-add units.
-// Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 3.1; online softmax: Milakov and
-// Gimelshein, 2018.
+// Attention forward: out = softmax(scale·QKᵀ + …)·V by tiles of keys with a running maximum, so
+// that no more than a tile of scores ever exists. A work item is a block of query rows that read
+// the same key head (several short heads of a group share one). Per tile of 128 keys, K and V are
+// packed once (widened, K transposed); then, a band of a few strips of MR rows at a time, so that
+// the band's scores stay in L1: scores = strip · Kᵀ, the masks, exponentials, out = α·out + scores
+// · V. Bound by the multiply-add units. Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691),
+// section 3.1; online softmax: Milakov and Gimelshein, 2018.
 #include "params/attention.h"
 
 #include "cpu/attention_tile.h"
@@ -60,9 +59,14 @@ struct Workspace {
   Workspace(const AttentionParams& p, int64_t most_rows) {
     columns = round_up(p.value_dim, W);
     const int64_t strips = (most_rows + MR - 1) / MR;
-    int64_t sizes[] = {strips * kPanelRows * p.head_dim, most_rows * columns, kKeys * p.head_dim,
-                       kKeys * round_up(p.value_dim, NR), int64_t{kBandRows} * kKeys, most_rows,
-                       most_rows * W, kBandRows,
+    int64_t sizes[] = {strips * kPanelRows * p.head_dim,
+                       most_rows * columns,
+                       kKeys * p.head_dim,
+                       kKeys * round_up(p.value_dim, NR),
+                       int64_t{kBandRows} * kKeys,
+                       most_rows,
+                       most_rows * W,
+                       kBandRows,
                        most_rows * static_cast<int64_t>(sizeof(Row) / sizeof(float))};
     float** places[] = {&queries, &sums, &keys, &values, &scores, &top, &total, &alpha};
     int64_t all = 0;
@@ -175,7 +179,8 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, in
         weights_row(row, see.begin, end, u.exponent, w.top[i], w.alpha[i - row0], w.total + i * W);
         if (p.dropout.on()) {
           const int64_t position =
-              ((b * p.heads + w.rows[i].head) * p.q_len + w.rows[i].index) * p.kv_len + j + see.begin;
+              ((b * p.heads + w.rows[i].head) * p.q_len + w.rows[i].index) * p.kv_len + j +
+              see.begin;
           drop_row(p, position, see.begin, end, row);
         }
       });
@@ -197,8 +202,7 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, in
 
 // Divides by the sums and writes a block's rows.
 template <class T>
-void write(const AttentionParams& p, const Units& u, const Workspace& w, int64_t b,
-           int64_t rows) {
+void write(const AttentionParams& p, const Units& u, const Workspace& w, int64_t b, int64_t rows) {
   const int64_t dim = p.value_dim;
   for (int64_t i = 0; i < rows; ++i) {
     const Row& row = w.rows[i];
@@ -231,8 +235,8 @@ void write(const AttentionParams& p, const Units& u, const Workspace& w, int64_t
 
 template <class T>
 void run(const AttentionParams& p) {
-  const int64_t work = p.batch * p.heads * p.q_len * max64(p.kv_len, 1) *
-                       (p.head_dim + p.value_dim);
+  const int64_t work =
+      p.batch * p.heads * p.q_len * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
   const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
   const Plan plan = make_plan(p, static_cast<int>(threads));
   const Units u = units_of_case(p);

@@ -21,8 +21,8 @@ constexpr int64_t kGrain = 16384;
 
 // c[n × columns] += scores[n × depth] · panel, and with the scores read transposed.
 inline __attribute__((noinline)) void add_product(int n, int vectors, int64_t depth,
-                                                  const float* scores, const float* panel,
-                                                  float* c, int64_t c_stride) {
+                                                  const float* scores, const float* panel, float* c,
+                                                  int64_t c_stride) {
   product_rows<kKeys, 1, Into::add>(n, vectors, depth, scores, panel, c, c_stride, nullptr);
 }
 inline __attribute__((noinline)) void add_product_transposed(int n, int vectors, int64_t depth,
@@ -57,8 +57,9 @@ struct Workspace {
                        kKeys,
                        kBandRows * static_cast<int64_t>(sizeof(Row) / sizeof(float)),
                        random_words_room(kKeys)};
-    float** places[] = {&keys,      &keys_down, &values,   &query_strips, &grad_strips, &query_down,
-                        &grad_down, &weights,   &d_scores, &d_key,        &d_value,     &derivative};
+    float** places[] = {&keys,        &keys_down,  &values,    &query_strips,
+                        &grad_strips, &query_down, &grad_down, &weights,
+                        &d_scores,    &d_key,      &d_value,   &derivative};
     int64_t all = 0;
     for (int64_t& size : sizes) all += size = round_up(size, 16);
     float* next = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * all));
@@ -77,17 +78,17 @@ inline void clear(float* p, int64_t n) {
 
 // Of one (batch, key head, part): where its sums over tiles go.
 struct Sums {
-  float* d_query;        // (heads of the group, q_len, columns)
+  float* d_query;  // (heads of the group, q_len, columns)
   int64_t columns;
-  float* d_bias;         // of this part; null: not wanted
+  float* d_bias;  // of this part; null: not wanted
   int64_t bias_strides[4];
 };
 
 // P and dS of one row of a tile, in place of the scores and of dO·Vᵀ.
 template <bool plain>
 FT_INLINE void gradients_row(const AttentionBackwardParams& p, const Units& u, float top,
-                             float shift, float delta, int64_t begin, int64_t end, const uint32_t* words,
-                             float* s, float* dp) {
+                             float shift, float delta, int64_t begin, int64_t end,
+                             const uint32_t* words, float* s, float* dp) {
   for (int64_t k = begin; k < end; k += W) {
     const vf x = load(s + k);
     const vf below = fma(x, splat(u.lse_scale), splat(-top));
@@ -160,7 +161,8 @@ inline void add_bias_row(const Sums& sums, int64_t b, const Row& row, int64_t j,
 // One band of rows of one head against the tile of keys at j, of which `n` are packed.
 template <class T>
 void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const Sums& sums,
-          int64_t b, int64_t h, int64_t at_head, int64_t row0, int64_t count, int64_t j, int64_t n) {
+          int64_t b, int64_t h, int64_t at_head, int64_t row0, int64_t count, int64_t j,
+          int64_t n) {
   for (int64_t i = 0; i < count; ++i) w.rows[i] = make_row(p, b, h, row0 + i);
   const Strips strips(count);
   Seen seen[kBandStrips];
@@ -191,8 +193,8 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     for (int64_t s = 0; s < strips.count; ++s) {
       if (k < seen[s].begin || k >= seen[s].end) continue;
       const int64_t place = strips.begin(s) * kKeys + k;
-      scores_product(strips.height(s), dim, w.query_strips + s * kPanelRows * dim,
-                     w.keys + k * dim, w.weights + place);
+      scores_product(strips.height(s), dim, w.query_strips + s * kPanelRows * dim, w.keys + k * dim,
+                     w.weights + place);
       scores_product(strips.height(s), value_dim, w.grad_strips + s * kPanelRows * value_dim,
                      w.values + k * value_dim, w.d_scores + place);
     }
@@ -218,8 +220,9 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
       const uint32_t* words = nullptr;
       if (p.dropout.on()) {
         const int64_t position = (lse_at + i) * p.kv_len + j + begin;
-        words = random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, w.words) -
-                begin;
+        words =
+            random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, w.words) -
+            begin;
       }
       const float delta = p.delta[lse_at + i], top = p.top[lse_at + i], shift = p.shift[lse_at + i];
       if (p.kv_len <= kKeys && !p.sinks && !words) {
@@ -231,7 +234,8 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
       }
       if (sums.d_bias) add_bias_row(sums, b, row, j, begin, min64(seen[s].end, n), ds);
       if (p.softcap != 0.f) {
-        for (int64_t k = begin; k < end; k += W) store(ds + k, load(ds + k) * load(w.derivative + k));
+        for (int64_t k = begin; k < end; k += W)
+          store(ds + k, load(ds + k) * load(w.derivative + k));
       }
       clear(weights + from, begin - from);
       clear(ds + from, begin - from);
@@ -351,26 +355,27 @@ void find_sum(const AttentionBackwardParams& p, const Units& u, int64_t b, int64
 // delta = Σ dO·O − d_lse of every row, and what its weights are made with.
 template <class T>
 void prepare_rows(const AttentionBackwardParams& p, const Units& u) {
-  parallel_for(p.batch * p.heads * p.q_len, kGrain / (p.value_dim + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t i = r % p.q_len, h = r / p.q_len % p.heads, b = r / p.q_len / p.heads;
-      const T* grad = at<T>(p.grad_out, b, h, i);
-      const T* out = at<T>(p.out, b, h, i);
-      vf sum = zero();
-      int64_t e = 0;
-      for (; e + W <= p.value_dim; e += W) sum = fma(load(grad + e), load(out + e), sum);
-      if (e < p.value_dim) {
-        const int have = static_cast<int>(p.value_dim - e);
-        sum = fma(load(grad + e, have), load(out + e, have), sum);
-      }
-      p.delta[r] = reduce_add(sum) - (p.grad_lse ? p.grad_lse[r] : 0.f);
-      p.top[r] = p.lse[r];
-      p.shift[r] = 0.f;
-      const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
-      if (coarse && p.lse[r] - p.lse[r] == 0.f) find_sum<T>(p, u, b, h, i, p.top + r, p.shift + r);
-    }
-  });
+  parallel_for(
+      p.batch * p.heads * p.q_len, kGrain / (p.value_dim + 1) + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t i = r % p.q_len, h = r / p.q_len % p.heads, b = r / p.q_len / p.heads;
+          const T* grad = at<T>(p.grad_out, b, h, i);
+          const T* out = at<T>(p.out, b, h, i);
+          vf sum = zero();
+          int64_t e = 0;
+          for (; e + W <= p.value_dim; e += W) sum = fma(load(grad + e), load(out + e), sum);
+          if (e < p.value_dim) {
+            const int have = static_cast<int>(p.value_dim - e);
+            sum = fma(load(grad + e, have), load(out + e, have), sum);
+          }
+          p.delta[r] = reduce_add(sum) - (p.grad_lse ? p.grad_lse[r] : 0.f);
+          p.top[r] = p.lse[r];
+          p.shift[r] = 0.f;
+          const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
+          if (coarse && p.lse[r] - p.lse[r] == 0.f)
+            find_sum<T>(p, u, b, h, i, p.top + r, p.shift + r);
+        }
+      });
 }
 
 // The sink's weight is exp(sink − lse), its value 0.
@@ -404,9 +409,8 @@ void run(const AttentionBackwardParams& p) {
   const int64_t bias_part = p.partial_bias ? bias_size(p) : 0;
   const int64_t bias_total = p.partial_bias ? p.parts * bias_part : bias_size(p);
   if (p.d_bias) {
-    parallel_for(bias_total, kGrain, [&](int64_t begin, int64_t end) {
-      clear(d_bias + begin, end - begin);
-    });
+    parallel_for(bias_total, kGrain,
+                 [&](int64_t begin, int64_t end) { clear(d_bias + begin, end - begin); });
   }
   const int64_t group = p.heads / p.kv_heads, columns = round_up(p.head_dim, 16);
   const bool all_batches = p.d_bias && p.d_bias_sizes[0] == 1;

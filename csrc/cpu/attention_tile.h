@@ -97,18 +97,18 @@ inline __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t d
 // One query: where it reads, and the keys [first, last) that the causal rule, the window and
 // key_lengths leave it.
 struct Row {
-  int64_t head, index;     // index: its place in the sequence
-  int64_t position;        // as the keys see it: index (+ kv_len − q_len when bottom_right)
+  int64_t head, index;  // index: its place in the sequence
+  int64_t position;     // as the keys see it: index (+ kv_len − q_len when bottom_right)
   int64_t first, last;
   const bool* mask;
   const char* bias;
-  float slope;             // of ALiBi
-  bool any;                // some key takes part
+  float slope;  // of ALiBi
+  bool any;     // some key takes part
 };
 
 // A score tile holds q·k itself where nothing but masks is done to it, which saves a pass; scale
-// then is part of `exponent`. Else it holds scores: scale·q·k, softcap, ALiBi, bias. A scale ≤ 0 would
-// turn the maximum and −inf round, so it is never left to `exponent`.
+// then is part of `exponent`. Else it holds scores: scale·q·k, softcap, ALiBi, bias. A scale ≤ 0
+// would turn the maximum and −inf round, so it is never left to `exponent`.
 struct Units {
   bool raw;
   float lse_scale;  // what a tile's numbers are multiplied by to be scores
@@ -142,8 +142,8 @@ inline Row make_row(const AttentionCase& p, int64_t b, int64_t h, int64_t i) {
   if (r.last <= r.first) r.first = r.last = 0;
   r.mask = nullptr;
   if (p.mask.data) {
-    r.mask = static_cast<const bool*>(p.mask.data) + b * p.mask.batch + h * p.mask.head +
-             i * p.mask.row;
+    r.mask =
+        static_cast<const bool*>(p.mask.data) + b * p.mask.batch + h * p.mask.head + i * p.mask.row;
   }
   r.bias = nullptr;
   if (p.bias.data) {
@@ -181,9 +181,7 @@ inline void pack_strip(const HeadsView& view, int64_t b, const Row* rows, int n,
     for (int64_t k = 0; k < dim; k += W) {
       vi r[W];
       const int64_t have = dim - k;
-      for (int i = 0; i < W; ++i) {
-        r[i] = from[i] ? load_units<Float>(from[i] + k, have) : vi{};
-      }
+      for (int i = 0; i < W; ++i) { r[i] = from[i] ? load_units<Float>(from[i] + k, have) : vi{}; }
       transpose(r);
       const int64_t count = min64(have, W);
       for (int i = 0; i < count; ++i) store_units(out + (k + i) * kPanelRows + base, r[i]);
@@ -242,8 +240,8 @@ FT_INLINE const T* beside(const T* p, int64_t stride, int64_t j, int64_t n, T* c
   return copy;
 }
 
-// s[k] for keys j + k, k in [begin, end), begin a multiple of W: bias added, −inf where the row does
-// not see the key. `n` keys of the tile exist. Whole vectors are written.
+// s[k] for keys j + k, k in [begin, end), begin a multiple of W: bias added, −inf where the row
+// does not see the key. `n` keys of the tile exist. Whole vectors are written.
 template <class B, bool has_bias, bool has_mask>
 FT_INLINE void mask_row(const AttentionCase& p, Row& row, int64_t j, int64_t begin, int64_t end,
                         int64_t n, float* s) {
@@ -278,8 +276,8 @@ FT_INLINE void mask_row(const AttentionCase& p, Row& row, int64_t j, int64_t beg
 // Scale, softcap, ALiBi, bias and masks on one row of a tile's products.
 template <class T>
 inline __attribute__((noinline)) void finish_scores(const AttentionCase& p, const Units& u,
-                                                    Row& row, int64_t j, int64_t begin,
-                                                    int64_t end, int64_t n, float* s) {
+                                                    Row& row, int64_t j, int64_t begin, int64_t end,
+                                                    int64_t n, float* s) {
   if (p.softcap != 0.f) {
     const vf inner = splat(p.scale / p.softcap), outer = splat(p.softcap);
     for (int64_t k = begin; k < end; k += W) store(s + k, tanh(load(s + k) * inner) * outer);
@@ -299,7 +297,8 @@ inline __attribute__((noinline)) void finish_scores(const AttentionCase& p, cons
     return mask_row<T, true, true>(p, row, j, begin, end, n, s);
   }
   if (row.bias) {
-    if (p.bias_dtype == DType::f32) return mask_row<float, true, false>(p, row, j, begin, end, n, s);
+    if (p.bias_dtype == DType::f32)
+      return mask_row<float, true, false>(p, row, j, begin, end, n, s);
     return mask_row<T, true, false>(p, row, j, begin, end, n, s);
   }
   if (row.mask) return mask_row<float, false, true>(p, row, j, begin, end, n, s);
@@ -313,7 +312,8 @@ struct Seen {
   bool plain;
 };
 
-inline Seen seen_by(const AttentionCase& p, const Units& u, const Row* rows, int count, int64_t j, int64_t n) {
+inline Seen seen_by(const AttentionCase& p, const Units& u, const Row* rows, int count, int64_t j,
+                    int64_t n) {
   int64_t begin = n, end = 0, all_from = 0, all_to = n;
   for (int i = 0; i < count; ++i) {
     const int64_t from = max64(rows[i].first - j, 0), to = min64(rows[i].last - j, n);

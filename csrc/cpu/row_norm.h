@@ -195,7 +195,7 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
   const T* grad[R];
   const T* x[R];
   float mean[R], rstd[R];
-FT_UNROLL for (int r = 0; r < R; ++r) {
+  FT_UNROLL for (int r = 0; r < R; ++r) {
     grad[r] = static_cast<const T*>(p.grad_normed) + (row + r) * p.grad_normed_stride;
     x[r] = static_cast<const T*>(p.summed) + (row + r) * p.summed_stride;
     mean[r] = Center ? p.mean[row + r] : 0.f;
@@ -204,7 +204,7 @@ FT_UNROLL for (int r = 0; r < R; ++r) {
   vf sum_grad[R] = {}, sum_product[R] = {};
   over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const vf weight = load(w + j, part);
-FT_UNROLL for (int r = 0; r < R; ++r) {
+    FT_UNROLL for (int r = 0; r < R; ++r) {
       const vf g = load(grad[r] + j, part) * weight;
       const vf v = load(x[r] + j, part);
       if (Center) sum_grad[r] += g;
@@ -235,7 +235,7 @@ FT_UNROLL for (int r = 0; r < R; ++r) {
   over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const vf weight = load(w + j, part);
     vf sum_w = zero(), sum_b = zero();
-FT_UNROLL for (int r = 0; r < R; ++r) {
+    FT_UNROLL for (int r = 0; r < R; ++r) {
       const vf g = load(grad[r] + j, part);
       const vf v = load(x[r] + j, part);
       const vf centred = Center ? v - splat(mean[r]) : v;

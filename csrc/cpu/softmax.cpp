@@ -4,8 +4,8 @@
 // a block's maximum, then its exponentials about that maximum and their sum; a last pass brings the
 // blocks to the row's maximum and divides. So a row is read from memory once, whatever its length
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, block by block).
-// Exponentials of a 16-bit row wait as floats in thread scratch, those of a float row in the output.
-// Bound by memory; by exp() when the row is in cache.
+// Exponentials of a 16-bit row wait as floats in thread scratch, those of a float row in the
+// output. Bound by memory; by exp() when the row is in cache.
 #include "params/softmax.h"
 
 #include <cmath>
@@ -31,9 +31,8 @@ FT_INLINE vf masked(vf s, const bool* mask, int64_t j, P part) {
 
 template <class T>
 void fill(T* out, int64_t n, float value) {
-  over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-    store(out + j, splat(value), part);
-  });
+  over_columns<1>(n, [&](int64_t j, int, auto part)
+                         __attribute__((always_inline)) { store(out + j, splat(value), part); });
 }
 
 bool any(const bool* mask, int64_t n) {

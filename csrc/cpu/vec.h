@@ -121,9 +121,9 @@ FT_INLINE vf load<float>(const float* p) {
 }
 // One permutation puts each word into the upper half of its lane, over zeros.
 FT_INLINE vf widen(__m256i x, bf16) {
-  const __m512i to = _mm512_set_epi32(0xf0000, 0xe0000, 0xd0000, 0xc0000, 0xb0000, 0xa0000, 0x90000,
-                                      0x80000, 0x70000, 0x60000, 0x50000, 0x40000, 0x30000, 0x20000,
-                                      0x10000, 0);
+  const __m512i to =
+      _mm512_set_epi32(0xf0000, 0xe0000, 0xd0000, 0xc0000, 0xb0000, 0xa0000, 0x90000, 0x80000,
+                       0x70000, 0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
   return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, to, _mm512_castsi256_si512(x));
 }
 FT_INLINE vf widen(__m256i x, f16) { return (vf)_mm512_cvtph_ps(x); }
@@ -390,7 +390,8 @@ FT_INLINE vf gelu(vf x) {
   q = fma(q, a, splat(-1.1511082649230957f));
   q = fma(q, a, splat(-9.999999403953552e-01f));
   const vf tail = exp2(q);
-  return x * select(x < zero(), tail, splat(1.f) - tail);
+  const vf part = x * tail;
+  return select(x < zero(), part, fma(zero() - x, tail, x));
 }
 FT_INLINE vf silu(vf x) { return x / (splat(1.f) + exp(zero() - x)); }
 FT_INLINE vf gelu_tanh(vf x) {  // ½x(1 + tanh u) = x / (1 + e^(−2u)), u = √(2/π)(x + 0.044715x³)

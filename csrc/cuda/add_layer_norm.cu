@@ -1,40 +1,43 @@
 // Residual addition and layer norm in one pass over memory, forward and backward.
 //   summed = residual + dropout(input);  normed = (summed − mean) · rstd · weight + bias
-// A group of threads (4 lanes of a warp … a block) owns a row and keeps `summed` in registers as raw
-// 16-byte chunks while it takes the mean and then the variance of the centred values: two reads, two
-// writes, bound by memory. Backward, the same groups walk over rows and carry the weight gradients of
-// their columns in registers; a second kernel adds up the groups' partial sums in a fixed order.
-// Rows too wide for registers go to `wide` kernels, which leave what they read in shared memory.
-// Sources: Ba, Kiros, Hinton, 2016 (arXiv:1607.06450); Chan, Golub, LeVeque, 1979 (merging moments);
-// two-stage weight gradients as in NVIDIA apex's layer norm; QuACK's table of threads per row.
-#include "params/add_layer_norm.h"
-
+// A group of threads (4 lanes of a warp … a block) owns a row and keeps `summed` in registers as
+// raw 16-byte chunks while it takes the mean and then the variance of the centred values: two
+// reads, two writes, bound by memory. Backward, the same groups walk over rows and carry the weight
+// gradients of their columns in registers; a second kernel adds up the groups' partial sums in a
+// fixed order. Rows too wide for registers go to `wide` kernels, which leave what they read in
+// shared memory. Sources: Ba, Kiros, Hinton, 2016 (arXiv:1607.06450); Chan, Golub, LeVeque, 1979
+// (merging moments); two-stage weight gradients as in NVIDIA apex's layer norm; QuACK's table of
+// threads per row.
 #include "cuda/device/dropout.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/scalar.h"
 #include "cuda/device/vector.h"
+#include "params/add_layer_norm.h"
 
 namespace ft::cuda {
 namespace {
 
-// Threads per row and chunks per thread by the row's 16-byte chunks (8 elements of 16 bits, 4 of 32).
-// After QuACK's published table, cut at what registers hold; not measured here: no GPU was at hand.
+// Threads per row and chunks per thread by the row's 16-byte chunks (8 elements of 16 bits, 4 of
+// 32). After QuACK's published table, cut at what registers hold; not measured here: no GPU was at
+// hand.
 struct Plan {
   int64_t chunks;
   int held, group;
 };
-constexpr Plan kForward[] = {{8, 2, 4},     {16, 2, 8},    {32, 2, 16},   {64, 2, 32}, {128, 4, 32},
-                             {256, 4, 64},  {512, 4, 128}, {1024, 4, 256}};
+constexpr Plan kForward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},   {64, 2, 32},
+                             {128, 4, 32}, {256, 4, 64}, {512, 4, 128}, {1024, 4, 256}};
 // Backward, a thread also carries the sums of its columns: 2 chunks at most.
-constexpr Plan kBackward[] = {{8, 2, 4},     {16, 2, 8},    {32, 2, 16},  {64, 2, 32},
-                              {128, 2, 64},  {256, 2, 128}, {512, 2, 256}, {1024, 2, 512}};
+constexpr Plan kBackward[] = {{8, 2, 4},    {16, 2, 8},    {32, 2, 16},   {64, 2, 32},
+                              {128, 2, 64}, {256, 2, 128}, {512, 2, 256}, {1024, 2, 512}};
 constexpr int kSmallBlock = 128;  // block size of groups within a warp
-constexpr int kForwardBlock = 256, kForwardBlocks = 3;  // largest block, and how many an SM has room for
+constexpr int kForwardBlock = 256,
+              kForwardBlocks = 3;  // largest block, and how many an SM has room for
 constexpr int kBackwardBlock = 512;
-constexpr int kWideBlock = 512;   // block size of the wide kernels, two on an SM where rows fit
-// Backward: threads in all, 512 for each of an H100's 132 SMs. It fixes the size of the partial sums
-// (17 MB for 16-bit types at most, which stay in L2) and makes the result the same on every GPU.
+constexpr int kWideBlock = 512;  // block size of the wide kernels, two on an SM where rows fit
+// Backward: threads in all, 512 for each of an H100's 132 SMs. It fixes the size of the partial
+// sums (17 MB for 16-bit types at most, which stay in L2) and makes the result the same on every
+// GPU.
 constexpr int64_t kBackwardThreads = 132 * 512;
 constexpr int kColumnBlock = 128;      // wide backward: columns' kernel, one chunk a thread
 constexpr int64_t kColumnSplits = 64;  // and the partial sums per column that it leaves
@@ -97,7 +100,8 @@ FT_DEVICE Chunk norm_chunk(const Chunk& summed, float mean, float rstd, const Ro
 }
 
 template <class T, int kHeld>
-FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) add_layer_norm_held(const ForwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks)
+    add_layer_norm_held(const ForwardArgs a) {
   FT_SHARED float scratch[kWarp];
   const RowNormParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
@@ -227,8 +231,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) add_layer_norm_wide(const Forwar
     for (int64_t c = threadIdx.x; c < chunks; c += kWideBlock) {
       const int64_t column = c * kCount - shift;
       const Chunk x =
-          c < a.cached ? cache[c]
-                       : load_chunk<T>(summed, column, p.features, summed_aligned);
+          c < a.cached ? cache[c] : load_chunk<T>(summed, column, p.features, summed_aligned);
       store_chunk(normed, column, p.features, normed_aligned,
                   norm_chunk<T>(x, mean, rstd, p, column, p.features));
     }
@@ -315,7 +318,8 @@ FT_DEVICE void store_partial(float* row, Index column, Index end, const float (&
 }
 
 template <class T, int kHeld>
-FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) add_layer_norm_backward_held(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1)
+    add_layer_norm_backward_held(const BackwardArgs a) {
   FT_SHARED Pair scratch[kWarp];
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
@@ -466,8 +470,8 @@ FT_GLOBAL void __launch_bounds__(kColumnBlock) add_layer_norm_columns(const Back
 }
 
 // Second stage: 32 columns a block, 32 threads a column, each over every 32nd partial sum.
-FT_GLOBAL void __launch_bounds__(kReduceColumns * kReduceRows) add_layer_norm_weights(
-    const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kReduceColumns* kReduceRows)
+    add_layer_norm_weights(const BackwardArgs a) {
   FT_SHARED Pair scratch[kReduceRows][kReduceColumns];
   const RowNormBackwardParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % kReduceColumns;
@@ -548,8 +552,7 @@ void add_layer_norm(const AddLayerNormParams& params, void* stream) {
                     a.cached * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }
     const int block = block_of(plan.group);
-    launch("add_layer_norm",
-           plan.held == 2 ? add_layer_norm_held<T, 2> : add_layer_norm_held<T, 4>,
+    launch("add_layer_norm", plan.held == 2 ? add_layer_norm_held<T, 2> : add_layer_norm_held<T, 4>,
            grid_for(params.rows, block / plan.group), block, 0, stream, a);
   });
 }
@@ -565,7 +568,8 @@ void add_layer_norm_backward(const AddLayerNormBackwardParams& params, void* str
   if (params.rows > 0) {
     with_type(params.dtype, [&]<class T>() {
       if (plan.plan.held != 0) {
-        return launch(name, add_layer_norm_backward_held<T, 2>, plan.grid, plan.block, 0, stream, a);
+        return launch(name, add_layer_norm_backward_held<T, 2>, plan.grid, plan.block, 0, stream,
+                      a);
       }
       a.cached = cached_chunks(name, plan.plan.chunks, 2);
       launch(name, add_layer_norm_backward_wide<T>, plan.grid, kWideBlock,

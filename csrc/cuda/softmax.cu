@@ -1,36 +1,37 @@
 // softmax and log_softmax over the last dimension, forward and backward.
 //   out = exp(s − max s) / Σ exp(s − max s),   s = scale · x over the allowed entries
-// A group of threads (4 lanes of a warp … a block of 256) owns a row and keeps it in registers as raw
-// 16-byte chunks, so that memory is read once and written once, which is all that bounds the kernel.
-// Rows that registers can't hold go to the `wide` kernels: one online pass (running maximum and sum)
-// that leaves as much of the row as fits in shared memory, and a second pass that reads the rest again.
-// Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018 (arXiv:1805.02867);
-// QuACK's table of threads per row by columns (Dao-AILab/quack).
-#include "params/softmax.h"
-
+// A group of threads (4 lanes of a warp … a block of 256) owns a row and keeps it in registers as
+// raw 16-byte chunks, so that memory is read once and written once, which is all that bounds the
+// kernel. Rows that registers can't hold go to the `wide` kernels: one online pass (running maximum
+// and sum) that leaves as much of the row as fits in shared memory, and a second pass that reads
+// the rest again. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018
+// (arXiv:1805.02867); QuACK's table of threads per row by columns (Dao-AILab/quack).
 #include "cuda/device/launch.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/scalar.h"
 #include "cuda/device/vector.h"
+#include "params/softmax.h"
 
 namespace ft::cuda {
 namespace {
 
-// Threads per row and chunks per thread by the row's 16-byte chunks (8 elements of 16 bits, 4 of 32).
-// After QuACK's published table, cut at what registers hold; not measured here: no GPU was at hand.
+// Threads per row and chunks per thread by the row's 16-byte chunks (8 elements of 16 bits, 4 of
+// 32). After QuACK's published table, cut at what registers hold; not measured here: no GPU was at
+// hand.
 struct Plan {
   int64_t chunks;
   int held, group;
 };
-constexpr Plan kForward[] = {{8, 2, 4},      {16, 2, 8},     {32, 2, 16},   {64, 2, 32},
-                             {256, 8, 32},   {512, 8, 64},   {1024, 8, 128}, {2048, 8, 256}};
+constexpr Plan kForward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},    {64, 2, 32},
+                             {256, 8, 32}, {512, 8, 64}, {1024, 8, 128}, {2048, 8, 256}};
 // The backward pass holds two arrays, hence half the chunks.
-constexpr Plan kBackward[] = {{8, 2, 4},      {16, 2, 8},     {32, 2, 16},   {64, 2, 32},
-                              {128, 4, 32},   {256, 4, 64},   {512, 4, 128}, {1024, 4, 256}};
+constexpr Plan kBackward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},   {64, 2, 32},
+                              {128, 4, 32}, {256, 4, 64}, {512, 4, 128}, {1024, 4, 256}};
 constexpr int kSmallBlock = 128;  // block size of groups within a warp
 constexpr int kHeldBlock = 256;   // largest block of the held kernels
 constexpr int kHeldBlocks = 3;    // of them on an SM at least: 128 registers a thread
-constexpr int kWideBlock = 512;   // block size of the wide kernels, two on an SM where their rows fit
+constexpr int kWideBlock =
+    512;  // block size of the wide kernels, two on an SM where their rows fit
 
 template <size_t kRows>
 Plan choose(const Plan (&table)[kRows], int64_t chunks) {
@@ -43,9 +44,9 @@ Plan choose(const Plan (&table)[kRows], int64_t chunks) {
 // ---- rows ---------------------------------------------------------------------------------------
 
 struct ForwardArgs {
-  SoftmaxParams p;     // dims collapsed
+  SoftmaxParams p;               // dims collapsed
   float sign = 1.f, size = 1.f;  // scale = sign · size
-  int64_t period = 1;  // size of dimension −2, for the causal rule
+  int64_t period = 1;            // size of dimension −2, for the causal rule
   int group = 0;
   int64_t cached = 0;  // wide: chunks that shared memory holds
 };
@@ -194,7 +195,8 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const For
       float x[kLanes<T>];
       unpack<T>(raw[k], x);
 #pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) top = maximum(top, signed_input(x[i], a.sign, bits_of(k), i));
+      for (int i = 0; i < kLanes<T>; ++i)
+        top = maximum(top, signed_input(x[i], a.sign, bits_of(k), i));
     }
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) keep_packed(raw[k]);
@@ -216,9 +218,7 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const For
     sum = group_sum(sum, a.group, scratch);
     Finish f = {top, 1.f / sum, 0.f, p.log, false};
     if (p.log) f.shift = natural_log(sum);
-    if (p.mask != nullptr) {
-      f.empty = group_sum(any ? 1.f : 0.f, a.group, scratch) == 0.f;
-    }
+    if (p.mask != nullptr) { f.empty = group_sum(any ? 1.f : 0.f, a.group, scratch) == 0.f; }
     T* out = static_cast<T*>(p.output) + row * p.columns;
     const bool out_aligned = chunks_aligned(out, shift);
 #pragma unroll
@@ -278,9 +278,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
     sum = group_sum(sum, kWideBlock, scratch);
     Finish f = {top, 1.f / sum, 0.f, p.log, false};
     if (p.log) f.shift = natural_log(sum);
-    if (p.mask != nullptr) {
-      f.empty = group_sum(any ? 1.f : 0.f, kWideBlock, scratch) == 0.f;
-    }
+    if (p.mask != nullptr) { f.empty = group_sum(any ? 1.f : 0.f, kWideBlock, scratch) == 0.f; }
     T* out = static_cast<T*>(p.output) + row * p.columns;
     const bool out_aligned = chunks_aligned(out, shift);
 #pragma unroll 4
@@ -305,8 +303,8 @@ struct BackwardArgs {
   int64_t cached = 0;
 };
 
-// One term of the row's sum: grad·output, or for log grad. An output of −inf in log form is an entry
-// that was left out, whose grad does not count.
+// One term of the row's sum: grad·output, or for log grad. An output of −inf in log form is an
+// entry that was left out, whose grad does not count.
 FT_DEVICE float backward_term(float g, float y, bool log) {
   if (log) return y == -infinity() ? 0.f : g;
   return g * y;
@@ -341,7 +339,8 @@ FT_DEVICE float backward_sum(const Chunk& grad, const Chunk& output, bool log) {
 }
 
 template <class T, int kHeld>
-FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_backward_held(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks)
+    softmax_backward_held(const BackwardArgs a) {
   FT_SHARED float scratch[kWarp];
   const SoftmaxBackwardParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
@@ -422,15 +421,16 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_backward_wide(const Back
         g = load_chunk(grad, column, p.columns, grad_aligned);
         y = load_chunk(output, column, p.columns, output_aligned);
       }
-      store_chunk(d_input, column, p.columns, aligned, backward_chunk<T>(g, y, sum, p.scale, p.log));
+      store_chunk(d_input, column, p.columns, aligned,
+                  backward_chunk<T>(g, y, sum, p.scale, p.log));
     }
   }
 }
 
 // ---- host side ----------------------------------------------------------------------------------
 
-// Joins leading dimensions that lie behind one another in memory (for input and mask alike), so that
-// a contiguous input of any rank has one: the kernel then divides by nothing to find a row.
+// Joins leading dimensions that lie behind one another in memory (for input and mask alike), so
+// that a contiguous input of any rank has one: the kernel then divides by nothing to find a row.
 void collapse(SoftmaxParams& p) {
   int kept = 0;
   for (int d = 0; d < p.dims; ++d) {

@@ -36,7 +36,7 @@ struct AttentionCase {
 };
 
 struct AttentionParams : AttentionCase {
-  void* out = nullptr;  // memory (batch, q_len, heads, value_dim)
+  void* out = nullptr;   // memory (batch, q_len, heads, value_dim)
   float* lse = nullptr;  // (batch, heads, q_len)
 };
 
@@ -50,13 +50,14 @@ struct AttentionBackwardParams : AttentionCase {
   float* d_bias = nullptr;  // contiguous, size 1 where the bias has stride 0; null: not wanted
   int64_t d_bias_sizes[4] = {};
   float* d_sinks = nullptr;  // (heads,); null: not wanted
-  // Workspace of (batch, heads, q_len) each: delta, and the two parts of lse that weights are made of.
+  // Workspace of (batch, heads, q_len) each: delta, and the two parts of lse that weights are made
+  // of.
   float *delta = nullptr, *top = nullptr, *shift = nullptr;
   // Keys are split into this many parts that run in parallel, each with its own sum of d_query (and
   // of d_bias where that broadcasts over keys) in `partial`; the sums are added in order.
   int64_t parts = 1;
-  float* partial = nullptr;         // parts × (batch, heads, q_len, head_dim), if parts > 1
-  float* partial_bias = nullptr;    // parts × the shape of d_bias, if parts > 1 and it broadcasts
+  float* partial = nullptr;       // parts × (batch, heads, q_len, head_dim), if parts > 1
+  float* partial_bias = nullptr;  // parts × the shape of d_bias, if parts > 1 and it broadcasts
 };
 
 }  // namespace ft

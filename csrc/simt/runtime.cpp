@@ -52,7 +52,9 @@ ft_simt_switch:
 .size ft_simt_switch, .-ft_simt_switch
 )");
 
-void switch_to(Context& from, Context& to) { ft_simt_switch(&from.stack_pointer, to.stack_pointer); }
+void switch_to(Context& from, Context& to) {
+  ft_simt_switch(&from.stack_pointer, to.stack_pointer);
+}
 
 void prepare(Context& c, char* stack, void (*entry)()) {
   // As if `entry` had been called from address 0: the stack pointer is ≡ 8 modulo 16 on entry.
@@ -138,9 +140,7 @@ void fiber_main() {
   Block& b = block();
   try {
     (*b.body)();
-  } catch (...) {
-    b.error = std::current_exception();
-  }
+  } catch (...) { b.error = std::current_exception(); }
   b.fibers[static_cast<size_t>(b.now)].state = State::done;
   yield();
 }
@@ -150,8 +150,7 @@ bool can_run(const Block& b, int i) {
   switch (f.state) {
     case State::running: return true;
     case State::at_barrier: return b.generation > f.waits_for;
-    case State::at_shuffle:
-      return b.warps[static_cast<size_t>(i / kWarp)].generation > f.waits_for;
+    case State::at_shuffle: return b.warps[static_cast<size_t>(i / kWarp)].generation > f.waits_for;
     case State::done: return false;
   }
   return false;

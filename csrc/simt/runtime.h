@@ -5,7 +5,8 @@
 //   a barrier or shuffle that some thread of the block or warp has left for good, a deadlock.
 // Odd blocks run their threads in reverse order, so that a missing barrier shows as a wrong number;
 // dynamic shared memory starts as NaN, so that a read of what nobody wrote does too.
-// Not here yet: warp votes, cp.async, mma, atomics, clusters (they come with the kernels that need them).
+// Not here yet: warp votes, cp.async, mma, atomics, clusters (they come with the kernels that need
+// them).
 #pragma once
 #include <cmath>
 #include <cstdint>

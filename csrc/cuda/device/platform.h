@@ -1,6 +1,6 @@
 // The only door to CUDA: kernels include csrc/cuda/device/*.h and use no intrinsic, inline PTX or
-// runtime call by themselves. Compiled by nvcc, these headers wrap CUDA; compiled with FT_SIMT, they
-// take the same names from csrc/simt, which runs a kernel's source on the CPU.
+// runtime call by themselves. Compiled by nvcc, these headers wrap CUDA; compiled with FT_SIMT,
+// they take the same names from csrc/simt, which runs a kernel's source on the CPU.
 #pragma once
 #include "params/common.h"
 #include "params/philox.h"

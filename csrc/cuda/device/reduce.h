@@ -11,9 +11,7 @@ FT_DEVICE float shuffle_xor(float v, int offset) { return simt::shuffle_xor(v, o
 FT_DEVICE int shuffle_xor(int v, int offset) { return simt::shuffle_xor(v, offset); }
 #else
 FT_DEVICE void block_barrier() { __syncthreads(); }
-FT_DEVICE float shuffle_xor(float v, int offset) {
-  return __shfl_xor_sync(0xffffffffu, v, offset);
-}
+FT_DEVICE float shuffle_xor(float v, int offset) { return __shfl_xor_sync(0xffffffffu, v, offset); }
 FT_DEVICE int shuffle_xor(int v, int offset) { return __shfl_xor_sync(0xffffffffu, v, offset); }
 template <class U>
 FT_DEVICE U* dynamic_shared() {

@@ -28,9 +28,13 @@ FT_DEVICE Chunk load16(const void* p) { return simt::load<Chunk>(p); }
 FT_DEVICE void store16(void* p, const Chunk& c) { simt::store(p, c); }
 FT_DEVICE void keep_packed(Chunk&) {}
 template <class U>
-FT_DEVICE U load_scalar(const U* p) { return simt::load<U>(p); }
+FT_DEVICE U load_scalar(const U* p) {
+  return simt::load<U>(p);
+}
 template <class U>
-FT_DEVICE void store_scalar(U* p, U value) { simt::store(p, value); }
+FT_DEVICE void store_scalar(U* p, U value) {
+  simt::store(p, value);
+}
 #else
 FT_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 FT_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
@@ -53,13 +57,17 @@ FT_DEVICE void store16(void* p, const Chunk& c) {
 // Makes the compiler forget what it unpacked from the chunk: a row that waits for a reduction then
 // costs four registers per chunk, not the eight of its floats.
 FT_DEVICE void keep_packed(Chunk& c) {
-#pragma unroll
+#  pragma unroll
   for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(c.word[i]));
 }
 template <class U>
-FT_DEVICE U load_scalar(const U* p) { return *p; }
+FT_DEVICE U load_scalar(const U* p) {
+  return *p;
+}
 template <class U>
-FT_DEVICE void store_scalar(U* p, U value) { *p = value; }
+FT_DEVICE void store_scalar(U* p, U value) {
+  *p = value;
+}
 #endif
 
 FT_DEVICE float widen(float x) { return x; }
@@ -146,8 +154,8 @@ FT_DEVICE uint32_t inside(Index column, Index end) {
   return low >= high ? 0u : ((1u << high) - 1u) & ~((1u << low) - 1u);
 }
 
-// Lanes floats of a vector of any float type from `column` on (weights of a norm), `otherwise` where
-// there is no vector or no element.
+// Lanes floats of a vector of any float type from `column` on (weights of a norm), `otherwise`
+// where there is no vector or no element.
 template <class T, int kCount, class Index>
 FT_DEVICE void load_as(const void* data, Index column, Index end, float (&out)[kCount]) {
   const T* row = static_cast<const T*>(data);

@@ -28,8 +28,8 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-#: Interpreted Triton takes a hundred times as long as a kernel. Of each test's cases on it, this many
-#: run, spread evenly; test_triton.py is about these kernels and chooses its own sizes.
+#: Interpreted Triton takes a hundred times as long as a kernel. Of each test's cases on it, this
+#: many run, spread evenly; test_triton.py is about these kernels and chooses its own sizes.
 INTERPRETED_CASES = 4
 
 
@@ -44,7 +44,8 @@ def pytest_collection_modifyitems(config, items):
         return
     cases = {}
     for item in items:
-        if "triton" in getattr(item, "callspec", _NoParams).params.values():
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("on") == "triton":
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     dropped = set()
     for group in cases.values():
@@ -52,7 +53,3 @@ def pytest_collection_modifyitems(config, items):
         dropped.update(item for i, item in enumerate(group) if i not in kept)
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=list(dropped))
-
-
-class _NoParams:
-    params = {}

@@ -21,6 +21,7 @@ import fasttransformer as ft
 from .. import reference
 from .._contract import (
     Comparison,
+    allowance,
     compare,
     compare_gradients,
     device_of,
@@ -65,7 +66,9 @@ class _Yardstick:
         self.exact = outputs_and_gradients(call, self.inputs, dtype=torch.float64)
         self.peer = outputs_and_gradients(call, self.inputs)
 
-    def worst_of(self, outs: list[Tensor], grads: list[Tensor | None]) -> tuple[float, str]:
+    def worst_of(
+        self, outs: list[Tensor], grads: list[Tensor | None], times: float
+    ) -> tuple[float, str]:
         """(largest error / allowance, the first problem or "")."""
         worst, problem = 0.0, ""
         named: list[tuple[str, Comparison]] = []
@@ -77,7 +80,8 @@ class _Yardstick:
         for name, found in named:
             if found.allowed:
                 worst = max(worst, found.error / found.allowed)
-            if found.problem is not None and not problem:
+            within = bool(found.allowed) and found.error <= times * found.allowed
+            if found.problem is not None and not within and not problem:
                 problem = f"{name}: {found.problem}"
         return worst, problem
 
@@ -107,7 +111,7 @@ def _check_on(
             outputs_only = _check_on(backend, case, dtype, yardstick, grads=False)
             return replace(outputs_only, note=outputs_only.note or f"outputs only: {why}")
         return result("skipped", note=why)
-    worst, problem = yardstick.worst_of(*got)
+    worst, problem = yardstick.worst_of(*got, allowance(case.op, backend))
     return result("finding" if problem else "ok", worst, problem)
 
 

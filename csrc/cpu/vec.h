@@ -390,8 +390,8 @@ FT_INLINE vf gelu(vf x) {
   q = fma(q, a, splat(-1.1511082649230957f));
   q = fma(q, a, splat(-9.999999403953552e-01f));
   const vf tail = exp2(q);
-  const vf part = x * tail;
-  return select(x < zero(), part, fma(zero() - x, tail, x));
+  const vf bounded = min(splat(100.f), x);  // where the tail is 0 long since: keeps inf · 0 away
+  return select(x < zero(), x * tail, fma(zero() - bounded, tail, x));
 }
 FT_INLINE vf silu(vf x) { return x / (splat(1.f) + exp(zero() - x)); }
 FT_INLINE vf gelu_tanh(vf x) {  // ½x(1 + tanh u) = x / (1 + e^(−2u)), u = √(2/π)(x + 0.044715x³)

@@ -28,7 +28,7 @@ SHORTFALLS: dict[tuple[str, str], float] = {
     # Its backward starts from lse as rounded to float32, its delta from the rounded output.
     ("attention", "triton"): 2.0,
     # No fused multiply-add before AVX2: each term of a sum is rounded twice, the peer's once.
-    ("attention", "cpu:portable"): 1.25,
+    ("attention", "cpu:portable"): 1.5,
     # A row's values are summed in chains of 64, the peer's in shorter ones.
     ("attention", "cpu:avx2"): 1.25,
     ("attention", "cpu:avx512"): 1.25,

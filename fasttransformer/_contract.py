@@ -27,6 +27,10 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 SHORTFALLS: dict[tuple[str, str], float] = {
     # Its backward starts from lse as rounded to float32, its delta from the rounded output.
     ("attention", "triton"): 2.0,
+    # In 16 bits its backward starts from the rounded output, the reference's from float32.
+    ("softmax", "triton"): 1.25,
+    # In 16 bits the hidden layer is rounded between the two products; the reference's is not.
+    ("feed_forward", "triton"): 1.25,
     # No fused multiply-add before AVX2: each term of a sum is rounded twice, the peer's once.
     ("attention", "cpu:portable"): 1.5,
     # A row's values are summed in chains of 64, the peer's in shorter ones.

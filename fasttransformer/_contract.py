@@ -30,7 +30,7 @@ SHORTFALLS: dict[tuple[str, str], float] = {
     # In 16 bits its backward starts from the rounded output, the reference's from float32.
     ("softmax", "triton"): 1.25,
     # In 16 bits the hidden layer is rounded between the two products; the reference's is not.
-    ("feed_forward", "triton"): 1.25,
+    ("feed_forward", "triton"): 1.5,
     # No fused multiply-add before AVX2: each term of a sum is rounded twice, the peer's once.
     ("attention", "cpu:portable"): 1.5,
     # A row's values are summed in chains of 64, the peer's in shorter ones.

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from norm_cases import Norm, first, sizes_of
+from norm_cases import DTYPES, Norm, first, sizes_of
 from torch import Tensor
 
 import fasttransformer as ft
@@ -79,13 +79,28 @@ def check_strides(norm: Norm, on: str) -> None:
 
 
 def check_nan_stays_in_its_row(norm: Norm, on: str) -> None:
-    inputs = [t.to(device_of(on)) for t in norm.inputs((7, 40), 1, torch.float32)]
-    inputs[0][2, 5], inputs[0][4, 0] = float("nan"), float("inf")
-    with running_on(on):
-        out = first(norm.ours()(*inputs))
-    rows = out.isnan().any(-1).tolist()
-    assert rows == [r in (2, 4) for r in range(7)]
-    assert out[2].isnan().all()
+    for dtype in DTYPES:
+        inputs = [t.to(device_of(on)) for t in norm.inputs((7, 40), 1, dtype)]
+        inputs[0][2, 5], inputs[0][4, 0] = float("nan"), float("inf")
+        with running_on(on):
+            out = first(norm.ours()(*inputs))
+        rows = out.isnan().any(-1).tolist()
+        assert rows == [r in (2, 4) for r in range(7)]
+        assert out[2].isnan().all()
+
+
+def check_nan_of_any_bits_in_weights(norm: Norm, on: str) -> None:
+    """A NaN with all bits set, as raw memory has it, must not round to a number in 16 bits."""
+    for dtype in DTYPES:
+        inputs = [t.to(device_of(on)) for t in norm.inputs((7, 40), 1, dtype)]
+        for at, vector in enumerate(inputs):
+            if vector.dim() != 1:
+                continue
+            bad = vector.float()
+            bad.view(torch.int32)[[3, 38]] = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32)
+            with running_on(on):
+                out = first(norm.ours()(*inputs[:at], bad, *inputs[at + 1 :]))
+            assert out.isnan().any(0).nonzero().flatten().tolist() == [3, 38]
 
 
 def check_deterministic_gradients(norm: Norm) -> None:

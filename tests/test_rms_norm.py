@@ -47,6 +47,11 @@ def test_nan_stays_in_its_row(on):
     norm_checks.check_nan_stays_in_its_row(RMS_NORM, on)
 
 
+@on_every_backend
+def test_nan_of_any_bits_in_weights(on):
+    norm_checks.check_nan_of_any_bits_in_weights(RMS_NORM, on)
+
+
 @pytest.mark.parametrize("on", [b for b in BACKENDS if b.startswith("cpu")])
 def test_gradients_do_not_depend_on_threads(on):
     with running_on(on):

@@ -118,9 +118,10 @@ def test_b49_offsets_beyond_2_31(on):
         assert torch.equal(out, ft.softmax(x.contiguous(), mask=mask.contiguous()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @on_every_backend
-def test_nan_and_infinity_stay_in_their_row(on):
-    x = torch.randn(6, 20)
+def test_nan_and_infinity_stay_in_their_row(on, dtype):
+    x = torch.randn(6, 45).to(dtype)
     x[1, 3], x[2, 4], x[3, 5] = float("nan"), float("inf"), float("-inf")
     x[4] = float("-inf")
     x[5] = float("-inf")
@@ -147,15 +148,17 @@ def test_blocks_of_a_long_row_that_differ_wildly(on):
         compare(on, op, x, mask=mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @on_every_backend
-def test_masked_out_nan_is_never_felt(on):
-    x = torch.randn(3, 40)
+def test_masked_out_nan_is_never_felt(on, dtype):
+    x = torch.randn(3, 40).to(dtype)
     x[:, 7] = float("nan")
     mask = torch.ones(40, dtype=torch.bool)
     mask[7] = False
     with running_on(on):
         out = ft.softmax(x.to(device_of(on)), mask=mask.to(device_of(on))).cpu()
-    assert out[:, 7].eq(0).all() and out.sum(-1).sub(1).abs().max() < 1e-6
+    assert out[:, 7].eq(0).all()
+    assert out.float().sum(-1).sub(1).abs().max() < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

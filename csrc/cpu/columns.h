@@ -1,5 +1,12 @@
 // Walking a row in vectors: whole ones, and what is left of one at the row's end.
+//
+// Rows of bf16 are walked in pairs where no instruction rounds to bf16. There, shifts and shuffles
+// are what a row in cache is bound by, and a pair needs next to none: of 2W columns one vector
+// holds the even ones and the other the odd ones, taken apart by a shift and a mask, joined again
+// by one shift and a blend. Float vectors that go along with such a row lie in the walk's order.
 #pragma once
+#include <cmath>
+
 #include "cpu/vec.h"
 
 #define FT_UNROLL _Pragma("GCC unroll 8")
@@ -10,6 +17,21 @@ struct Whole {};
 struct Part {
   int count;
 };
+struct Pair {};
+
+// The values of a Pair of vectors.
+struct vf2 {
+  vf even, odd;
+  FT_INLINE vf2(vf x) : even(x), odd(x) {}
+  FT_INLINE vf2(vf a, vf b) : even(a), odd(b) {}
+};
+
+template <class T>
+inline constexpr bool kPaired = false;
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+template <>
+inline constexpr bool kPaired<bf16> = true;
+#endif
 
 template <class T>
 FT_INLINE vf load(const T* p, Whole) {
@@ -37,26 +59,166 @@ FT_INLINE vf keep(vf x, P part) {
   return keep(x, part, 0.f);
 }
 
-// Calls f(column, u, Whole or Part) over n columns, u going round 0 … U−1.
-template <int U, class F>
+FT_INLINE vf2 operator+(vf2 a, vf2 b) { return {a.even + b.even, a.odd + b.odd}; }
+FT_INLINE vf2 operator-(vf2 a, vf2 b) { return {a.even - b.even, a.odd - b.odd}; }
+FT_INLINE vf2 operator*(vf2 a, vf2 b) { return {a.even * b.even, a.odd * b.odd}; }
+FT_INLINE vf2 fma(vf2 a, vf2 b, vf2 c) {
+  return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)};
+}
+FT_INLINE vf2 exp(vf2 x) { return {exp(x.even), exp(x.odd)}; }
+FT_INLINE vf2 load(const float* p, Pair) { return {load(p), load(p + W)}; }
+FT_INLINE void store(float* p, vf2 x, Pair) {
+  store(p, x.even);
+  store(p + W, x.odd);
+}
+FT_INLINE vf2 keep(vf2 x, Pair) { return x; }
+
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#  if defined(__AVX512F__)
+typedef __m512i halves;  // 2W elements of 16 bits
+FT_INLINE halves load_halves(const bf16* p) { return _mm512_loadu_si512(p); }
+FT_INLINE void store_halves(bf16* p, halves x) { _mm512_storeu_si512(p, x); }
+FT_INLINE halves splat_word(int32_t x) { return _mm512_set1_epi32(x); }
+FT_INLINE halves upper_to_lower(halves x) { return _mm512_srli_epi32(x, 16); }
+FT_INLINE halves lower_to_upper(halves x) { return _mm512_slli_epi32(x, 16); }
+FT_INLINE halves and_halves(halves a, halves b) { return _mm512_and_si512(a, b); }
+FT_INLINE halves upper_of(halves upper, halves lower) {  // … and the lower half of `lower`
+  return _mm512_ternarylogic_epi32(splat_word(-0x10000), upper, lower, 0xca);
+}
+FT_INLINE halves rounded(vf x) {
+  const halves bits = (halves)x;
+  const halves up = _mm512_add_epi32(bits, splat_word(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, splat_word(0x10000));
+  return _mm512_mask_sub_epi32(up, odd, up, splat_word(-1));
+}
+#  else
+typedef __m256i halves;
+FT_INLINE halves load_halves(const bf16* p) { return _mm256_loadu_si256((const __m256i*)p); }
+FT_INLINE void store_halves(bf16* p, halves x) { _mm256_storeu_si256((__m256i*)p, x); }
+FT_INLINE halves splat_word(int32_t x) { return _mm256_set1_epi32(x); }
+FT_INLINE halves upper_to_lower(halves x) { return _mm256_srli_epi32(x, 16); }
+FT_INLINE halves lower_to_upper(halves x) { return _mm256_slli_epi32(x, 16); }
+FT_INLINE halves and_halves(halves a, halves b) { return _mm256_and_si256(a, b); }
+FT_INLINE halves upper_of(halves upper, halves lower) {
+  return _mm256_blend_epi16(lower, upper, 0xaa);
+}
+FT_INLINE halves rounded(vf x) {
+  const halves bits = (halves)x, one = splat_word(0x10000);
+  const halves odd = _mm256_cmpeq_epi32(_mm256_and_si256(bits, one), one);
+  return _mm256_sub_epi32(_mm256_add_epi32(bits, splat_word(0x7fff)), odd);
+}
+#  endif
+FT_INLINE vf2 load(const bf16* p, Pair) {
+  const halves x = load_halves(p);
+  return {(vf)lower_to_upper(x), (vf)and_halves(x, splat_word(-0x10000))};
+}
+// `x` must come from arithmetic on bf16 values and on float_vectors: a NaN then has nothing in its
+// lower bits, which rounding would carry into the sign.
+FT_INLINE void store(bf16* p, vf2 x, Pair) {
+  store_halves(p, upper_of(rounded(x.odd), upper_to_lower(rounded(x.even))));
+}
+#endif
+
+// Adds x, or a · b, to the partial sum that a walk's u names; a pair goes to two of them.
+template <int U>
+FT_INLINE void accumulate(vf (&sums)[U], int u, vf x) {
+  sums[u] += x;
+}
+template <int U>
+FT_INLINE void accumulate(vf (&sums)[U], int u, vf2 x) {
+  sums[u] += x.even;
+  sums[(u + 1) % U] += x.odd;
+}
+template <int U>
+FT_INLINE void accumulate(vf (&sums)[U], int u, vf a, vf b) {
+  sums[u] = fma(a, b, sums[u]);
+}
+template <int U>
+FT_INLINE void accumulate(vf (&sums)[U], int u, vf2 a, vf2 b) {
+  sums[u] = fma(a.even, b.even, sums[u]);
+  sums[(u + 1) % U] = fma(a.odd, b.odd, sums[(u + 1) % U]);
+}
+
+// Calls f(column, u, Whole or Part) over n columns of a row of T, u going round 0 … U−1; where T is
+// paired, f(column, u, Pair) over as many pairs as fit.
+template <int U, class T = float, class F>
 FT_INLINE void over_columns(int64_t n, const F& f) {
   int64_t j = 0;
-  for (; j + U * W <= n; j += U * W) {
-    FT_UNROLL for (int u = 0; u < U; ++u) f(j + u * W, u, Whole{});
+  if constexpr (kPaired<T>) {
+    constexpr int block = U < 2 ? 2 : U;
+    for (; j + block * W <= n; j += block * W) {
+      FT_UNROLL for (int u = 0; u < block; u += 2) f(j + u * W, u % U, Pair{});
+    }
+    for (; j + 2 * W <= n; j += 2 * W) f(j, 0, Pair{});
+  } else {
+    for (; j + U * W <= n; j += U * W) {
+      FT_UNROLL for (int u = 0; u < U; ++u) f(j + u * W, u, Whole{});
+    }
   }
   for (; j + W <= n; j += W) f(j, 0, Whole{});
   if (j < n) f(j, 0, Part{static_cast<int>(n - j)});
 }
 
 // The same from the last column to the first: what was read last is still in the nearest cache.
-template <int U, class F>
+template <class T, class F>
 FT_INLINE void back_over_columns(int64_t n, const F& f) {
   int64_t j = n / W * W;
-  if (j < n) f(j, 0, Part{static_cast<int>(n - j)});
-  for (; j >= U * W; j -= U * W) {
-    FT_UNROLL for (int u = 1; u <= U; ++u) f(j - u * W, u - 1, Whole{});
+  if (j < n) f(j, Part{static_cast<int>(n - j)});
+  if (j % (2 * W) != 0) f(j -= W, Whole{});
+  for (; j > 0; j -= 2 * W) {
+    if constexpr (kPaired<T>) {
+      f(j - 2 * W, Pair{});
+    } else {
+      f(j - W, Whole{});
+      f(j - 2 * W, Whole{});
+    }
   }
-  for (; j >= W; j -= W) f(j - W, 0, Whole{});
+}
+
+// `vector` as floats in the order of a walk over a row of T: itself, or a copy in `room`; `absent`
+// everywhere if there is none. A copy's NaN is the plain one.
+template <class T>
+const float* float_vector(const VectorArg& vector, int64_t n, float absent, float* room) {
+  if (vector.data == nullptr) {
+    over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+      store(room + j, splat(absent), part);
+    });
+    return room;
+  }
+  if (!kPaired<T> && vector.dtype == DType::f32) return static_cast<const float*>(vector.data);
+  widen_vector(vector, n, room);
+  if constexpr (kPaired<T>) {
+    for (int64_t j = 0; j < n; ++j) room[j] = room[j] == room[j] ? room[j] : NAN;
+    for (int64_t j = 0; j + 2 * W <= n; j += 2 * W) {
+      float pair[2 * W];
+      for (int i = 0; i < W; ++i) {
+        pair[i] = room[j + 2 * i];
+        pair[W + i] = room[j + 2 * i + 1];
+      }
+      std::memcpy(room + j, pair, sizeof(pair));
+    }
+  }
+  return room;
+}
+
+// Stores what a walk's order holds at p's columns in the order of memory.
+template <class T, class P>
+FT_INLINE void store_in_order(T* p, vf x, P part) {
+  store(p, x, part);
+}
+template <class T>
+FT_INLINE void store_in_order(T* p, vf2 x, Pair) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  store(p, (vf)_mm512_permutex2var_ps((__m512)x.even, low, (__m512)x.odd));
+  store(p + W, (vf)_mm512_permutex2var_ps((__m512)x.even, high, (__m512)x.odd));
+#elif defined(__AVX2__)
+  const __m256 a = _mm256_unpacklo_ps((__m256)x.even, (__m256)x.odd);
+  const __m256 b = _mm256_unpackhi_ps((__m256)x.even, (__m256)x.odd);
+  store(p, (vf)_mm256_permute2f128_ps(a, b, 0x20));
+  store(p + W, (vf)_mm256_permute2f128_ps(a, b, 0x31));
+#endif
 }
 
 // a · b rounded: kept from being fused into a later addition, so that equal factors give equal
@@ -83,6 +245,11 @@ FT_INLINE vf divide(vf a, vf b, vf inverse) {
   (void)inverse;
   return a / b;
 #endif
+}
+
+FT_INLINE vf2 product(vf2 a, vf2 b) { return {product(a.even, b.even), product(a.odd, b.odd)}; }
+FT_INLINE vf2 divide(vf2 a, vf b, vf inverse) {
+  return {divide(a.even, b, inverse), divide(a.odd, b, inverse)};
 }
 
 // All bits set in the lanes whose flag is true.

@@ -49,15 +49,15 @@ void linear_norm(const LinearAddNormParams& p) {
   const LinearAddParams& l = p.linear;
   const int64_t n = l.out_features, room = (n + W - 1) / W * W;
   float* vectors = static_cast<float*>(thread_scratch(Scratch::gradient, sizeof(float) * 3 * room));
-  const float* bias = l.bias.data ? float_vector(l.bias, n, 0.f, vectors) : nullptr;
-  const FinishNorm context{
-      p, bias, float_vector(p.norm.weight, n, 1.f, vectors + room),
-      Center ? float_vector(p.norm.bias, n, 0.f, vectors + 2 * room) : nullptr};
+  FinishNorm context{p, l.bias.data ? float_vector<float>(l.bias, n, 0.f, vectors) : nullptr,
+                     nullptr, nullptr};
   Gemm g = forward_product(l);
   g.context = &context;
   // With few rows, tasks of whole rows would leave threads idle: split columns, norm afterwards.
   g.whole_rows = can_own_whole_rows(g) && l.rows >= 2 * kBlockRows * num_threads() / 3;
   with_type(l.dtype, [&]<class T>() {
+    context.norm_weight = float_vector<T>(p.norm.weight, n, 1.f, vectors + room);
+    if (Center) context.norm_bias = float_vector<T>(p.norm.bias, n, 0.f, vectors + 2 * room);
     g.epilogue = g.whole_rows ? finish_norm<T, Center, true> : finish_norm<T, Center, false>;
   });
   gemm(g);

@@ -21,11 +21,11 @@
 namespace ft::FT_ISA {
 
 // Tuned on a Zen 4 (2 cores, AVX-512) at 128 … 16384 features.
-constexpr int kRows = 2;                   // rows in flight …
-constexpr int kShortRows = 4;              // … when they are short
-constexpr int64_t kShort = 1024;           // forward: features of a short row at most
-constexpr int64_t kGradShort = 512;        // backward, where two rows are read
-constexpr int kSums = 2;                   // forward: partial sums of a row
+constexpr int kRows = 2;                          // rows in flight …
+constexpr int kShortRows = 4;                     // … when they are short
+constexpr int64_t kShort = 1024;                  // forward: features of a short row at most
+constexpr int64_t kGradShort = W < 16 ? 0 : 512;  // backward: where registers hold four such rows
+constexpr int kSums = 2;                          // forward: partial sums of a row
 constexpr int64_t kHead = 64;              // forward: columns whose mean the row is summed about
 constexpr float kFar = 4.f;                // … unless that lies further off than √kFar deviations
 constexpr int64_t kNormGrain = 32768;      // elements below which a second thread costs more
@@ -36,15 +36,19 @@ constexpr int64_t kPlainSumRows = 32;      // rows added one by one before a sum
 
 enum class Add { none, residual, dropped };  // what is added to what before the norm
 
-// `vector` as floats: itself, or a copy in `room`; `absent` everywhere if there is none.
-inline const float* float_vector(const VectorArg& vector, int64_t n, float absent, float* room) {
-  if (vector.data == nullptr) {
-    for (int64_t j = 0; j < n; ++j) room[j] = absent;
-    return room;
+// `dropped` along a walk.
+template <class P>
+FT_INLINE vf dropped(vf x, const uint32_t* words, P, const Dropout& d) {
+  return dropped(x, words, d.threshold, d.scale);
+}
+FT_INLINE vf2 dropped(vf2 x, const uint32_t* words, Pair, const Dropout& d) {
+  uint32_t lane[2 * W];
+  for (int i = 0; i < W; ++i) {
+    lane[i] = words[2 * i];
+    lane[W + i] = words[2 * i + 1];
   }
-  if (vector.dtype == DType::f32) return static_cast<const float*>(vector.data);
-  widen_vector(vector, n, room);
-  return room;
+  return {dropped(x.even, lane, d.threshold, d.scale),
+          dropped(x.odd, lane + W, d.threshold, d.scale)};
 }
 
 // ---- forward ------------------------------------------------------------------------------------
@@ -83,11 +87,9 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
   }
   // The values to norm, seen for the first time: with add_*, they are made here.
   const auto take = [&](int r, int64_t j, auto part) __attribute__((always_inline)) {
-    vf v = load(in[r] + j, part);
+    auto v = load(in[r] + j, part);
     if constexpr (A != Add::none) {
-      if constexpr (A == Add::dropped) {
-        v = dropped(v, words[r] + j, p.dropout.threshold, p.dropout.scale);
-      }
+      if constexpr (A == Add::dropped) { v = dropped(v, words[r] + j, part, p.dropout); }
       store(summed[r] + j, load(residual[r] + j, part) + v, part);
       v = load(summed[r] + j, part);  // rounded to T
     }
@@ -98,25 +100,26 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
   if constexpr (Center) {
     const int64_t head = n < kHead ? n : kHead;
     vf sum[R][kSums] = {};
-    over_columns<kSums>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      FT_UNROLL for (int r = 0; r < R; ++r) sum[r][u] += take(r, j, part);
+    over_columns<kSums, T>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+      FT_UNROLL for (int r = 0; r < R; ++r) accumulate(sum[r], u, take(r, j, part));
     });
     float about[R];
     FT_UNROLL for (int r = 0; r < R; ++r) {
       about[r] = reduce_add(sum[r][0] + sum[r][1]) / static_cast<float>(head);
       sum[r][0] = sum[r][1] = zero();
     }
-    const auto add = [&](int r, int u, vf v, auto part) __attribute__((always_inline)) {
-      const vf d = keep(v - splat(about[r]), part);
-      sum[r][u] += d;
-      squares[r][u] = fma(d, d, squares[r][u]);
+    const auto add = [&](int r, int u, auto v, auto part) __attribute__((always_inline)) {
+      const auto d = keep(v - splat(about[r]), part);
+      accumulate(sum[r], u, d);
+      accumulate(squares[r], u, d, d);
     };
-    over_columns<kSums>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+    over_columns<kSums, T>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
       FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, load(x[r] + j, part), part);
     });
-    over_columns<kSums>(n - head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, take(r, head + j, part), part);
-    });
+    over_columns<kSums, T>(
+        n - head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+          FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, take(r, head + j, part), part);
+        });
     FT_UNROLL for (int r = 0; r < R; ++r) {
       const float shift = reduce_add(sum[r][0] + sum[r][1]) / count;
       float variance = reduce_add(squares[r][0] + squares[r][1]) / count - shift * shift;
@@ -126,10 +129,10 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
       p.mean[row + r] = mean[r];
     }
   } else {
-    over_columns<kSums>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+    over_columns<kSums, T>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
       FT_UNROLL for (int r = 0; r < R; ++r) {
-        const vf v = take(r, j, part);
-        squares[r][u] = fma(v, v, squares[r][u]);
+        const auto v = take(r, j, part);
+        accumulate(squares[r], u, v, v);
       }
     });
     FT_UNROLL for (int r = 0; r < R; ++r) {
@@ -137,12 +140,12 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
     }
   }
   FT_UNROLL for (int r = 0; r < R; ++r) p.rstd[row + r] = rstd[r];
-  back_over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-    const vf scale = load(w + j, part);
-    const vf shift = Center ? load(b + j, part) : zero();
+  back_over_columns<T>(n, [&](int64_t j, auto part) __attribute__((always_inline)) {
+    const auto scale = load(w + j, part);
+    const auto shift = load((Center ? b : w) + j, part);
     FT_UNROLL for (int r = 0; r < R; ++r) {
-      const vf v = load(x[r] + j, part);
-      const vf y = (Center ? v - splat(mean[r]) : v) * splat(rstd[r]);
+      const auto v = load(x[r] + j, part);
+      const auto y = (Center ? v - splat(mean[r]) : v) * splat(rstd[r]);
       store(out[r] + j, Center ? fma(y, scale, shift) : y * scale, part);
     }
   });
@@ -155,7 +158,7 @@ void norm_forward(const RowNormParams& p) {
     parallel_for(p.rows, kNormGrain / (n + 1) + 1, [&](int64_t begin, int64_t end) {
       const int64_t room = (n + W - 1) / W * W;
       float* vectors = nullptr;
-      if (p.weight.data == nullptr || p.weight.dtype != DType::f32 ||
+      if (kPaired<T> || p.weight.data == nullptr || p.weight.dtype != DType::f32 ||
           (Center && (p.bias.data == nullptr || p.bias.dtype != DType::f32))) {
         vectors = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * 2 * room));
       }
@@ -164,8 +167,8 @@ void norm_forward(const RowNormParams& p) {
         random = static_cast<uint32_t*>(
             thread_scratch(Scratch::pack, sizeof(uint32_t) * kShortRows * random_words_room(n)));
       }
-      const float* w = float_vector(p.weight, n, 1.f, vectors);
-      const float* b = Center ? float_vector(p.bias, n, 0.f, vectors + room) : nullptr;
+      const float* w = float_vector<T>(p.weight, n, 1.f, vectors);
+      const float* b = Center ? float_vector<T>(p.bias, n, 0.f, vectors + room) : nullptr;
       int64_t r = begin;
       if (n <= kShort) {
         for (; r + kShortRows <= end; r += kShortRows) {
@@ -201,14 +204,14 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
     mean[r] = Center ? p.mean[row + r] : 0.f;
     rstd[r] = p.rstd[row + r];
   }
-  vf sum_grad[R] = {}, sum_product[R] = {};
-  over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-    const vf weight = load(w + j, part);
+  vf sum_grad[R][1] = {}, sum_product[R][1] = {};
+  over_columns<1, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const auto weight = load(w + j, part);
     FT_UNROLL for (int r = 0; r < R; ++r) {
-      const vf g = load(grad[r] + j, part) * weight;
-      const vf v = load(x[r] + j, part);
-      if (Center) sum_grad[r] += g;
-      sum_product[r] = fma(g, Center ? v - splat(mean[r]) : v, sum_product[r]);
+      const auto g = load(grad[r] + j, part) * weight;
+      const auto v = load(x[r] + j, part);
+      if (Center) accumulate(sum_grad[r], 0, g);
+      accumulate(sum_product[r], 0, g, Center ? v - splat(mean[r]) : v);
     }
   });
   // d = rstd·(g·w) + v·across + level with v = x − mean. With one feature v is 0 and g·w is its own
@@ -218,8 +221,8 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
   FT_UNROLL for (int r = 0; r < R; ++r) {
     scale[r] = constant ? 0.f : rstd[r];
     // In this order no factor overflows while g·x̂ and the result don't.
-    across[r] = -(reduce_add(sum_product[r]) * scale[r] / count) * scale[r] * scale[r];
-    level[r] = Center ? -scale[r] * (reduce_add(sum_grad[r]) / count) : 0.f;
+    across[r] = -(reduce_add(sum_product[r][0]) * scale[r] / count) * scale[r] * scale[r];
+    level[r] = Center ? -scale[r] * (reduce_add(sum_grad[r][0]) / count) : 0.f;
   }
   const T* grad_summed = static_cast<const T*>(p.grad_summed);
   T* d_residual = static_cast<T*>(p.d_residual) + row * n;
@@ -232,25 +235,25 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
       words[r] = random_words(p.dropout.seed, position, n, random + r * room);
     }
   }
-  over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-    const vf weight = load(w + j, part);
-    vf sum_w = zero(), sum_b = zero();
+  over_columns<1, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const auto weight = load(w + j, part);
+    decltype(load(w + j, part)) sum_w = zero(), sum_b = zero();
     FT_UNROLL for (int r = 0; r < R; ++r) {
-      const vf g = load(grad[r] + j, part);
-      const vf v = load(x[r] + j, part);
-      const vf centred = Center ? v - splat(mean[r]) : v;
-      const vf scaled = g * splat(scale[r]);
+      const auto g = load(grad[r] + j, part);
+      const auto v = load(x[r] + j, part);
+      const auto centred = Center ? v - splat(mean[r]) : v;
+      const auto scaled = g * splat(scale[r]);
       sum_w = fma(scaled, centred, sum_w);
-      sum_b += g;
-      vf d = centred * splat(across[r]);
-      if (Center) d += splat(level[r]);
+      sum_b = sum_b + g;
+      auto d = centred * splat(across[r]);
+      if (Center) d = d + splat(level[r]);
       d = fma(scaled, weight, d);
       if (grad_summed != nullptr) {
-        d += load(grad_summed + (row + r) * p.grad_summed_stride + j, part);
+        d = d + load(grad_summed + (row + r) * p.grad_summed_stride + j, part);
       }
       store(d_residual + r * n + j, d, part);
       if (d_input != nullptr) {
-        d = dropped(d, words[r] + j, p.dropout.threshold, p.dropout.scale);
+        d = dropped(d, words[r] + j, part, p.dropout);
         store(d_input + r * n + j, d, part);
       }
     }
@@ -267,19 +270,25 @@ inline void move_sum(float* from, float* to, int64_t n) {
   });
 }
 
-// out = sums[0] + sums[1] + … of `chunks` vectors that lie `stride` apart.
-inline void add_chunks(const float* sums, int64_t chunks, int64_t stride, int64_t n, DType dtype,
-                       void* out) {
-  with_type(dtype, [&]<class T>() {
-    parallel_for(
-        (n + W - 1) / W, kNormGrain / (W * (chunks + 1)) + 1, [&](int64_t begin, int64_t end) {
-          const int64_t from = begin * W, to = end * W < n ? end * W : n;
-          over_columns<1>(to - from, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-            vf sum = zero();
-            for (int64_t c = 0; c < chunks; ++c) sum += load(sums + c * stride + from + j, part);
-            store(static_cast<T*>(out) + from + j, sum, part);
-          });
-        });
+// out = sums[0] + sums[1] + … of `chunks` vectors that lie `stride` apart, in the order of a walk
+// over a row of T.
+template <class T>
+void add_chunks(const float* sums, int64_t chunks, int64_t stride, int64_t n, DType dtype,
+                void* out) {
+  constexpr int64_t unit = 2 * W;
+  with_type(dtype, [&]<class Out>() {
+    parallel_for((n + unit - 1) / unit, kNormGrain / (unit * (chunks + 1)) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   const int64_t from = begin * unit, to = end * unit < n ? end * unit : n;
+                   over_columns<1, T>(
+                       to - from, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+                         decltype(load(sums, part)) sum = zero();
+                         for (int64_t c = 0; c < chunks; ++c) {
+                           sum = sum + load(sums + c * stride + from + j, part);
+                         }
+                         store_in_order(static_cast<Out*>(out) + from + j, sum, part);
+                       });
+                 });
   });
 }
 
@@ -300,7 +309,7 @@ void norm_backward(const RowNormBackwardParams& p) {
   }
   with_type(p.dtype, [&]<class T>() {
     parallel_for(chunks, kNormGrain / (chunk * n + 1) + 1, [&](int64_t begin, int64_t end) {
-      const float* w = float_vector(
+      const float* w = float_vector<T>(
           p.weight, n, 1.f,
           static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * 2 * room)));
       float* level =
@@ -336,9 +345,9 @@ void norm_backward(const RowNormBackwardParams& p) {
         }
       }
     });
+    if (wants_weight) add_chunks<T>(sums, chunks, 2 * room, n, p.weight_dtype, p.d_weight);
+    if (wants_bias) add_chunks<T>(sums + room, chunks, 2 * room, n, p.weight_dtype, p.d_bias);
   });
-  if (wants_weight) add_chunks(sums, chunks, 2 * room, n, p.weight_dtype, p.d_weight);
-  if (wants_bias) add_chunks(sums + room, chunks, 2 * room, n, p.weight_dtype, p.d_bias);
 }
 
 }  // namespace ft::FT_ISA

@@ -22,11 +22,29 @@ constexpr int64_t kBlock = 4096;   // columns of a block
 
 struct AllAllowed {};
 
-FT_INLINE vf masked(vf s, AllAllowed, int64_t, Whole) { return s; }
-FT_INLINE vf masked(vf s, AllAllowed, int64_t, Part part) { return keep(s, part, -INFINITY); }
+template <class P>
+FT_INLINE vf masked(vf s, AllAllowed, int64_t, P part) {
+  return keep(s, part, -INFINITY);
+}
+FT_INLINE vf2 masked(vf2 s, AllAllowed, int64_t, Pair) { return s; }
 template <class P>
 FT_INLINE vf masked(vf s, const bool* mask, int64_t j, P part) {
   return select(load_flags(mask + j, part), s, splat(-INFINITY));
+}
+FT_INLINE vf2 masked(vf2 s, const bool* mask, int64_t j, Pair) {
+  bool flags[2 * W];
+  for (int i = 0; i < W; ++i) {
+    flags[i] = mask[j + 2 * i];
+    flags[W + i] = mask[j + 2 * i + 1];
+  }
+  return {masked(s.even, flags, 0, Whole{}), masked(s.odd, flags, W, Whole{})};
+}
+
+// The larger of each, `b` where one is NaN, for the partial maximum that a walk's u names.
+FT_INLINE void raise(vf* high, int u, vf s) { high[u] = max(s, high[u]); }
+FT_INLINE void raise(vf* high, int, vf2 s) {
+  high[0] = max(s.even, high[0]);
+  high[1] = max(s.odd, high[1]);
 }
 
 template <class T>
@@ -53,16 +71,16 @@ void row(const T* x, Mask mask, int64_t n, float factor, float* e, float* tops, 
   for (int64_t first = 0, b = 0; first < n; first += kBlock, ++b) {
     const int64_t count = n - first < kBlock ? n - first : kBlock;
     vf high[2] = {splat(-INFINITY), splat(-INFINITY)};
-    over_columns<2>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      high[u] = max(score(first + j, part), high[u]);
+    over_columns<2, T>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+      raise(high, u, score(first + j, part));
     });
     const float block_top = reduce_max(max(high[0], high[1]));
     const float about = block_top == -INFINITY ? 0.f : block_top;  // −inf less −inf is NaN
     vf total[2] = {zero(), zero()};
-    over_columns<2>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      const vf y = exp(score(first + j, part) - splat(about));
+    over_columns<2, T>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+      const auto y = exp(score(first + j, part) - splat(about));
       if constexpr (!Log) store(e + first + j, y, part);
-      total[u] += y;
+      accumulate(total, u, y);
     });
     const float block_sum = reduce_add(total[0] + total[1]);
     tops[b] = about;
@@ -77,9 +95,9 @@ void row(const T* x, Mask mask, int64_t n, float factor, float* e, float* tops, 
   }
   if constexpr (Log) {
     const float log_sum = __builtin_logf(sum);
-    over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    over_columns<2, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
       // Less the maximum first: what is left is exact where it is small.
-      const vf y = (product(load(x + j, part), splat(factor)) - splat(top)) - splat(log_sum);
+      const auto y = (product(load(x + j, part), splat(factor)) - splat(top)) - splat(log_sum);
       store(out + j, masked(y, mask, j, part), part);
     });
     return;
@@ -91,7 +109,7 @@ void row(const T* x, Mask mask, int64_t n, float factor, float* e, float* tops, 
     const int64_t count = n - first < kBlock ? n - first : kBlock;
     const float shrink = n <= kBlock || tops[b] == top ? 1.f : __builtin_expf(tops[b] - top);
     const vf by = splat(shrink), of = splat(sum), inverse = splat(1.f / sum);
-    over_columns<2>(count, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    over_columns<2, T>(count, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
       store(out + first + j, divide(load(e + first + j, part) * by, of, inverse), part);
     });
   }
@@ -166,14 +184,14 @@ void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t
 template <bool Log, class T>
 void grad_row(const T* g, const T* y, int64_t n, float factor, T* dx) {
   vf total[4] = {};
-  over_columns<4>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-    const vf gj = load(g + j, part);
-    total[u] = Log ? total[u] + gj : fma(gj, load(y + j, part), total[u]);
+  over_columns<4, T>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+    const auto gj = load(g + j, part);
+    Log ? accumulate(total, u, gj) : accumulate(total, u, gj, load(y + j, part));
   });
   const vf sum = splat(reduce_add((total[0] + total[1]) + (total[2] + total[3])));
   const vf scale = splat(factor);
-  over_columns<2>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-    const vf gj = load(g + j, part), yj = load(y + j, part);
+  over_columns<2, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+    const auto gj = load(g + j, part), yj = load(y + j, part);
     store(dx + j, Log ? scale * (gj - exp(yj) * sum) : scale * yj * (gj - sum), part);
   });
 }

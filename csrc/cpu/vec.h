@@ -202,8 +202,12 @@ template <>
 FT_INLINE vf load<float>(const float* p) {
   return (vf)_mm256_loadu_ps(p);
 }
+// Both halves of a register get all the words, then each picks its own into the upper half of its
+// lanes: one shuffle, and shifts and shuffles are what bf16 is bound by.
 FT_INLINE vf widen(__m128i x, bf16) {
-  return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  const __m256i to = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                      -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return (vf)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(x), to);
 }
 FT_INLINE vf widen(__m128i x, f16) { return (vf)_mm256_cvtph_ps(x); }
 template <>
@@ -224,13 +228,16 @@ FT_INLINE vf load(const T* p, int n) {
 
 FT_INLINE __m128i narrow(vf x, bf16) {
   const __m256i bits = _mm256_castps_si256((__m256)x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i out = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256 nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);
-  out = _mm256_blendv_epi8(out, quiet, _mm256_castps_si256(nan));
-  out = _mm256_srli_epi32(out, 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
+  const __m256i bit = _mm256_set1_epi32(0x10000);
+  const __m256i odd = _mm256_cmpeq_epi32(_mm256_and_si256(bits, bit), bit);
+  __m256i out = _mm256_sub_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256 nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);  // all bits set: a NaN too
+  out = _mm256_or_si256(out, _mm256_castps_si256(nan));
+  const __m256i upper =
+      _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                       2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+  out = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(out, upper), 0x08);
+  return _mm256_castsi256_si128(out);
 }
 FT_INLINE __m128i narrow(vf x, f16) {
   return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kPackBytes = int64_t{12}
                                << 20;        // packed B per chunk: stays in the last-level cache
 constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
-constexpr int64_t kTaskColumns = 512;        // columns of a task that may split them
+constexpr int64_t kTaskColumns = 1536;       // columns of a task that may split them
 constexpr int64_t kWholeRowColumns = 4096;
 constexpr int64_t kSkinnyRows = 4;
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
@@ -90,16 +90,28 @@ void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c
 
 // Rows whose distance is a multiple of this share the few lines of one L1 set and push each other
 // out.
-constexpr int64_t kAliasBytes = 1024;
+constexpr int64_t kAliasBytes = 4096;
 
-// Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1,
-// and used once (one panel), so that a copy would cost more than it saves.
+// Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1.
 template <class Unit, class T>
 bool in_place(const Gemm& p) {
-  return sizeof(T) * Unit::elements == 4 && p.columns <= NR && p.depth % Unit::elements == 0 &&
-         !p.a.transposed && p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
+  return sizeof(T) * Unit::elements == 4 && p.depth % Unit::elements == 0 && !p.a.transposed &&
+         p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
          p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
+
+// The part of A that is wanted next, fetched into L2 a few rows per panel of the part at work.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+
+  void fetch(int64_t panel, int64_t panels) const {
+    for (int64_t i = rows * panel / panels; i < rows * (panel + 1) / panels; ++i) {
+      const char* row = data + i * stride;
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
+  }
+};
 
 template <class Unit, class T>
 struct Engine {
@@ -123,24 +135,36 @@ struct Engine {
                  });
   }
 
-  // One task: a tile of C over the whole summed dimension.
-  void task(const float* panels, GemmTile tile, float* a_block) const {
+  // `rows` rows from `row` on, elements [k, k + depth); nothing where rows do not lie in a line.
+  Ahead ahead(int64_t row, int64_t rows, int64_t k, int64_t depth) const {
+    if (p.a.transposed || p.a.segment != INT64_MAX || p.a.inner_rows != INT64_MAX) return {};
+    const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+    const char* data = static_cast<const char*>(p.a.data) + row * stride;
+    return {data + k * static_cast<int64_t>(sizeof(T)), stride, min64(rows, p.rows - row),
+            depth * static_cast<int64_t>(sizeof(T))};
+  }
+
+  // One task: a tile of C over the whole summed dimension. `next_row`: where the thread's next
+  // tile probably begins.
+  void task(const float* panels, GemmTile tile, int64_t next_row, float* a_block) const {
     const int64_t blocks = ceil_div(units, kDepth);
     int64_t done = 0;
     for (int64_t s = 0; s < blocks; ++s) {
       const int64_t n = ceil_div(units - done, blocks - s);
       const int64_t k = done * Unit::elements, depth = min64(n * Unit::elements, p.depth - k);
       const float* panel = panels + done * NR;
+      const Ahead next = s + 1 < blocks ? ahead(tile.row, tile.rows, k + depth, depth)
+                                        : ahead(next_row, tile.rows, 0, depth);
       if (in_place<Unit, T>(p)) {
         const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
         const char* rows = static_cast<const char*>(p.a.data) + tile.row * stride;
-        multiply(InPlace{rows + done * 4, stride}, tile, panel, n, s > 0);
+        multiply(InPlace{rows + done * 4, stride}, tile, panel, n, next, s > 0);
       } else if (p.a.transposed) {
         copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
-        multiply(BlockColumns{a_block}, tile, panel, n, s > 0);
+        multiply(BlockColumns{a_block}, tile, panel, n, next, s > 0);
       } else {
         copy_a<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
-        multiply(BlockRows{a_block}, tile, panel, n, s > 0);
+        multiply(BlockRows{a_block}, tile, panel, n, next, s > 0);
       }
       done += n;
     }
@@ -149,10 +173,13 @@ struct Engine {
   }
 
   template <class A>
-  void multiply(const A& a, const GemmTile& tile, const float* panel, int64_t n,
+  void multiply(const A& a, const GemmTile& tile, const float* panel, int64_t n, const Ahead& next,
                 bool accumulate) const {
-    for (int64_t j = 0; j < tile.columns; j += NR, panel += panel_floats) {
+    const int64_t count = ceil_div(tile.columns, NR);
+    for (int64_t i = 0; i < count; ++i, panel += panel_floats) {
+      const int64_t j = i * NR;
       float* c = tile.data + j;
+      next.fetch(i, count);
       if (tile.columns - j > W) {
         block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate);
       } else {
@@ -207,7 +234,7 @@ struct Engine {
         const int64_t row = t / column_blocks * height, j = t % column_blocks * width;
         const GemmTile tile = {
             c, stride, row, min64(height, p.rows - row), column + j, min64(width, columns - j)};
-        task(panels + j / NR * panel_floats, tile, a);
+        task(panels + j / NR * panel_floats, tile, (t + workers) / column_blocks * height, a);
       }
     });
   }

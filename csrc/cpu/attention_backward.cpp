@@ -23,13 +23,13 @@ constexpr int64_t kGrain = 16384;
 inline __attribute__((noinline)) void add_product(int n, int vectors, int64_t depth,
                                                   const float* scores, const float* panel, float* c,
                                                   int64_t c_stride) {
-  product_rows<kKeys, 1, Into::add>(n, vectors, depth, scores, panel, c, c_stride, nullptr);
+  product(n, vectors, depth, Rows<kKeys>{scores}, panel, c, c_stride, AddTo{});
 }
 inline __attribute__((noinline)) void add_product_transposed(int n, int vectors, int64_t depth,
                                                              const float* scores,
                                                              const float* panel, float* c,
                                                              int64_t c_stride) {
-  product_rows<1, kKeys, Into::add>(n, vectors, depth, scores, panel, c, c_stride, nullptr);
+  product(n, vectors, depth, Columns<kKeys>{scores}, panel, c, c_stride, AddTo{});
 }
 
 struct Workspace {

@@ -1,6 +1,7 @@
 // What attention's forward and backward share: the products on a tile of scores that lies in cache,
 // the rows of a block with what each may see, and the passes that turn products into scores.
 #pragma once
+#include "cpu/columns.h"
 #include "cpu/tile.h"
 #include "params/attention.h"
 
@@ -14,57 +15,12 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 // ---- products ---------------------------------------------------------------------------------
 
-enum class Into { store, add, scaled };  // c = ab, c += ab, c = factor[row]·c + ab
-
-// rows × (vectors·W) of C. Element (i, k) of A stands at a[i * row_step + k * k_step]; `panel` is
-// [depth][NR].
-template <int rows, int vectors, int row_step, int k_step, Into into>
-FT_INLINE void product(int64_t depth, const float* a, const float* panel, float* c,
-                       int64_t c_stride, [[maybe_unused]] const float* factor) {
-  vf acc[rows][vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) acc[i][v] = zero();
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    vf b[vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) b[v] = load(panel + k * NR + v * W);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const vf x = splat(a[i * row_step + k * k_step]);
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      float* at = c + i * c_stride + v * W;
-      if constexpr (into == Into::store) store(at, acc[i][v]);
-      if constexpr (into == Into::add) store(at, load(at) + acc[i][v]);
-      if constexpr (into == Into::scaled) store(at, fma(load(at), splat(factor[i]), acc[i][v]));
-    }
-  }
-}
-
-template <int row_step, int k_step, Into into, int rows = MR>
-FT_INLINE void product_rows(int n, int vectors, int64_t depth, const float* a, const float* panel,
-                            float* c, int64_t c_stride, const float* factor) {
-  if constexpr (rows > 0) {
-    if (n == rows) {
-      if (vectors == NV) {
-        product<rows, NV, row_step, k_step, into>(depth, a, panel, c, c_stride, factor);
-      } else {
-        product<rows, 1, row_step, k_step, into>(depth, a, panel, c, c_stride, factor);
-      }
-    } else {
-      product_rows<row_step, k_step, into, rows - 1>(n, vectors, depth, a, panel, c, c_stride,
-                                                     factor);
-    }
-  }
+// c[n × columns] = into(a · panel) for panels [depth][NR], of which one or two vectors are used.
+template <class A, class Into>
+FT_INLINE void product(int n, int vectors, int64_t depth, const A& a, const float* panel, float* c,
+                       int64_t c_stride, const Into& into) {
+  if (vectors == NV) return micro_rows<Float, NV>(n, depth, a, panel, c, c_stride, into);
+  micro_rows<Float, 1>(n, depth, a, panel, c, c_stride, into);
 }
 
 // Longer sums are cut, as the rounding errors of one long sum would outgrow those of torch's.
@@ -75,12 +31,8 @@ inline __attribute__((noinline)) void scores_product(int n, int64_t depth, const
                                                      const float* panel, float* scores) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
     const int64_t part = depth - k < kDepthOfSum ? depth - k : kDepthOfSum;
-    const float *a = strip + k * kPanelRows, *b = panel + k * NR;
-    if (k == 0) {
-      product_rows<1, kPanelRows, Into::store>(n, NV, part, a, b, scores, kKeys, nullptr);
-    } else {
-      product_rows<1, kPanelRows, Into::add>(n, NV, part, a, b, scores, kKeys, nullptr);
-    }
+    micro_rows<Float, NV>(n, part, Columns<kPanelRows>{strip + k * kPanelRows}, panel + k * NR,
+                          scores, kKeys, AddToIf{k > 0});
   }
 }
 
@@ -89,7 +41,7 @@ inline __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t d
                                                    const float* scores, const float* panel,
                                                    float* c, int64_t c_stride,
                                                    const float* factor) {
-  product_rows<kKeys, 1, Into::scaled>(n, vectors, depth, scores, panel, c, c_stride, factor);
+  product(n, vectors, depth, Rows<kKeys>{scores}, panel, c, c_stride, AddToScaled{factor});
 }
 
 // ---- a block of query rows --------------------------------------------------------------------
@@ -220,18 +172,6 @@ FT_INLINE vf tanh(vf x) {
   return select(z < splat(0.36f), near, far);
 }
 
-typedef uint8_t vbytes __attribute__((vector_size(W)));
-
-FT_INLINE vi load_flags(const bool* p, int n) {
-  vbytes bytes = {};
-  if (n >= W) {
-    std::memcpy(&bytes, p, W);
-  } else {
-    std::memcpy(&bytes, p, static_cast<size_t>(n));
-  }
-  return __builtin_convertvector(bytes, vi) != vi{};
-}
-
 // Rows of mask and bias with a column stride other than 1 are first copied beside each other.
 template <class T>
 FT_INLINE const T* beside(const T* p, int64_t stride, int64_t j, int64_t n, T* copy) {
@@ -261,7 +201,9 @@ FT_INLINE void mask_row(const AttentionCase& p, Row& row, int64_t j, int64_t beg
     vi allowed = (at >= low) & (at < high);
     vf x = load(s + k);
     const int have = static_cast<int>(min64(W, n - k));
-    if constexpr (has_mask) allowed &= load_flags(mask + k, have);
+    if constexpr (has_mask) {
+      allowed &= have == W ? load_flags(mask + k, Whole{}) : load_flags(mask + k, Part{have});
+    }
     if constexpr (has_bias) {
       const vf add = have == W ? load(bias + k) : load(bias + k, have);
       allowed &= ~(add == splat(-__builtin_inff()));

@@ -21,7 +21,8 @@ double time_tile() {
   double best = 1e9;
   for (int run = 0; run < 6; ++run) {
     const double start = seconds();
-    for (int i = 0; i < 20; ++i) micro<Unit, MR>(64, BlockRows{a}, panel, c, NR, false);
+    for (int i = 0; i < 20; ++i)
+      micro<Unit, MR, NV>(64, Rows<kRowUnits>{a}, panel, c, NR, StoreTo{});
     const double took = seconds() - start;
     if (took < best) best = took;
   }

@@ -83,7 +83,7 @@ void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c
   for (int64_t t = 0, done = 0; t < tiles; ++t) {  // even heights: 16 rows are 8 + 8, not 14 + 2
     const int64_t n = ceil_div(rows - done, tiles - t);
     micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
-                         c_stride, accumulate);
+                         c_stride, AddToIf{accumulate});
     done += n;
   }
 }
@@ -161,10 +161,10 @@ struct Engine {
         multiply(InPlace{rows + done * 4, stride}, tile, panel, n, next, s > 0);
       } else if (p.a.transposed) {
         copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
-        multiply(BlockColumns{a_block}, tile, panel, n, next, s > 0);
+        multiply(Columns<kBlockRows>{a_block}, tile, panel, n, next, s > 0);
       } else {
         copy_a<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
-        multiply(BlockRows{a_block}, tile, panel, n, next, s > 0);
+        multiply(Rows<kRowUnits>{a_block}, tile, panel, n, next, s > 0);
       }
       done += n;
     }

@@ -188,15 +188,17 @@ inline void pack_panel(const T* b, int64_t row_stride, int64_t columns, int64_t 
 
 // Where the micro-kernel finds element (i, k) of A, in units. Addresses are spelled so that four
 // rows share one pointer: fourteen pointers would not fit the general registers.
-struct BlockRows {  // a copied block: a[i * kRowUnits + k]
+template <int stride>
+struct Rows {  // a[i * stride + k]
   const float* a;
-  FT_INLINE vf at(int i, int64_t k) const { return splat(a[i * kRowUnits + k]); }
-  FT_INLINE BlockRows below(int64_t rows) const { return {a + rows * kRowUnits}; }
+  FT_INLINE vf at(int i, int64_t k) const { return splat(a[i * stride + k]); }
+  FT_INLINE Rows below(int64_t rows) const { return {a + rows * stride}; }
 };
-struct BlockColumns {  // a copied transposed block: a[k * kBlockRows + i]
+template <int stride>
+struct Columns {  // transposed: a[k * stride + i]
   const float* a;
-  FT_INLINE vf at(int i, int64_t k) const { return splat(a[k * kBlockRows + i]); }
-  FT_INLINE BlockColumns below(int64_t rows) const { return {a + rows}; }
+  FT_INLINE vf at(int i, int64_t k) const { return splat(a[k * stride + i]); }
+  FT_INLINE Columns below(int64_t rows) const { return {a + rows}; }
 };
 struct InPlace {  // the matrix itself, `stride` bytes from row to row
   const char* a;
@@ -209,10 +211,28 @@ struct InPlace {  // the matrix itself, `stride` bytes from row to row
   FT_INLINE InPlace below(int64_t rows) const { return {a + rows * stride, stride}; }
 };
 
-// C[rows × nv·W] (+)= A[rows × units] · panel, of which nv vectors are used.
-template <class Unit, int rows, int nv = NV, class A>
+// What a row i of C becomes, of which `c` is a vector and x the product's.
+struct StoreTo {
+  FT_INLINE vf operator()(int, const float*, vf x) const { return x; }
+};
+struct AddTo {
+  FT_INLINE vf operator()(int, const float* c, vf x) const { return x + load(c); }
+};
+struct AddToIf {
+  bool accumulate;
+  FT_INLINE vf operator()(int, const float* c, vf x) const { return accumulate ? x + load(c) : x; }
+};
+struct AddToScaled {
+  const float* factor;  // of each row
+  FT_INLINE vf operator()(int i, const float* c, vf x) const {
+    return FT_ISA::fma(load(c), splat(factor[i]), x);
+  }
+};
+
+// C[rows × nv·W] = into(A[rows × units] · panel), of which nv vectors are used.
+template <class Unit, int rows, int nv, class A, class Into>
 FT_INLINE void micro(int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
-                     bool accumulate) {
+                     const Into& into) {
   vf acc[rows][nv];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
@@ -235,18 +255,18 @@ FT_INLINE void micro(int64_t units, const A& a, const float* panel, float* c, in
 #pragma GCC unroll 2
     for (int v = 0; v < nv; ++v) {
       float* at = c + i * c_stride + v * W;
-      store(at, accumulate ? acc[i][v] + load(at) : acc[i][v]);
+      store(at, into(i, at, acc[i][v]));
     }
   }
 }
 
 // The same for any number of rows up to MR.
-template <class Unit, int nv, int rows = MR, class A>
+template <class Unit, int nv, int rows = MR, class A, class Into>
 FT_INLINE void micro_rows(int n, int64_t units, const A& a, const float* panel, float* c,
-                          int64_t c_stride, bool accumulate) {
+                          int64_t c_stride, const Into& into) {
   if constexpr (rows > 0) {
-    if (n == rows) return micro<Unit, rows, nv>(units, a, panel, c, c_stride, accumulate);
-    micro_rows<Unit, nv, rows - 1>(n, units, a, panel, c, c_stride, accumulate);
+    if (n == rows) return micro<Unit, rows, nv>(units, a, panel, c, c_stride, into);
+    micro_rows<Unit, nv, rows - 1>(n, units, a, panel, c, c_stride, into);
   }
 }
 

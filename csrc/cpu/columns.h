@@ -271,5 +271,26 @@ FT_INLINE vi load_flags(const bool* p, Part part) {
   std::memcpy(lane, p, static_cast<size_t>(part.count));
   return load_flags(lane, Whole{});
 }
+struct FlagPair {
+  vi even, odd;
+};
+FT_INLINE FlagPair load_flags(const bool* p, Pair) {
+#if defined(__AVX512F__)
+  const __m256i flags = _mm256_loadu_si256((const __m256i*)p);
+  const __m512i even = _mm512_cvtepu16_epi32(_mm256_and_si256(flags, _mm256_set1_epi16(0xff)));
+  const __m512i odd = _mm512_cvtepu16_epi32(_mm256_srli_epi16(flags, 8));
+  return {(vi)_mm512_movm_epi32(_mm512_test_epi32_mask(even, even)),
+          (vi)_mm512_movm_epi32(_mm512_test_epi32_mask(odd, odd))};
+#elif defined(__AVX2__)
+  const __m128i flags = _mm_loadu_si128((const __m128i*)p);
+  const __m256i even = _mm256_cvtepu16_epi32(_mm_and_si128(flags, _mm_set1_epi16(0xff)));
+  const __m256i odd = _mm256_cvtepu16_epi32(_mm_srli_epi16(flags, 8));
+  const __m256i none = _mm256_setzero_si256();
+  return {(vi)_mm256_cmpgt_epi32(even, none), (vi)_mm256_cmpgt_epi32(odd, none)};
+#else
+  (void)p;
+  return {vi{}, vi{}};
+#endif
+}
 
 }  // namespace ft::FT_ISA

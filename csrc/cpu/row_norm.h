@@ -20,7 +20,7 @@
 
 namespace ft::FT_ISA {
 
-// Tuned on a Zen 4 (2 cores, AVX-512) at 128 … 16384 features.
+// Chosen by timing 384, 768 and 4096 features on one core of a Zen 4, with AVX2 and AVX-512.
 constexpr int kRows = 2;                          // rows in flight …
 constexpr int kShortRows = 4;                     // … when they are short
 constexpr int64_t kShort = 1024;                  // forward: features of a short row at most

@@ -189,7 +189,8 @@ FT_INLINE vf round_even(vf x) {
 FT_INLINE float reduce_add(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 FT_INLINE float reduce_max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
 FT_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
-// x * 2^n for an integral n; n below −200 gives 0, above 200 infinity.
+// x * 2^n for an integral n in [kLowestPower, kHighestPower], whose ends give 0 and infinity.
+constexpr float kLowestPower = -200.f, kHighestPower = 200.f;
 FT_INLINE vf scale_by_power(vf x, vf n) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)n); }
 
 #elif defined(__AVX2__)
@@ -282,16 +283,12 @@ FT_INLINE float reduce_max(vf x) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 FT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
-// In two steps, so that the result may be subnormal or infinite; n is clamped to ±252.
+// By a factor whose exponent is n's: 0 at −127, infinity at 128. Subnormal products are not made
+// but next to 2^−126, as they cost some 100 cycles each, and masked scores would all be such.
+constexpr float kLowestPower = -127.f, kHighestPower = 128.f;
 FT_INLINE vf scale_by_power(vf x, vf n) {
-  const __m256 clamped = (__m256)min(splat(252.f), max(splat(-252.f), n));
-  const __m256i whole = _mm256_cvtps_epi32(clamped);
-  const __m256i half = _mm256_srai_epi32(whole, 1);
-  const __m256i rest = _mm256_sub_epi32(whole, half);
-  const __m256i bias = _mm256_set1_epi32(127);
-  const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
-  return (vf)_mm256_mul_ps(_mm256_mul_ps((__m256)x, a), b);
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32((__m256)n), _mm256_set1_epi32(127));
+  return (vf)_mm256_mul_ps((__m256)x, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 }
 
 #else  // portable: plain loops over the vector extension; the compiler maps them to NEON or SSE2
@@ -337,11 +334,9 @@ FT_INLINE vf sqrt(vf x) {
   for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
 }
+constexpr float kLowestPower = -127.f, kHighestPower = 128.f;  // as with AVX2
 FT_INLINE vf scale_by_power(vf x, vf n) {
-  const vi whole = __builtin_convertvector(min(splat(252.f), max(splat(-252.f), n)), vi);
-  const vi half = whole >> 1;
-  const vi rest = whole - half;
-  return x * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+  return x * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
 #endif
@@ -350,7 +345,7 @@ FT_INLINE vf scale_by_power(vf x, vf n) {
 
 // 2^x. Cody–Waite reduction to [−1/2, 1/2]; the clamp keeps NaN (it is the second operand).
 FT_INLINE vf exp2(vf x) {
-  x = min(splat(200.f), max(splat(-200.f), x));
+  x = min(splat(kHighestPower), max(splat(kLowestPower), x));
   const vf n = round_even(x);
   const vf f = x - n;
   vf p = splat(1.5345808e-4f);
@@ -368,7 +363,7 @@ constexpr float kLn2 = 0.69314718055994531f;
 
 // e^x: n·ln2 is taken off in two parts, so the reduced argument is exact to float.
 FT_INLINE vf exp(vf x) {
-  x = min(splat(130.f), max(splat(-130.f), x));
+  x = min(splat(kHighestPower * kLn2), max(splat(kLowestPower * kLn2), x));
   const vf n = round_even(x * splat(kLog2E));
   vf f = fma(n, splat(-0.693145751953125f), x);
   f = fma(n, splat(-1.42860682030941723e-6f), f);

@@ -110,8 +110,8 @@ FT_INLINE void gradients_row(const AttentionBackwardParams& p, const Units& u, f
   }
 }
 
-// The same for a row whose keys all lie in this tile: softmax anew and delta = Σ P ∘ dO·Vᵀ − d_lse,
-// which is free of the rounding of lse and of `out`.
+// The same for a row that sees keys of this tile alone: softmax anew and delta = Σ P ∘ dO·Vᵀ −
+// d_lse, which is free of the rounding of lse and of `out`.
 FT_INLINE void whole_row(const Units& u, float grad_lse, int64_t begin, int64_t end, float* s,
                          float* dp) {
   vf most = splat(-__builtin_inff());
@@ -200,6 +200,9 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     }
   }
   const int64_t lse_at = (b * p.heads + h) * p.q_len + row0;
+  // A bias that all rows share: a band's rows are summed before they go to the long sum.
+  const bool rows_share_bias =
+      sums.d_bias && p.softcap == 0.f && sums.bias_strides[2] == 0 && sums.bias_strides[3] != 0;
   for (int64_t s = 0; s < strips.count; ++s) {
     const int64_t begin = seen[s].begin, end = round_up(seen[s].end, W);
     for (int64_t i = strips.begin(s); i < strips.begin(s + 1); ++i) {
@@ -225,14 +228,16 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
             begin;
       }
       const float delta = p.delta[lse_at + i], top = p.top[lse_at + i], shift = p.shift[lse_at + i];
-      if (p.kv_len <= kKeys && !p.sinks && !words) {
+      const bool whole_row_here = row.first >= j && row.last <= j + n;
+      if (whole_row_here && !p.sinks && !words) {
         whole_row(u, p.grad_lse ? p.grad_lse[lse_at + i] : 0.f, begin, end, weights, ds);
       } else if (seen[s].plain) {
         gradients_row<true>(p, u, top, shift, delta, begin, end, words, weights, ds);
       } else {
         gradients_row<false>(p, u, top, shift, delta, begin, end, words, weights, ds);
       }
-      if (sums.d_bias) add_bias_row(sums, b, row, j, begin, min64(seen[s].end, n), ds);
+      if (sums.d_bias && !rows_share_bias)
+        add_bias_row(sums, b, row, j, begin, min64(seen[s].end, n), ds);
       if (p.softcap != 0.f) {
         for (int64_t k = begin; k < end; k += W)
           store(ds + k, load(ds + k) * load(w.derivative + k));
@@ -241,6 +246,15 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
       clear(ds + from, begin - from);
       clear(weights + end, whole - end);
       clear(ds + end, whole - end);
+    }
+  }
+  if (rows_share_bias) {
+    float* out = sums.d_bias + b * sums.bias_strides[0] + h * sums.bias_strides[1] + j;
+    for (int64_t k = from; k < to; k += W) {
+      vf sum[4] = {};
+      for (int64_t i = 0; i < count; ++i) sum[i % 4] += load(w.d_scores + i * kKeys + k);
+      const int have = static_cast<int>(min64(W, min64(to, n) - k));
+      store(out + k, load(out + k, have) + ((sum[0] + sum[1]) + (sum[2] + sum[3])), have);
     }
   }
   const Strips down(to - from);

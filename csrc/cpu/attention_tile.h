@@ -24,7 +24,7 @@ FT_INLINE void product(int n, int vectors, int64_t depth, const A& a, const floa
 }
 
 // Longer sums are cut, as the rounding errors of one long sum would outgrow those of torch's.
-constexpr int64_t kDepthOfSum = 128;
+constexpr int64_t kDepthOfSum = 64;
 
 // scores[n × NR] = strip · panel, over `depth` = head_dim.
 inline __attribute__((noinline)) void scores_product(int n, int64_t depth, const float* strip,

@@ -417,7 +417,7 @@ def test_hooks_on_parts_fire(kind, norm_first):
             getattr(module, name).register_forward_hook(change)
         torch.testing.assert_close(ours(*inputs), layer(*inputs))
         (reasons,) = ft.nn.fallbacks(ours).values()
-        assert list(reasons) == [f"{name} has hooks: submodules are called one by one"]
+        assert list(reasons) == [f"{name} has a hook: submodules are called one by one"]
 
 
 def test_global_hooks_and_backward_hooks_fire():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear_add import linear_add
+from ..ops.linear_add import ACTIVATIONS, activate, linear_add
 from ..ops.softmax import softmax
+from ..reference.feed_forward import GATES
 from ._fallback import record
 from ._project import project_add, project_add_norm
 from .norms import LayerNorm, RMSNorm, checked_dropout
@@ -108,11 +109,6 @@ class OutputProjection(nn.Linear):
         return f"{super().extra_repr()}, dropout={self.dropout}"
 
 
-#: activation → the activation of the gate, for the gated kinds (Shazeer 2020, arXiv:2002.05202).
-_GATES = {"swiglu": "silu", "geglu": "gelu"}
-_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-
-
 class FeedForward(nn.Module):
     r"""The position-wise feed-forward block.
 
@@ -140,12 +136,12 @@ class FeedForward(nn.Module):
         dtype=None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if activation not in _ACTIVATIONS and activation not in _GATES:
+        if activation not in ACTIVATIONS and activation not in GATES:
             raise ValueError(
                 f"FeedForward: activation is {activation!r}; it must be one of "
-                f"{', '.join((*_ACTIVATIONS, *_GATES))}"
+                f"{', '.join((*ACTIVATIONS, *GATES))}"
             )
-        rows = 2 * dim_feedforward if activation in _GATES else dim_feedforward
+        rows = 2 * dim_feedforward if activation in GATES else dim_feedforward
         self.activation = activation
         self.dropout = checked_dropout("FeedForward", dropout)
         self.linear1 = Linear(d_model, rows, bias, device, dtype)
@@ -154,12 +150,11 @@ class FeedForward(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_model) to (..., d_model)."""
         linear1, linear2 = self.linear1, self.linear2
-        gate_activation = _GATES.get(self.activation)
-        if gate_activation is None:
-            hidden = linear_add(input, linear1.weight, linear1.bias, activation=self.activation)
-        else:
+        if self.activation in GATES:
             gate, up = linear1(input).chunk(2, dim=-1)
-            hidden = (F.silu(gate) if gate_activation == "silu" else F.gelu(gate)) * up
+            hidden = activate(gate, GATES[self.activation]) * up
+        else:
+            hidden = linear_add(input, linear1.weight, linear1.bias, activation=self.activation)
         if self.training and self.dropout:
             hidden = F.dropout(hidden, self.dropout)
         return linear2(hidden)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -42,6 +44,25 @@ def ours_of(module: nn.Module) -> nn.Module:
         if type(child) in OURS:
             child.__class__ = OURS[type(child)]
     return module
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def sample_grid(grid: Mapping[str, Sequence], count: int, seed: int) -> list[dict]:
+    """Random points, few of which still show every pair of values (see below)."""
+    rng = random.Random(seed)
+    return [{flag: rng.choice(values) for flag, values in grid.items()} for _ in range(count)]
+
+
+def assert_every_pair(grid: Mapping[str, Sequence], cases: Sequence[dict]) -> None:
+    seen = {pair for case in cases for pair in itertools.combinations(case.items(), 2)}
+    for (f, fs), (g, gs) in itertools.combinations(grid.items(), 2):
+        assert seen >= {((f, a), (g, b)) for a, b in itertools.product(fs, gs)}
 
 
 @contextlib.contextmanager

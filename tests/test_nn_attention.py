@@ -104,47 +104,34 @@ def arguments(case: dict, mha: nn.MultiheadAttention, dtype=torch.float32):
     return inputs, call, options
 
 
+def check(case: dict, dtype=torch.float32) -> list[float]:
+    mha = build(case, dtype)
+    inputs, call, options = arguments(case, mha, dtype)
+    ours = modules.ours_of(mha)
+    try:
+        ratios = modules.compare(
+            mha, inputs, grads=case["grads"], training=case["training"], ours=ours, call=call,
+            **options,
+        )  # fmt: skip
+    except Exception as error:
+        raise AssertionError(f"{case}: {error}") from error
+    assert ft.nn.fallbacks(ours) == {}
+    return ratios
+
+
 @pytest.mark.parametrize("start", range(0, len(CASES), 40))
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_float32(start):
-    for case in CASES[start : start + 40]:
-        mha = build(case)
-        inputs, call, options = arguments(case, mha)
-        try:
-            modules.compare(
-                mha,
-                inputs,
-                grads=case["grads"],
-                training=case["training"],
-                call=call,
-                steps=8,
-                **options,
-            )
-        except Exception as error:
-            raise AssertionError(f"{case}: {error}") from error
+    ratios = [r for case in CASES[start : start + 40] for r in check(case)]
+    modules.assert_no_worse(ratios)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_other_dtypes(dtype):
-    errors = None if dtype == torch.float64 else []
-    for case in CASES[:40]:
-        mha = build(case, dtype)
-        inputs, call, options = arguments(case, mha, dtype)
-        try:
-            modules.compare(
-                mha,
-                inputs,
-                grads=case["grads"],
-                training=case["training"],
-                call=call,
-                collect=errors,
-                **options,
-            )
-        except Exception as error:
-            raise AssertionError(f"{case}: {error}") from error
-    if errors is not None:
-        modules.assert_distribution(errors)
+    ratios = [r for case in CASES[:40] for r in check(case, dtype)]
+    if dtype != torch.float64:
+        modules.assert_no_worse(ratios)
 
 
 @pytest.mark.parametrize("on", contract.backends_of("attention"))
@@ -172,7 +159,7 @@ def test_a_module_of_real_size_keeps_the_strict_contract():
     padding = torch.arange(96) >= torch.tensor([96, 50])[:, None]
     for need_weights in (False, True):
         modules.compare(
-            mha, [x], steps=1, call=lambda m, x, **kw: m(x, x, x, **kw), key_padding_mask=padding,
+            mha, [x], call=lambda m, x, **kw: m(x, x, x, **kw), key_padding_mask=padding,
             need_weights=need_weights,
         )  # fmt: skip
 

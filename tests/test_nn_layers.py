@@ -3,12 +3,28 @@
 import copy
 import io
 import pickle
+import sys
 import warnings
 
 import modules
 import pytest
 import torch
-from layer_cases import FF, GRID, KINDS, B, E, H, L, S, build, mask_of, padding_of, sequence
+from layer_cases import (
+    FF,
+    GRID,
+    KINDS,
+    SMOOTH,
+    B,
+    E,
+    H,
+    L,
+    S,
+    build,
+    keep_from_kink,
+    mask_of,
+    padding_of,
+    sequence,
+)
 from torch import nn
 
 import fasttransformer as ft
@@ -20,8 +36,10 @@ def test_the_sample_has_every_pair_of_values():
     modules.assert_every_pair(GRID, CASES)
 
 
-def check(case: dict, kind: type, dtype=torch.float32, collect=None) -> None:
+def check(case: dict, kind: type, dtype=torch.float32) -> list[float]:
     layer = build(case, kind, dtype)
+    if dtype in (torch.bfloat16, torch.float16) and case["activation"] not in SMOOTH:
+        keep_from_kink(layer)
     inputs = [sequence(case, L, dtype)]
     mask = mask_of(case["mask"], case, L, L, dtype)
     padding = padding_of(case["padding"], case, L, dtype)
@@ -37,47 +55,58 @@ def check(case: dict, kind: type, dtype=torch.float32, collect=None) -> None:
         }  # fmt: skip
     ours = modules.ours_of(layer)
     try:
-        modules.compare(
-            layer, inputs, grads=case["grads"], training=case["training"], ours=ours, steps=8,
-            collect=collect, **options,
+        ratios = modules.compare(
+            layer, inputs, grads=case["grads"], training=case["training"], ours=ours, **options
         )  # fmt: skip
     except Exception as error:
         raise AssertionError(f"{case}: {error}") from error
     assert ft.nn.fallbacks(ours) == {}
+    return ratios
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", range(0, len(CASES), 60))
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_float32(kind, start):
-    errors: list = []
-    for case in CASES[start : start + 60]:
-        check(case, kind, collect=errors)
-    modules.assert_distribution(errors)
+    ratios = [r for case in CASES[start : start + 60] for r in check(case, kind)]
+    modules.assert_no_worse(ratios)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_against_torch_other_dtypes(kind, dtype):
-    errors = None if dtype == torch.float64 else []
-    for case in CASES[:20]:
-        if errors is not None and case["activation"] not in ("gelu", "F.silu", "Mish"):
-            # a rounding step near a kink flips the derivative, in torch's 16-bit run too
-            case = case | {"activation": "GELU(tanh)"}
-        if dtype != torch.float64 and case["activation"] not in ("gelu", "F.silu", "Mish"):
-            # a rounding step near a kink flips the derivative, in torch's 16-bit run too
-            case = case | {"activation": "GELU(tanh)"}
-        check(case, kind, dtype, errors)
-    if errors is not None:
-        modules.assert_distribution(errors)
+    ratios = [r for case in CASES[:20] for r in check(case, kind, dtype)]
+    if dtype != torch.float64:
+        modules.assert_no_worse(ratios)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("wrong", ["hidden", "project_add_norm"])
+def test_drawing_again_hides_no_wrong_number(monkeypatch, wrong, seed):
+    """A few hundred rounding steps in one part of a tiny layer are never taken for luck."""
+    torch.manual_seed(seed)
+    where = sys.modules["fasttransformer.nn.layers"]
+    right = getattr(where, wrong)
+
+    def off(*args):
+        out = right(*args)
+        return (out[0] * 1.00005, out[1]) if isinstance(out, tuple) else out * 1.00005
+
+    layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True)
+    x = torch.randn(B, L, E)
+    modules.compare(layer, [x])
+    monkeypatch.setattr(where, wrong, off)
+    for grads in (False, True):
+        with pytest.raises(AssertionError, match="error"):
+            modules.compare(layer, [x], grads=grads)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_layer_of_real_size_keeps_the_strict_contract(norm_first, training):
     layer = nn.TransformerEncoderLayer(128, 4, 256, 0.0, batch_first=True, norm_first=norm_first)
-    modules.compare(layer, [torch.randn(2, 64, 128)], training=training, steps=1)
+    modules.compare(layer, [torch.randn(2, 64, 128)], training=training)
 
 
 # ---- masks ----
@@ -297,7 +326,7 @@ def test_rms_norms_in_the_place_of_layer_norms_are_fused():
         layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True, norm_first=norm_first)
         layer.norm1, layer.norm2 = nn.RMSNorm(E), nn.RMSNorm(E, eps=1e-3)
         ours = modules.ours_of(layer)
-        modules.compare(layer, [torch.randn(B, L, E)], ours=ours, steps=8)
+        modules.compare(layer, [torch.randn(B, L, E)], ours=ours)
         assert ft.nn.fallbacks(ours) == {}
 
 

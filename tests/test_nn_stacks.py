@@ -32,7 +32,7 @@ def test_encoder_stack(norm, norm_first, batch_first, mask, padding):
     }  # fmt: skip
     for grads in (True, False):  # without gradients torch takes its nested-tensor path
         inputs = [sequence(case, L, torch.float32)]
-        modules.compare(stack, inputs, grads=grads, steps=12, **options)
+        modules.compare(stack, inputs, grads=grads, **options)
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
@@ -43,7 +43,7 @@ def test_transformer(causal):
     src_padding = torch.arange(S) >= torch.tensor([S, 3, 1])[:, None]
     tgt_padding = torch.arange(L) >= torch.tensor([2, L, 4])[:, None]
     modules.compare(
-        model, inputs, steps=12,
+        model, inputs,
         tgt_mask=nn.Transformer.generate_square_subsequent_mask(L), tgt_is_causal=causal,
         src_key_padding_mask=src_padding, tgt_key_padding_mask=tgt_padding,
         memory_key_padding_mask=src_padding,

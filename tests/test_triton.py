@@ -135,7 +135,7 @@ def test_softmax(shape, dtype):
 
 
 @pytest.mark.parametrize("looped", [False, True])
-@pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])  # b26: masking comes after scaling
+@pytest.mark.parametrize("scale", [0.3, 0.0, -2.0])  # b26: masking comes after scaling
 def test_softmax_mask_and_causal(scale, looped, monkeypatch):
     if looped:  # the kernel for rows that registers do not hold, on short rows
         monkeypatch.setattr(softmax_kernels, "MAX_BLOCK", 16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._front import FLOATS
+from ..ops.embedding import embedding
 from ..ops.linear_add import ACTIVATIONS, activate, linear_add
 from ..ops.softmax import softmax
 from ..reference.feed_forward import GATES
@@ -49,13 +51,34 @@ class Softmax(nn.Softmax):
 class Embedding(nn.Embedding):
     r"""Drop-in :class:`torch.nn.Embedding`: rows of a table, :math:`y_i = W_{x_i}`.
 
-    Input any shape of int64 or int32 ids, output (\*, embedding_dim). The look-up is torch's own:
-    on one table it is a plain copy of rows, with nothing to fuse.
+    Input any shape of integer ids, output (\*, embedding_dim) in the table's dtype. Look-ups of
+    ``padding_idx`` give their row no gradient. An id outside the table raises ``ValueError``, in
+    compiled graphs too. ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` run torch's own
+    look-up; :func:`fasttransformer.nn.fallbacks` says so.
 
     >>> import torch, fasttransformer as ft
     >>> ft.nn.Embedding(10, 3)(torch.tensor([[1, 2]])).shape
     torch.Size([1, 2, 3])
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids of any shape to (\\*input.shape, embedding_dim)."""
+        reason = self._why_not()
+        if reason is not None:
+            record(self, reason)
+            return super().forward(input)
+        return embedding(input, self.weight, padding_idx=self.padding_idx)
+
+    def _why_not(self) -> str | None:
+        if self.max_norm is not None:
+            return "max_norm, which renormalizes rows in place"
+        if self.scale_grad_by_freq:
+            return "scale_grad_by_freq"
+        if self.sparse:
+            return "sparse gradients"
+        if self.weight.dtype not in FLOATS:
+            return f"weight has dtype {self.weight.dtype}"
+        return None
 
 
 class OutputProjection(nn.Linear):

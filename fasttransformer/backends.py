@@ -256,6 +256,9 @@ def use_backend(backend: str) -> Iterator[None]:
 
     A forced backend that can't do a case raises with its reason; it never falls back in silence.
 
+    Raises:
+        ValueError: ``backend`` is not a backend's name.
+
     >>> import torch, fasttransformer as ft
     >>> with ft.use_backend("torch"):
     ...     ft.softmax(torch.zeros(2))
@@ -398,6 +401,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend ``ft.<op>(*args, **kwargs)`` would run on, and why not the ones before it.
 
     The arguments are checked as in a call; nothing is computed.
+
+    Raises:
+        ValueError: ``op`` is not an operation; and what the call itself raises.
 
     >>> import torch, fasttransformer as ft
     >>> ft.explain("softmax", torch.zeros(2, 3), backend="torch").backend

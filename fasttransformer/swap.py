@@ -155,6 +155,9 @@ def restore(model: Module) -> int:
 
     Works on copies and on unpickled models too.
 
+    Raises:
+        TypeError: ``model`` is not a module.
+
     >>> import copy, torch, fasttransformer as ft
     >>> model = torch.nn.LayerNorm(4)
     >>> _ = ft.swap(model)

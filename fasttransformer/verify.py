@@ -248,14 +248,17 @@ class _Noise:
     """Random relative moves, the same in every call of verify and whatever the models draw."""
 
     def __init__(self) -> None:
-        self.generators: dict[torch.device, torch.Generator] = {}
+        self.generator = torch.Generator().manual_seed(5)
 
     def move(self, models: Sequence[Module], size: float) -> None:
-        """Moves every weight of the first, and those of the others along with it."""
+        """Moves every weight of the first, and those of the others along with it.
+
+        ``size`` is relative to the weight, or if 1 and more in roundings of its dtype.
+        """
         with torch.no_grad():
             for first, *rest in zip(*(m.parameters() for m in models), strict=True):
                 if first.is_floating_point():
-                    first.copy_(self._moved(first, size))
+                    self._move(first, size)
                 for other in rest:
                     other.copy_(first)
 
@@ -265,20 +268,23 @@ class _Noise:
         with torch.no_grad():
             for _, tensor in tensors(value):
                 if tensor.is_floating_point():
-                    tensor.copy_(self._moved(tensor, size))
+                    before = tensor.clone()
+                    self._move(tensor, size)
+                    # A mask's -inf and lowest number are no quantities that a rounding could move.
+                    tensor.copy_(torch.where(before.abs() < 2.0**64, tensor, before))
         return value
 
-    def _moved(self, x: Tensor, size: float) -> Tensor:
-        """``size`` is relative, or if 1 and more in roundings of the tensor's dtype."""
+    def _move(self, x: Tensor, size: float) -> None:
         if size >= 1.0:
             size *= torch.finfo(x.dtype).eps
-        if x.device not in self.generators:
-            self.generators[x.device] = torch.Generator(x.device).manual_seed(5)
-        generator = self.generators[x.device]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=wide)
-        # A mask's -inf and lowest number are no quantities that a rounding could move.
-        return torch.where(x.abs() < 2.0**64, x * (1.0 + size * noise), x).to(x.dtype)
+        flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
+        # Repeated in large tensors, at a period that is no multiple of any row's: random numbers
+        # for every weight would take longer than the model does.
+        noise = torch.randn(min(65521, flat.numel()), generator=self.generator).to(flat)
+        for part in flat.split(max(1, len(noise))):
+            part.addcmul_(part, noise[: len(part)], value=size)
+        if flat.data_ptr() != x.data_ptr():
+            x.copy_(flat.view(x.shape))
 
 
 class _Narrowest(TorchDispatchMode):
@@ -320,8 +326,7 @@ def _error(out: Tensor, truth: Tensor) -> float:
     """The largest error where the truth is finite; of integers, how many differ."""
     if not truth.is_floating_point():
         return (out != truth).sum().item()
-    usable = truth.isfinite()
-    return _max((out.double() - truth)[usable].abs())
+    return _largest(out - truth, truth)
 
 
 def copy_of(model: Module) -> Module:
@@ -476,14 +481,15 @@ def _compared(name: str, ours: Tensor, wide: Tensor, plain: Tensor | None) -> Co
         return Compared(name, error, peer_error, 2 * peer_error + 1)  # one index may tip over
     peer = wide.double() if plain is None else plain.double()
     error = _error(ours, wide)
-    peer_error = _max((peer - wide)[wide.isfinite() & peer.isfinite()].abs())
+    peer_error = _largest(peer - wide, peer - wide)
     step = rounding_step(ours.dtype, _largest(wide))
     return Compared(name, error, peer_error, 2 * peer_error + step)
 
 
-def _largest(tensor: Tensor) -> float:
-    return _max(tensor[tensor.isfinite()].abs()) if tensor.is_floating_point() else 0.0
-
-
-def _max(tensor: Tensor) -> float:
-    return tensor.max().item() if tensor.numel() else 0.0
+def _largest(tensor: Tensor, where: Tensor | None = None) -> float:
+    """The largest magnitude among the entries at which ``where``, or the tensor, is finite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    usable = (tensor if where is None else where).isfinite()
+    size = tensor.abs()
+    return (size if usable.all() else torch.where(usable, size, 0.0)).max().item()

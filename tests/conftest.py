@@ -47,7 +47,7 @@ def pytest_addoption(parser):
 def full_size(request):
     """For tests of 10 s and more, or of more than 2 GB, whose rule a smaller one holds always."""
     if not request.config.getoption("--full-size"):
-        pytest.skip("10 to 60 s on two cores, up to 6 GB; --full-size runs it")
+        pytest.skip("7 to 95 s on two cores, up to 6 GB; --full-size runs it")
 
 
 def pytest_collection_modifyitems(config, items):

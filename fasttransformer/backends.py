@@ -38,7 +38,8 @@ class Kernel:
 
     ``limits`` holds the largest value of a named size (``head_dim``); ``lacks`` names the options
     of the operation that the kernel does not do yet (``window``); ``no_backward`` names those that
-    it does forward only.
+    it does forward only. ``backward_from`` names the operations whose backward operators its
+    gradient is joined from, where it has none of its own.
     """
 
     backend: str
@@ -46,6 +47,7 @@ class Kernel:
     limits: Mapping[str, int] = field(default_factory=dict)
     lacks: frozenset[str] = frozenset()
     no_backward: frozenset[str] = frozenset()
+    backward_from: tuple[str, ...] = ()
     forward: Any = None  # torch.ops overloads, bound when the backend's library has been loaded
     backward: Any = None
 
@@ -67,6 +69,12 @@ class Kernel:
             missing = sorted(options & self.no_backward)
             if missing:
                 return f"no backward with {' or '.join(missing)} in this kernel yet"
+            if self.backward is None and not self.backward_from:
+                return "the library that is installed does not implement its backward"
+            rows = ((op, TABLE[op].get(self.backend)) for op in self.backward_from)
+            missing = [op for op, kernel in rows if kernel is None or kernel.backward is None]
+            if missing:
+                return f"its backward needs that of {' and '.join(missing)}, which is not there"
         for name, size in sizes:
             if size > self.limits.get(name, size):
                 return f"{name} {size} (at most {self.limits[name]})"
@@ -80,6 +88,10 @@ def _lacks(*names: str) -> frozenset[str]:
 #: The slopes' own gradient, and what attention_decode asks for beside attention's options.
 _ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes")
 
+#: The backward operators that the two fused with a linear layer are joined from.
+_LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
+_LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
+
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
     "softmax": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
@@ -88,8 +100,14 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "add_layer_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "linear_add": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "linear_add_layer_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "linear_add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "linear_add_layer_norm": {
+        "triton": Kernel("triton", backward_from=_LINEAR_LAYER_NORM),
+        "cpu": Kernel("cpu", backward_from=_LINEAR_LAYER_NORM),
+    },
+    "linear_add_rms_norm": {
+        "triton": Kernel("triton", backward_from=_LINEAR_RMS_NORM),
+        "cpu": Kernel("cpu", backward_from=_LINEAR_RMS_NORM),
+    },
     "attention": {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
@@ -188,7 +206,6 @@ def _bind() -> None:
         for backend, kernel in row.items():
             if backend == "torch" or backend in _unavailable:
                 continue
-            # linear_add_layer_norm and its like have no backward of their own: they join others'.
             for part, name in (("forward", op), ("backward", f"{op}_backward")):
                 overload = _operator(backend, name)
                 if overload is not None:
@@ -238,6 +255,9 @@ def use_backend(backend: str) -> Iterator[None]:
     """Forces one backend within a ``with`` block, for every operation of the process.
 
     A forced backend that can't do a case raises with its reason; it never falls back in silence.
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name.
 
     >>> import torch, fasttransformer as ft
     >>> with ft.use_backend("torch"):
@@ -381,6 +401,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend ``ft.<op>(*args, **kwargs)`` would run on, and why not the ones before it.
 
     The arguments are checked as in a call; nothing is computed.
+
+    Raises:
+        ValueError: ``op`` is not an operation; and what the call itself raises.
 
     >>> import torch, fasttransformer as ft
     >>> ft.explain("softmax", torch.zeros(2, 3), backend="torch").backend

@@ -26,6 +26,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from . import nn
 from .backends import TABLE as KERNELS
 from .backends import backends, forced_backend
+from .nn._plain import activation_name, addition, path_of
 
 Reason = Callable[[Module], "str | None"]
 
@@ -71,10 +72,6 @@ def _load(path: str) -> type[Module]:
     return getattr(importlib.import_module(module), name)
 
 
-def path_of(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def short_name(cls: type) -> str:
     """``torch.nn.LayerNorm`` rather than the file it is written in; else the class's name."""
     if getattr(torch.nn, cls.__name__, None) is cls:
@@ -83,16 +80,6 @@ def short_name(cls: type) -> str:
 
 
 # ---- reasons to leave a module alone ------------------------------------------------------------
-
-
-def hooked(module: Module) -> bool:
-    """Whether calling ``module`` does more than its forward: a hook of any kind is registered."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def own_reason(module: Module) -> str | None:
@@ -109,6 +96,14 @@ def _parameter_reason(module: Module, prefix: str) -> str | None:
     if "weight" not in module._parameters and isinstance(module, _WEIGHTED):
         return f"{prefix}weight is computed by a hook (pruning or weight normalization)"
     return None
+
+
+def _bypass_reason(child: Module, name: str) -> str | None:
+    """What a submodule has that a target which reads its parameters would pass over."""
+    added = addition(child)
+    if added is not None:
+        return f"{name} {added}, which would not be called"
+    return _parameter_reason(child, f"{name}.")
 
 
 def kernel_reason(op: str, module: Module) -> str | None:
@@ -143,65 +138,17 @@ def children_reason(module: Module, kinds: Mapping[str, str]) -> str | None:
             return f"it has a submodule that is not known: {name} ({short_name(type(child))})"
         if kind == "called":
             continue
-        if kind == "activation" and not hooked(child) and activation_name(child) is None:
-            return f"its activation, {short_name(type(child))}, has no kernel"
         if kind != "activation" and type(child) not in KINDS[kind]:
             return f"{name} is a {short_name(type(child))}, not a plain {kind}"
-        if hooked(child):
-            return f"{name} has a hook, which would not be called"
-        if "forward" in child.__dict__:
-            return f"the forward of {name} is replaced on this instance"
-        problem = _parameter_reason(child, f"{name}.")
+        problem = _bypass_reason(child, name)
         if problem is not None:
             return problem
+        if kind == "activation" and activation_name(child) is None:
+            return f"its activation, {short_name(type(child))}, has no kernel"
     for name, kind in kinds.items():
         if kind in KINDS and module._modules.get(name) is None:
             return f"it has no submodule {name}"
     return None
-
-
-# ---- activations --------------------------------------------------------------------------------
-
-#: What ``linear_add(activation=)`` calls the functions and module classes that people use. Classes
-#: of transformers are known by their path; :func:`activation_name` adds them once they are met.
-_ACTIVATIONS: dict[object, str] = {
-    torch.relu: "relu",
-    torch.nn.functional.relu: "relu",
-    torch.nn.functional.gelu: "gelu",
-    torch.nn.functional.silu: "silu",
-    torch.nn.ReLU: "relu",
-    torch.nn.SiLU: "silu",
-}
-_ACTIVATION_PATHS: dict[str, str] = {
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.SiLUActivation": "silu",
-}
-
-
-def activation_name(activation: object) -> str | None:
-    """``linear_add``'s name for an activation given as a function or module, None if it has none.
-
-    >>> activation_name(torch.nn.GELU(approximate="tanh"))
-    'gelu_tanh'
-    """
-    if not isinstance(activation, Module):
-        try:
-            return _ACTIVATIONS.get(activation)
-        except TypeError:  # not hashable
-            return None
-    if hooked(activation) or "forward" in activation.__dict__:
-        return None
-    cls = type(activation)
-    if cls is torch.nn.GELU:
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    name = _ACTIVATIONS.get(cls)
-    if name is None:
-        name = _ACTIVATION_PATHS.get(path_of(cls))
-        if name is not None and not torch.compiler.is_compiling():
-            _ACTIVATIONS[cls] = name
-    return name
 
 
 # ---- torch.nn -----------------------------------------------------------------------------------
@@ -226,11 +173,7 @@ def _layer_accepts(module: Module) -> str | None:
         known = type(child) in _LAYER_PARTS or activation_name(child) is not None
         if not known and not name.endswith("activation"):
             return f"{name} is a {short_name(type(child))}"
-        if hooked(child):
-            return f"{name} has a hook, which would not be called"
-        if "forward" in child.__dict__:
-            return f"the forward of {name} is replaced on this instance"
-        problem = _parameter_reason(child, f"{name}.")
+        problem = _bypass_reason(child, name)
         if problem is not None:
             return problem
     return None

@@ -79,11 +79,12 @@ class Report:
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Compares the swapped model's outputs and gradients on these inputs with the original's.
 
-        The original is run in float64 for the truth and in its own dtype for the error that it has
-        itself; the swapped model passes where its error is at most twice that, plus one rounding
-        step. All three are copies: the model's flags, gradients and the random state stay as they
-        are. Dropout is off. Prints a table (unless ``show=False``; ``gradients=False`` compares
-        outputs only) and raises nothing: what goes wrong is in ``problem``.
+        Two rules: in float64 both must agree to what rounding there explains, so that a wrong
+        formula is found in every run; and in the model's own dtype the swapped one's error may be
+        at most twice the original's, plus one rounding step. All are run on copies: the model's
+        flags, gradients and the random state stay as they are. Dropout is off. Prints a table
+        (unless ``show=False``; ``gradients=False`` compares outputs only) and raises nothing: what
+        goes wrong is in ``problem``.
 
         >>> import torch, fasttransformer as ft
         >>> report = ft.swap(torch.nn.Softmax(-1))
@@ -153,6 +154,9 @@ def restore(model: Module) -> int:
     """Gives every swapped module of a model its class back; returns how many there were.
 
     Works on copies and on unpickled models too.
+
+    Raises:
+        TypeError: ``model`` is not a module.
 
     >>> import copy, torch, fasttransformer as ft
     >>> model = torch.nn.LayerNorm(4)

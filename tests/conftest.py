@@ -38,6 +38,17 @@ def pytest_addoption(parser):
         "--all-interpreted", action="store_true", help="run every case on interpreted Triton"
     )
 
+    parser.addoption(
+        "--full-size", action="store_true", help="run cases past 2^31 elements at their full size"
+    )
+
+
+@pytest.fixture
+def full_size(request):
+    """For tests of 10 s and more, or of more than 2 GB, whose rule a smaller one holds always."""
+    if not request.config.getoption("--full-size"):
+        pytest.skip("7 to 95 s on two cores, up to 6 GB; --full-size runs it")
+
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--all-interpreted") or os.environ.get("TRITON_INTERPRET") != "1":

@@ -7,8 +7,10 @@ places: known faults b34, b42), with dropout off. The peer is the same in the mo
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 
 import contract
 import fasttransformer as ft
+from fasttransformer._contract import Comparison
 from fasttransformer._contract import compare as compare_tensors
 from fasttransformer.backends import TABLE
+from fasttransformer.verify import copy_of
 
 OURS: dict[type, type] = {
     nn.MultiheadAttention: ft.nn.MultiheadAttention,
@@ -37,11 +41,30 @@ OURS: dict[type, type] = {
 
 def ours_of(module: nn.Module) -> nn.Module:
     """A copy whose every module that has a class of ours is of that class."""
-    module = copy.deepcopy(module)
+    module = copy_of(module)
     for child in module.modules():
         if type(child) in OURS:
             child.__class__ = OURS[type(child)]
     return module
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def sample_grid(grid: Mapping[str, Sequence], count: int, seed: int) -> list[dict]:
+    """Random points, few of which still show every pair of values (see below)."""
+    rng = random.Random(seed)
+    return [{flag: rng.choice(values) for flag, values in grid.items()} for _ in range(count)]
+
+
+def assert_every_pair(grid: Mapping[str, Sequence], cases: Sequence[dict]) -> None:
+    seen = {pair for case in cases for pair in itertools.combinations(case.items(), 2)}
+    for (f, fs), (g, gs) in itertools.combinations(grid.items(), 2):
+        assert seen >= {((f, a), (g, b)) for a, b in itertools.product(fs, gs)}
 
 
 @contextlib.contextmanager
@@ -66,7 +89,7 @@ def skip_unless_runs(on: str, *ops: str) -> None:
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
-    module = copy.deepcopy(module)
+    module = copy_of(module)
     for child in module.modules():
         if isinstance(child, nn.Dropout):
             child.p = 0.0
@@ -107,40 +130,43 @@ def widened(value: Any) -> Any:
     return value
 
 
-def worst_relative_error(wants: Sequence[Tensor], peers: Sequence[Tensor]) -> float:
-    """The peer's largest error as a fraction of the tensor's largest entry, over many tensors."""
-    worst = 0.0
-    for want, peer in zip(wants, peers):
-        scale = want.abs().max().item() if want.numel() else 0.0
-        if scale:
-            worst = max(worst, (peer.double() - want).abs().max().item() / scale)
-    return worst
+def compared(
+    runs: Sequence[tuple[list[Tensor], dict[str, Tensor]]],
+) -> Iterator[tuple[str, Comparison]]:
+    """Every output and gradient of (ours, truth, peer) under the number contract."""
+    (got, got_grads), (want, want_grads), (peer, peer_grads) = runs
+    assert len(got) == len(want)
+    assert got_grads.keys() == want_grads.keys()
+    triples = {f"output {i}": t for i, t in enumerate(zip(got, want, peer))}
+    triples |= {f"gradient of {n}": (got_grads[n], want_grads[n], peer_grads[n]) for n in got_grads}
+    for name, (a, b, c) in triples.items():
+        assert a.dtype == c.dtype, f"{name} has dtype {a.dtype}, torch's {c.dtype}"
+        if a.dtype == torch.float64:  # the truth itself rounds in float64
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+            continue
+        yield name, compare_tensors(a, b, c)
 
 
-def assert_close(
-    out: Tensor, want: Tensor, peer: Tensor, what: str, steps: int, relative: float = 0.0
-) -> None:
-    if out.dtype == torch.float64:  # the truth itself rounds in float64
-        torch.testing.assert_close(out, want, atol=1e-12, rtol=1e-10)
-        return
-    found = compare_tensors(out, want, peer)
-    if found.problem is None or not found.allowed:
-        assert found.problem is None, f"{what}: {found.problem}"
-        return
-    step = found.allowed - 2 * found.peer_error
-    peer_error = max(found.peer_error, relative * want.abs().max().item())
-    assert found.error <= 2 * peer_error + steps * step, f"{what}: {found.problem}"
+def assert_no_worse(ratios: Sequence[float]) -> None:
+    """Over hundreds of tensors luck is gone: the geometric mean of the ratio of the errors.
 
-
-def assert_distribution(collected: list[tuple[float, float]]) -> None:
-    """Median and upper tail of our relative errors are at most twice the peer's.
-
-    Gradients of a whole layer are chaotic one by one: a row whose variance happens to be small
-    magnifies what was rounded before it, in one run and not in the other.
+    Measured 0.91 to 1.01 over the grids in float32, 0.7 to 0.9 in 16 bits.
     """
-    ours, peer = torch.tensor(collected, dtype=torch.float64).unbind(1)
-    for q in (0.5, 0.9, 0.97):
-        assert ours.quantile(q) <= 2 * peer.quantile(q) + 1e-3, f"at quantile {q}"
+    assert math.exp(math.fsum(ratios) / len(ratios)) < 1.15
+
+
+def shuffle(models: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Another point of the same kind: each weight's entries shuffled, alike in each model."""
+
+    def shuffled(x: Tensor) -> Tensor:
+        return x.detach().flatten()[torch.randperm(x.numel())].view(x.shape)
+
+    with torch.no_grad():
+        for first, *others in zip(*(m.parameters() for m in models), strict=True):
+            first.copy_(shuffled(first))
+            for other in others:
+                other.copy_(first)
+    return [shuffled(x) for x in inputs]
 
 
 def compare(
@@ -150,55 +176,53 @@ def compare(
     grads: bool = True,
     training: bool = False,
     ours: nn.Module | None = None,
-    steps: int = 4,
-    collect: list[tuple[float, float]] | None = None,
     call: Callable[..., Any] | None = None,
     **options: Any,
-) -> None:
-    """Holds ours against torch's ``module``: outputs, and with ``grads`` every gradient.
+) -> list[float]:
+    """Holds ours to the number contract: outputs, and with ``grads`` every gradient.
 
-    ``options`` are keyword arguments of the call; floating masks are widened for the truth.
-    ``steps=1`` is the contract as it stands. It compares two largest errors, which for a tensor of
-    a few numbers (a bias's gradient) is a matter of luck; so hundreds of small cases use more
-    steps, and the peer's worst relative error over all tensors of a case for each of them. With
-    ``collect`` gradients aren't held one by one: their relative errors, ours and the peer's, are
-    appended to it, for :func:`assert_distribution`, after a cap far below any wrong number.
+    The truth and the peer are torch's ``module``; ``options`` are keyword arguments of the call,
+    floating masks widened for the truth. The contract compares two largest errors. Of a tensor of
+    a few numbers, or of many that all hang on one ill-conditioned row, the ratio of two single
+    errors is luck: one in a hundred float32 gradients here breaks it, ours or torch's own against
+    torch's own in another order. What breaks it is held to it by the mean over new points
+    (:func:`contract.assert_fair`).
+
+    Returns the logarithms of our errors over the peer's, for :func:`assert_no_worse`.
     """
     ours = (ours or ours_of(module)).train(training)
-    base = without_dropout(module).train()
-    true = copy.deepcopy(base).double()
+    given = [p.detach().clone() for p in ours.parameters()]
+    peer = without_dropout(module).train()
+    true = copy_of(peer).double()
     call = call or (lambda m, *x, **kw: m(*x, **kw))
-    got, got_grads = run(ours, lambda m, *x: call(m, *x, **options), inputs, grads)
     wide = {k: widened(v) for k, v in options.items()}
-    with torch_slow_path():
-        want, want_grads = run(
-            true, lambda m, *x: call(m, *x, **wide), [x.double() for x in inputs], grads
-        )
-        narrow = {
-            k: v.to(inputs[0].dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-            for k, v in options.items()
-        }
-        peer, peer_grads = run(base, lambda m, *x: call(m, *x, **narrow), inputs, grads)
-    assert len(got) == len(want)
-    for i, (a, b, c) in enumerate(zip(got, want, peer)):
-        assert a.dtype == c.dtype, f"output {i} has dtype {a.dtype}, torch's {c.dtype}"
-        assert_close(a, b, c, f"output {i}", steps)
-    assert got_grads.keys() == want_grads.keys()
-    relative = 0.0
-    if steps > 1:
-        names = list(want_grads)
-        relative = worst_relative_error(
-            [*want, *(want_grads[n] for n in names)], [*peer, *(peer_grads[n] for n in names)]
-        )
-    for name, gradient in got_grads.items():
-        want_grad, peer_grad = want_grads[name], peer_grads[name]
-        if collect is None:
-            what = f"gradient of {name}"
-            assert_close(gradient, want_grad, peer_grad, what, steps, relative)
-            continue
-        assert torch.equal(gradient.isnan(), want_grad.isnan())
-        scale = want_grad.abs().max().clamp_min(1e-30)
-        errors = [(g.double() - want_grad).abs().max() / scale for g in (gradient, peer_grad)]
-        collect.append((errors[0].item(), errors[1].item()))
-        cap = 10 * max(relative, torch.finfo(gradient.dtype).eps)  # a wrong number is far beyond
-        assert errors[0] <= cap, f"gradient of {name}: relative error {errors[0]:.3g} > {cap:.3g}"
+    dtype = inputs[0].dtype
+    narrow = {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
+
+    drawn = None
+
+    def draw() -> dict[str, Comparison]:
+        nonlocal drawn
+        drawn = inputs if drawn is None else shuffle([peer, ours, true], drawn)
+        runs = [run(ours, lambda m, *x: call(m, *x, **options), drawn, grads)]
+        with torch_slow_path():
+            doubles = [x.double() for x in drawn]
+            runs.append(run(true, lambda m, *x: call(m, *x, **wide), doubles, grads))
+            runs.append(run(peer, lambda m, *x: call(m, *x, **narrow), drawn, grads))
+        return dict(compared(runs))
+
+    try:
+        first = contract.assert_fair(draw)
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(ours.parameters(), given, strict=True):
+                parameter.copy_(before)
+    ratios = []
+    for found in first.values():
+        grain = (found.allowed - 2 * found.peer_error) / 4  # nothing is finer, not even luck
+        if grain:
+            ratios.append(math.log((found.error + grain) / (found.peer_error + grain)))
+    return ratios

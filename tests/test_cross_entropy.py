@@ -64,8 +64,8 @@ def test_b57_true_loss_without_gradients():
 
 
 def test_b59_pieces_of_a_tensor_past_two_to_the_31():
-    """pytorch/pytorch#85786: rows × classes past 2^31. A softmax over all of them is too slow
-    for a test, so one column of each piece is looked at, and the last rows' losses."""
+    """pytorch/pytorch#85786: rows × classes past 2^31. The softmax over all of them takes 12 s on
+    two cores (below), so one column of each piece is looked at, and the last rows' losses."""
     columns, rows = 50257, 42740
     x = torch.randn(1, columns).bfloat16().expand(rows, columns)
     assert x.numel() > 2**31
@@ -82,6 +82,19 @@ def test_b59_pieces_of_a_tensor_past_two_to_the_31():
     tail = ft.cross_entropy(x[-3:], target[-3:], reduction="none")
     logp = torch.log_softmax(x[0].float(), 0)
     torch.testing.assert_close(tail.float(), -logp[target[-3:]], rtol=1e-2, atol=0)
+
+
+def test_b59_the_whole_of_it(full_size):
+    """pytorch/pytorch#85786: every row's loss; the gradient of the row that all are views of."""
+    columns, rows = 50257, 42740
+    row = torch.randn(1, columns).bfloat16().requires_grad_()
+    target = torch.arange(rows) * 7 % columns
+    losses = ft.cross_entropy(row.expand(rows, columns), target, reduction="none")
+    logp = torch.log_softmax(row.detach().double()[0], 0)
+    torch.testing.assert_close(losses.double(), -logp[target], rtol=2**-8, atol=0)
+    (got,) = torch.autograd.grad(losses.sum(dtype=torch.float32), row)
+    want = rows * logp.exp() - torch.bincount(target, minlength=columns)
+    torch.testing.assert_close(got.double()[0], want, rtol=0.05, atol=0.05)  # a sum in 16 bits
 
 
 @pytest.mark.parametrize("kind", ["classes", "probabilities", "dims"])

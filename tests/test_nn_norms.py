@@ -76,14 +76,6 @@ def test_linear_does_not_join_heads():
         linear(torch.randn(2, 3, 5, 4))
 
 
-def test_embedding_is_torchs():
-    for options in ({}, {"padding_idx": 0}, {"padding_idx": -1, "max_norm": 1.0}):
-        table = nn.Embedding(10, 5, **options)
-        ours = modules.ours_of(table)
-        ids = torch.randint(10, (3, 4))
-        assert torch.equal(ours(ids), table(ids))
-
-
 # ---- residual and norm ----
 
 

@@ -20,6 +20,12 @@ def test_sizes(on, dtype):
     norm_checks.check_sizes(RMS_NORM, on, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_every_backend
+def test_b51_one_feature(on, dtype):
+    norm_checks.check_one_feature(RMS_NORM, on, dtype)
+
+
 @on_every_backend
 def test_b44_weights_of_another_dtype(on):
     """intel/intel-extension-for-pytorch#731: the result has the input's dtype on every backend."""

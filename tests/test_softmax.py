@@ -118,6 +118,17 @@ def test_b49_offsets_beyond_2_31(on):
         assert torch.equal(out, ft.softmax(x.contiguous(), mask=mask.contiguous()))
 
 
+@pytest.mark.parametrize("on", CPU)
+def test_b49_more_than_2_31_elements(on, full_size):
+    """The view itself needs no memory, but the output is dense: 4.3 GB in 16 bits."""
+    row = torch.randn(1, 2048).bfloat16()
+    with running_on(on):
+        out = ft.softmax(row.expand(2**20 + 1, 2048))
+        assert out.numel() > 2**31
+        want = ft.softmax(row)
+    assert all(torch.equal(piece, want.expand_as(piece)) for piece in out.split(2**14))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @on_every_backend
 def test_nan_and_infinity_stay_in_their_row(on, dtype):

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from swap_model import D, Net, ids
 from torch import nn
 from torch.nn.utils import prune
 
@@ -15,41 +16,11 @@ import fasttransformer as ft
 from fasttransformer import patterns
 from fasttransformer.patterns import swapped_from
 
-D = 16
-
 
 def encoder_layer(**options):
     settings = dict(d_model=D, nhead=2, dim_feedforward=32, dropout=0.0, batch_first=True)
     torch.manual_seed(1)
     return nn.TransformerEncoderLayer(**{**settings, **options})
-
-
-class Net(nn.Module):
-    """One of each class that the table has, joined to something that runs."""
-
-    def __init__(self, dropout: float = 0.0):
-        super().__init__()
-        torch.manual_seed(1)
-        options = dict(dim_feedforward=32, dropout=dropout, batch_first=True)
-        self.embed = nn.Embedding(20, D)
-        self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(D, 2, **options), 2, norm=nn.LayerNorm(D)
-        )
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(D, 2, **options), 1)
-        self.attention = nn.MultiheadAttention(D, 2, batch_first=True, dropout=dropout)
-        self.rms = nn.RMSNorm(D)
-        self.head = nn.Linear(D, 20)
-        self.softmax = nn.Softmax(-1)
-
-    def forward(self, ids, padding=None):
-        x = self.encoder(self.embed(ids), src_key_padding_mask=padding)
-        y = self.decoder(x[:, :3], x, memory_key_padding_mask=padding)
-        z, weights = self.attention(y, x, x, key_padding_mask=padding)
-        return {"probabilities": self.softmax(self.head(self.rms(z))), "weights": weights}
-
-
-def ids():
-    return torch.arange(12).view(2, 6)
 
 
 def run(model, *args):
@@ -428,108 +399,3 @@ def test_without_the_cpu_library_nothing_gets_slower(monkeypatch):
     assert "it was not built" in reasons(ft.swap(nn.LayerNorm(4)))[""]
     with torch.device("meta"):
         assert ft.swap(nn.LayerNorm(4)).swapped  # its device is not known yet
-
-
-# ---- report.verify ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_verify_compares_outputs_and_gradients(mode, capsys):
-    model = getattr(Net(dropout=0.3), mode)()
-    padding = torch.zeros(2, 6, dtype=torch.bool)
-    padding[1, 4:] = True
-    report = ft.swap(model)
-    grads, state = [p.grad for p in model.parameters()], torch.get_rng_state()
-    check = report.verify(ids(), padding=padding)
-    assert check.ok, str(check)
-    assert [entry.name for entry in check.outputs] == ["probabilities", "weights"]
-    assert len(check.gradients) == len(list(model.parameters()))
-    printed = capsys.readouterr().out
-    assert "verify: ok" in printed and "probabilities" in printed and "grad " in printed
-    assert model.training == (mode == "train")
-    assert all(p.grad is g for p, g in zip(model.parameters(), grads))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert any(swapped_from(m) for m in model.modules())
-    assert model.attention.dropout == 0.3
-
-
-class WrongNorm(nn.LayerNorm):
-    """A replacement with a fault of one part in a thousand."""
-
-    _ft_swapped_from = nn.LayerNorm
-
-    def forward(self, x):
-        return super().forward(x) * 1.001
-
-
-def test_verify_finds_a_fault():
-    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D))
-    report = ft.swap(model)
-    model[1].__class__ = WrongNorm
-    check = report.verify(torch.randn(4, D), show=False)
-    assert not check.ok and check.problem is None
-    assert not check.outputs[0].ok and "FAILED" in str(check)
-    assert check.max_error > 100 * check.reference_error
-
-
-class WrongGradient(nn.LayerNorm):
-    _ft_swapped_from = nn.LayerNorm
-
-    def forward(self, x):
-        return super().forward(x) + (self.bias - self.bias.detach())
-
-
-def test_verify_finds_a_wrong_gradient():
-    model = nn.Sequential(nn.LayerNorm(D))
-    report = ft.swap(model)
-    model[0].__class__ = WrongGradient
-    check = report.verify(torch.randn(4, D), show=False)
-    assert check.outputs[0].ok and not check.ok
-    assert [g.name for g in check.gradients if not g.ok] == ["grad 0.bias"]
-    assert report.verify(torch.randn(4, D), show=False, gradients=False).ok
-
-
-class Outputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(4)
-
-    def forward(self, x, index=None):
-        y = self.norm(x)
-        return (y, [y.sum(), {"deep": y * 2}], y.argmax(-1), None, "text")
-
-
-def test_verify_takes_outputs_of_any_form_and_inputs_with_gradients():
-    report = ft.swap(Outputs())
-    x = torch.randn(3, 4, requires_grad=True)
-    check = report.verify(x, index=[torch.tensor(1)], show=False)
-    assert [o.name for o in check.outputs] == ["0", "1.0", "1.1.deep", "2"]
-    assert "grad input.0.0" in [g.name for g in check.gradients]
-    assert check.ok and x.grad is None
-
-
-def test_verify_raises_nothing():
-    report = ft.swap(nn.Sequential(nn.LayerNorm(4)))
-    check = report.verify(torch.randn(2, 5), show=False)
-    assert not check.ok and check.problem is not None and "not compared" in str(check)
-    assert not report.verify(show=False).ok
-
-
-def test_verify_where_dropout_cannot_be_turned_off():
-    class Drops(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.LayerNorm(4)
-
-        def forward(self, x):
-            return nn.functional.dropout(self.norm(x), 0.5, self.training)
-
-    model = Drops().train()
-    check = ft.swap(model).verify(torch.randn(3, 4), show=False)
-    assert check.ok and "eval mode" in check.notes[0] and model.training
-
-
-def test_verify_a_frozen_model():
-    model = nn.Sequential(nn.LayerNorm(4)).requires_grad_(False)
-    check = ft.swap(model).verify(torch.randn(3, 4), show=False)
-    assert check.ok and not check.gradients

@@ -450,6 +450,19 @@ def test_hooks_after_the_swap_fire_too():
     handle.remove()
 
 
+def test_a_forward_replaced_after_the_swap_runs():
+    """accelerate's hooks are made so: a ``forward`` among the instance's own attributes."""
+    model = small("bert")
+    ft.swap(model)
+    inputs = padded()
+    before = last(model, **inputs)
+    for part in (model.encoder.layer[1].output.dense, model.encoder.layer[0].attention.self.key):
+        part.forward = lambda x, own=part.forward: own(x) * 0
+        assert not torch.allclose(last(model, **inputs), before, atol=1e-2)
+        del part.forward
+        assert torch.equal(last(model, **inputs), before)
+
+
 def test_global_hooks_see_every_module():
     model = small("bert")
     ft.swap(model)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract import assert_close, rounding_step
+from contract import assert_close, assert_fair
 from fasttransformer import reference
+from fasttransformer._contract import compare
 from fasttransformer.backends import backends
 
 if backends()["triton"] is not None:
@@ -40,7 +41,7 @@ def rand(*shape: int, dtype: torch.dtype = F32) -> Tensor:
     return torch.randn(shape).to(dtype).to(DEVICE)
 
 
-def hold(outs, grads, function, inputs, cotangents, slack=2.0):
+def compared(outs, grads, function, inputs, cotangents):
     """Outputs and gradients against `function`, the reference, in float64 and the inputs' dtype."""
 
     def run(dtype):
@@ -58,17 +59,19 @@ def hold(outs, grads, function, inputs, cotangents, slack=2.0):
 
     want, want_grads = run(torch.float64)
     peer, peer_grads = run(None)
-    for i, (a, b, c) in enumerate(zip(outs, want, peer, strict=True)):
-        assert_close(a, b, c, f"output {i}")
+    triples = enumerate(zip(outs, want, peer, strict=True))
+    found = {f"output {i}": compare(*tensors) for i, tensors in triples}
     given = [g for g in grads if g is not None]
-    for i, (a, b, c) in enumerate(zip(given, want_grads, peer_grads, strict=True)):
-        if slack == 2.0:
-            assert_close(a, b, c, f"gradient {i}")
-            continue
-        assert a.isfinite().all()
-        error, other = ((x.cpu().double() - b).abs().max().item() for x in (a, c))
-        allowed = slack * other + rounding_step(a.dtype, b.abs().max().item())
-        assert error <= allowed, f"gradient {i}: error {error:.3g} > {allowed:.3g}"
+    triples = enumerate(zip(given, want_grads, peer_grads, strict=True))
+    return found | {f"gradient {i}": compare(*tensors) for i, tensors in triples}
+
+
+def hold(outs, grads, function, inputs, cotangents, slack=2.0):
+    """The number contract; gradients with `slack` times the peer's error in place of twice."""
+    for name, found in compared(outs, grads, function, inputs, cotangents).items():
+        more = (slack - 2.0) * found.peer_error if name.startswith("gradient") else 0.0
+        fine = found.problem is None or (found.allowed and found.error <= found.allowed + more)
+        assert fine, f"{name}: {found.problem}, slack {slack}"
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -109,8 +112,10 @@ def test_compile_keeps_the_operator_whole():
 # ---- softmax ------------------------------------------------------------------------------------
 
 
-def run_softmax(x, scale=1.0, mask=None, is_causal=False):
+def compared_softmax(x, scale=1.0, mask=None, is_causal=False):
+    """softmax and log_softmax, forward and backward: name → comparison."""
     mask = None if mask is None else mask.to(DEVICE).expand(x.shape)
+    found = {}
     for log in (False, True):
         out = T.softmax(x, scale, mask, is_causal, log)
         assert out.is_contiguous()
@@ -125,7 +130,15 @@ def run_softmax(x, scale=1.0, mask=None, is_causal=False):
             r = function(y, scale=scale, mask=cpu_mask, is_causal=is_causal)  # noqa: B023
             return torch.where(r == -math.inf, 0, r)
 
-        hold([torch.where(out == -math.inf, 0, out)], [grad], finite, [x], [cotangent])
+        outs = [torch.where(out == -math.inf, 0, out)]
+        each = compared(outs, [grad], finite, [x], [cotangent])
+        found |= {f"{name}, log {log}": value for name, value in each.items()}
+    return found
+
+
+def run_softmax(x, scale=1.0, mask=None, is_causal=False):
+    for name, found in compared_softmax(x, scale, mask, is_causal).items():
+        assert found.problem is None, f"{name}: {found.problem}"
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -135,19 +148,27 @@ def test_softmax(shape, dtype):
 
 
 @pytest.mark.parametrize("looped", [False, True])
-@pytest.mark.parametrize("scale", [0.3, 0.0, -0.7])  # b26: masking comes after scaling
+@pytest.mark.parametrize("scale", [0.3, 0.0, -2.0])  # b26: masking comes after scaling
 def test_softmax_mask_and_causal(scale, looped, monkeypatch):
     if looped:  # the kernel for rows that registers do not hold, on short rows
         monkeypatch.setattr(softmax_kernels, "MAX_BLOCK", 16)
         monkeypatch.setattr(softmax_kernels, "LOOP_BLOCK", 32)
-    x = rand(2, 1, 9, 75)
-    mask = torch.rand(2, 1, 9, 75) > 0.5
-    mask[0, 0, 3] = False  # b01: a row without entries gives 0, log −inf, gradient 0
-    x[:, :, :, 70] = math.nan
-    mask[..., 70] = False  # b04: what a masked entry holds is not felt
-    run_softmax(x, scale, mask)
-    run_softmax(rand(9, 75), scale, is_causal=True)
-    run_softmax(rand(2, 20, 9), scale, torch.rand(20, 1) > 0.3, is_causal=True)
+
+    batch = 1 if looped else 2  # a program per row takes the interpreter long
+
+    def masked():
+        x, mask = rand(batch, 1, 9, 75), torch.rand(batch, 1, 9, 75) > 0.5
+        mask[0, 0, 3] = False  # b01: a row without entries gives 0, log −inf, gradient 0
+        x[..., 70] = math.nan
+        mask[..., 70] = False  # b04: what a masked entry holds is not felt
+        return compared_softmax(x, scale, mask)
+
+    # A gradient's largest error is that of one row whose softmax is nearly one-hot: over 40 seeds
+    # the ratio to torch's is 0.2 to 5.6, its mean 1.0 (scale −2), so one draw proves nothing.
+    assert_fair(masked)
+    assert_fair(lambda: compared_softmax(rand(9, 40), scale, is_causal=True))
+    mask = torch.rand(20, 1) > 0.3
+    assert_fair(lambda: compared_softmax(rand(batch, 20, 9), scale, mask, is_causal=True))
 
 
 def test_softmax_strides_b49():

@@ -23,11 +23,12 @@ from torch.nn.functional import linear as torch_linear
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from .. import patterns
+from ..nn._plain import activation_name, addition
 from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention
 from ..ops.linear_add import linear_add
 from ..ops.linear_add_layer_norm import linear_add_layer_norm
-from ..patterns import KINDS, Pattern, activation_name
+from ..patterns import KINDS, Pattern
 
 LINEAR = frozenset(KINDS["Linear"])
 LAYER_NORM = frozenset(KINDS["LayerNorm"])
@@ -49,14 +50,8 @@ else:
 
 
 def plain(module: Module, classes: frozenset[type[Module]]) -> bool:
-    """Whether a submodule may be bypassed: its class is known and nothing is hooked on to it."""
-    return type(module) in classes and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or has_global_hook()
-    )
+    """Whether a submodule may be bypassed: its class is known and nothing was added to it."""
+    return type(module) in classes and addition(module) is None and not has_global_hook()
 
 
 def linear(x: Tensor, layer: Module, activation: str | None = None) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import patterns
+from ..nn._plain import activation_name
 from ..ops.add_layer_norm import add_layer_norm
-from ..patterns import Pattern, activation_name
+from ..patterns import Pattern
 from .bert import LAYER_NORM, LINEAR, Base, attend, attention_reason, known_case, linear, plain
 
 _QKV = ("q_lin", "k_lin", "v_lin")

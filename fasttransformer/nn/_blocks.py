@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.linear_add import linear_add
+from ._plain import activation_name, addition
 from .attention import MultiheadAttention
 from .linear import Linear
 from .norms import LayerNorm, RMSNorm
@@ -53,8 +52,9 @@ def why_not_fused(layer: nn.Module, names: tuple[str, ...]) -> str | None:
         module: Any = modules.get(name)
         if getattr(type(module), "forward", None) not in _PLAIN[name]:
             return f"{name} is a {type(module).__name__}: submodules are called one by one"
-        if hooked(module):
-            return f"{name} has hooks: submodules are called one by one"
+        added = addition(module)
+        if added is not None:
+            return f"{name} {added}: submodules are called one by one"
         if name.startswith("norm") and len(module.normalized_shape) != 1:
             return f"{name} normalizes over more than one dimension"
         if name.startswith("dropout") and module.training and module.p >= 1.0:
@@ -62,44 +62,9 @@ def why_not_fused(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` is more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def dropout_p(module: nn.Dropout) -> float:
     """The probability in force; a single Dropout may be in another mode than its layer."""
     return module.p if module.training else 0.0
-
-
-#: Activations that linear_add applies while the product is in registers.
-_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-}
-
-
-def fused_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """linear_add's name of an activation function or module, or None: then it is called."""
-    if isinstance(activation, nn.Module):
-        kind = type(activation)
-        if kind not in (nn.ReLU, nn.GELU, nn.SiLU) or hooked(activation):
-            return None
-        if isinstance(activation, nn.GELU):
-            return "gelu" if activation.approximate == "none" else "gelu_tanh"
-        return "relu" if kind is nn.ReLU else "silu"
-    try:
-        return _FUNCTIONS.get(activation)
-    except TypeError:  # a callable that can't be hashed
-        return None
 
 
 def hidden(x: Tensor, layer: Any) -> Tensor:
@@ -107,7 +72,7 @@ def hidden(x: Tensor, layer: Any) -> Tensor:
     modules = layer._modules
     linear1, dropout = modules["linear1"], modules["dropout"]
     activation = layer.activation
-    fused = fused_activation(activation)
+    fused = activation_name(activation)
     h = linear_add(x, linear1.weight, linear1.bias, activation=fused)
     if fused is None:
         h = activation(h)

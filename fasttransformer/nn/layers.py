@@ -59,6 +59,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         (B·nhead, S, S); ``src_key_padding_mask`` (B, S) or (S,); bool True = left out, float =
         added. Output as src.
 
+    Raises:
+        ValueError: d_model that nhead doesn't divide; inputs or masks whose shapes don't fit, with
+            the shapes.
+
     Source: Vaswani et al., 2017 (arXiv:1706.03762); pre-norm: Xiong et al., 2020 (2002.04745).
 
     >>> import torch, fasttransformer as ft
@@ -126,6 +130,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         tgt (B, T, E), memory (B, S, E) with ``batch_first``, else lengths before B, or without B;
         ``tgt_mask`` (T, T) or (B·nhead, T, T); ``memory_mask`` (T, S) or (B·nhead, T, S); padding
         masks (B, T), (B, S). Bool True = left out, float = added. Output as tgt.
+
+    Raises:
+        ValueError: as :class:`TransformerEncoderLayer`.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762); pre-norm: Xiong et al., 2020 (2002.04745).
 
     >>> import torch, fasttransformer as ft
     >>> layer = ft.nn.TransformerDecoderLayer(16, 4, 32, batch_first=True)

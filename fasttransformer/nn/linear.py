@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear_add import linear_add
+from ..ops._front import FLOATS
+from ..ops.embedding import embedding
+from ..ops.linear_add import ACTIVATIONS, activate, linear_add
 from ..ops.softmax import softmax
+from ..reference.feed_forward import GATES
 from ._fallback import record
 from ._project import project_add, project_add_norm
 from .norms import LayerNorm, RMSNorm, checked_dropout
@@ -16,6 +22,10 @@ class Linear(nn.Linear):
     r"""Drop-in :class:`torch.nn.Linear`: :math:`y = x W^\top + b`.
 
     Input (..., in_features), output (..., out_features), in the input's dtype.
+
+    Raises:
+        TypeError: dtypes of input, weight and bias differ outside autocast.
+        RuntimeError: the last dimension is not in_features, as in torch.
 
     >>> import torch, fasttransformer as ft
     >>> ft.nn.Linear(3, 2)(torch.ones(4, 3)).shape
@@ -31,6 +41,14 @@ class Linear(nn.Linear):
 
 class Softmax(nn.Softmax):
     r"""Drop-in :class:`torch.nn.Softmax`: :math:`y_i = e^{x_i} / \sum_j e^{x_j}` over ``dim``.
+
+    Any shape and float dtype, output the same; without ``dim``, or of integers, torch's own runs.
+
+    Raises:
+        ValueError: ``dim`` that the input doesn't have.
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018
+    (arXiv:1805.02867).
 
     >>> import torch, fasttransformer as ft
     >>> ft.nn.Softmax(dim=-1)(torch.zeros(1, 4))
@@ -48,13 +66,37 @@ class Softmax(nn.Softmax):
 class Embedding(nn.Embedding):
     r"""Drop-in :class:`torch.nn.Embedding`: rows of a table, :math:`y_i = W_{x_i}`.
 
-    Input any shape of int64 or int32 ids, output (\*, embedding_dim). The look-up is torch's own:
-    on one table it is a plain copy of rows, with nothing to fuse.
+    Input any shape of integer ids, output (\*, embedding_dim) in the table's dtype. Look-ups of
+    ``padding_idx`` give their row no gradient. ``max_norm``, ``scale_grad_by_freq`` and ``sparse``
+    run torch's own look-up; :func:`fasttransformer.nn.fallbacks` says so.
+
+    Raises:
+        TypeError: ids that are no integers.
+        ValueError: an id outside the table, in compiled graphs too.
 
     >>> import torch, fasttransformer as ft
     >>> ft.nn.Embedding(10, 3)(torch.tensor([[1, 2]])).shape
     torch.Size([1, 2, 3])
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids of any shape to (\\*input.shape, embedding_dim)."""
+        reason = self._why_not()
+        if reason is not None:
+            record(self, reason)
+            return super().forward(input)
+        return embedding(input, self.weight, padding_idx=self.padding_idx)
+
+    def _why_not(self) -> str | None:
+        if self.max_norm is not None:
+            return "max_norm, which renormalizes rows in place"
+        if self.scale_grad_by_freq:
+            return "scale_grad_by_freq"
+        if self.sparse:
+            return "sparse gradients"
+        if self.weight.dtype not in FLOATS:
+            return f"weight has dtype {self.weight.dtype}"
+        return None
 
 
 class OutputProjection(nn.Linear):
@@ -64,13 +106,19 @@ class OutputProjection(nn.Linear):
 
     Called with (input, residual): input (..., in_features), or attention's own output (B, H, L, D)
     with H·D = in_features, whose heads are read in place; residual (..., out_features). Returns the
-    sum, or (normed, summed) with a norm.
+    sum, or (normed, summed) with a norm, in the input's dtype; the statistics are float32.
 
     Args:
         in_features, out_features, bias: as for :class:`torch.nn.Linear`.
         norm: None, ``"layer"`` or ``"rms"``; its parameters are in the submodule ``norm``.
         eps: the norm's.
         dropout: probability, in [0, 1), of dropping an element of the product in training.
+
+    Raises:
+        TypeError: dtypes differ outside autocast.
+        ValueError: another norm; dropout outside [0, 1); shapes that don't fit.
+
+    Source: the block of Vaswani et al., 2017 (arXiv:1706.03762), sections 3.1 and 3.2.2.
 
     >>> import torch, fasttransformer as ft
     >>> projection = ft.nn.OutputProjection(8, 6, norm="layer")
@@ -81,9 +129,17 @@ class OutputProjection(nn.Linear):
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, *, norm=None, eps=1e-5, dropout=0.0,
-        device=None, dtype=None,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        norm: str | None = None,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         if norm not in (None, "layer", "rms"):
             raise ValueError(
@@ -108,18 +164,14 @@ class OutputProjection(nn.Linear):
         return f"{super().extra_repr()}, dropout={self.dropout}"
 
 
-#: activation → the activation of the gate, for the gated kinds (Shazeer 2020, arXiv:2002.05202).
-_GATES = {"swiglu": "silu", "geglu": "gelu"}
-_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-
-
 class FeedForward(nn.Module):
     r"""The position-wise feed-forward block.
 
     .. math:: y = \text{dropout}(\phi(x W_1^\top + b_1))\, W_2^\top + b_2
 
     or, gated, :math:`\phi(g) \odot u` in place of :math:`\phi`, with :math:`g, u` the halves of
-    :math:`x W_1^\top + b_1`, the gate's rows first. Input and output (..., d_model).
+    :math:`x W_1^\top + b_1`, the gate's rows first. Input and output (..., d_model), in the input's
+    dtype.
 
     Args:
         d_model: features in and out.
@@ -129,6 +181,11 @@ class FeedForward(nn.Module):
         bias: whether the two linear layers have one.
         dropout: probability, in [0, 1), of dropping a hidden feature in training.
 
+    Raises:
+        ValueError: another activation; dropout outside [0, 1); shapes that don't fit.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762), section 3.3; gates: Shazeer, 2020 (2002.05202).
+
     >>> import torch, fasttransformer as ft
     >>> block = ft.nn.FeedForward(8, 32, "swiglu")
     >>> block(torch.randn(2, 5, 8)).shape, block.linear1.weight.shape
@@ -136,16 +193,23 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, d_model, dim_feedforward, activation="gelu", *, bias=True, dropout=0.0, device=None,
-        dtype=None,
-    ) -> None:  # fmt: skip
+        self,
+        d_model: int,
+        dim_feedforward: int,
+        activation: str = "gelu",
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS and activation not in _GATES:
+        if activation not in ACTIVATIONS and activation not in GATES:
             raise ValueError(
                 f"FeedForward: activation is {activation!r}; it must be one of "
-                f"{', '.join((*_ACTIVATIONS, *_GATES))}"
+                f"{', '.join((*ACTIVATIONS, *GATES))}"
             )
-        rows = 2 * dim_feedforward if activation in _GATES else dim_feedforward
+        rows = 2 * dim_feedforward if activation in GATES else dim_feedforward
         self.activation = activation
         self.dropout = checked_dropout("FeedForward", dropout)
         self.linear1 = Linear(d_model, rows, bias, device, dtype)
@@ -154,12 +218,11 @@ class FeedForward(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_model) to (..., d_model)."""
         linear1, linear2 = self.linear1, self.linear2
-        gate_activation = _GATES.get(self.activation)
-        if gate_activation is None:
-            hidden = linear_add(input, linear1.weight, linear1.bias, activation=self.activation)
-        else:
+        if self.activation in GATES:
             gate, up = linear1(input).chunk(2, dim=-1)
-            hidden = (F.silu(gate) if gate_activation == "silu" else F.gelu(gate)) * up
+            hidden = activate(gate, GATES[self.activation]) * up
+        else:
+            hidden = linear_add(input, linear1.weight, linear1.bias, activation=self.activation)
         if self.training and self.dropout:
             hidden = F.dropout(hidden, self.dropout)
         return linear2(hidden)

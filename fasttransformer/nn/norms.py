@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from ..ops.add_layer_norm import add_layer_norm
@@ -16,7 +19,13 @@ class LayerNorm(nn.LayerNorm):
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot \gamma + \beta
 
     Mean and variance are over the last ``len(normalized_shape)`` dimensions, in float32 for 16-bit
-    inputs. Input and output (..., \*normalized_shape).
+    inputs. Input and output (..., \*normalized_shape), in the input's dtype, whatever the weights'.
+
+    Raises:
+        TypeError: an input that is not floating point.
+        ValueError: an input whose shape does not end in ``normalized_shape``.
+
+    Source: Ba, Kiros and Hinton, Layer Normalization, 2016 (arXiv:1607.06450).
 
     >>> import torch, fasttransformer as ft
     >>> ft.nn.LayerNorm(2)(torch.tensor([[1.0, 3.0]])).round()
@@ -33,7 +42,11 @@ class RMSNorm(nn.RMSNorm):
 
     .. math:: y = \frac{x}{\sqrt{\overline{x^2} + \epsilon}} \odot \gamma
 
-    ``eps=None`` is the machine epsilon of the input's dtype.
+    ``eps=None`` is the machine epsilon of the dtype that is computed in, float32 or float64.
+    Input and output (..., \*normalized_shape), in the input's dtype.
+
+    Raises:
+        TypeError, ValueError: as :class:`LayerNorm`.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
 
@@ -54,10 +67,18 @@ class AddLayerNorm(nn.LayerNorm):
 
     Called with (input, residual), both (..., \*normalized_shape); returns (normed, summed). A
     post-norm block goes on with ``normed``; a pre-norm block carries ``summed`` on as its residual.
+    Both are in the inputs' dtype.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias: as for :class:`torch.nn.LayerNorm`.
         dropout: probability, in [0, 1), of dropping an element of ``input`` in training.
+
+    Raises:
+        TypeError: inputs that are not floating point, or of two dtypes outside autocast.
+        ValueError: shapes that differ or don't end in ``normalized_shape``; dropout outside [0, 1).
+
+    Source: Ba, Kiros and Hinton, Layer Normalization, 2016 (arXiv:1607.06450); the residual
+    sum: He et al., 2016 (1512.03385).
 
     >>> import torch, fasttransformer as ft
     >>> normed, summed = ft.nn.AddLayerNorm(2)(torch.ones(1, 2), torch.tensor([[0.0, 2.0]]))
@@ -66,9 +87,16 @@ class AddLayerNorm(nn.LayerNorm):
     """
 
     def __init__(
-        self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, *, dropout=0.0,
-        device=None, dtype=None,
-    ) -> None:  # fmt: skip
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout = checked_dropout("AddLayerNorm", dropout)
 
@@ -88,11 +116,17 @@ class AddRMSNorm(nn.RMSNorm):
 
     .. math:: s = r + \text{dropout}(x), \qquad y = \text{RMSNorm}(s)
 
-    Called with (input, residual), both (..., \*normalized_shape); returns (normed, summed).
+    Called with (input, residual), both (..., \*normalized_shape); returns (normed, summed), both in
+    the inputs' dtype.
 
     Args:
         normalized_shape, eps, elementwise_affine: as for :class:`torch.nn.RMSNorm`.
         dropout: probability, in [0, 1), of dropping an element of ``input`` in training.
+
+    Raises:
+        TypeError, ValueError: as :class:`AddLayerNorm`.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
 
     >>> import torch, fasttransformer as ft
     >>> normed, summed = ft.nn.AddRMSNorm(2)(torch.ones(1, 2), torch.ones(1, 2))
@@ -101,9 +135,15 @@ class AddRMSNorm(nn.RMSNorm):
     """
 
     def __init__(
-        self, normalized_shape, eps=None, elementwise_affine=True, *, dropout=0.0, device=None,
-        dtype=None,
-    ) -> None:  # fmt: skip
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.dropout = checked_dropout("AddRMSNorm", dropout)
 

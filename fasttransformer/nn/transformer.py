@@ -30,6 +30,14 @@ class TransformerEncoder(nn.TransformerEncoder):
         norm: a module for the end, or None.
         enable_nested_tensor, mask_check: accepted as in torch.
 
+    Shapes and dtypes:
+        those of :class:`TransformerEncoderLayer`; ``mask`` is its ``src_mask``.
+
+    Raises:
+        ValueError: as the layer does.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762), section 3.1.
+
     >>> import torch, fasttransformer as ft
     >>> layer = ft.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     >>> encoder = ft.nn.TransformerEncoder(layer, 2).eval()
@@ -72,6 +80,14 @@ class TransformerDecoder(nn.TransformerDecoder):
         num_layers: how many.
         norm: a module for the end, or None.
 
+    Shapes and dtypes:
+        those of :class:`TransformerDecoderLayer`.
+
+    Raises:
+        ValueError: as the layer does.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762), section 3.1.
+
     >>> import torch, fasttransformer as ft
     >>> layer = ft.nn.TransformerDecoderLayer(16, 4, 32, batch_first=True)
     >>> decoder = ft.nn.TransformerDecoder(layer, 2)
@@ -109,7 +125,17 @@ _SIGNATURE = inspect.signature(nn.Transformer.__init__)
 class Transformer(nn.Transformer):
     r"""Drop-in :class:`torch.nn.Transformer`: our encoder and decoder under torch's call.
 
-    The same seed gives the same initial parameters as torch's.
+    The same seed gives the same initial parameters as torch's. Arguments as in torch.
+
+    Shapes and dtypes:
+        src as of :class:`TransformerEncoderLayer`, tgt as of :class:`TransformerDecoderLayer`,
+        output as tgt.
+
+    Raises:
+        ValueError: as the layers do.
+        RuntimeError: batch or feature sizes of src and tgt that differ, as in torch.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762).
 
     >>> import torch, fasttransformer as ft
     >>> model = ft.nn.Transformer(16, 4, 1, 1, 32, batch_first=True)

@@ -158,7 +158,9 @@ def scaled_dot_product_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.functional.scaled_dot_product_attention`, signature and rules.
+    r""":func:`torch.nn.functional.scaled_dot_product_attention`, signature and rules.
+
+    .. math:: O = \text{softmax}(\text{scale} \cdot Q K^\top + \text{mask})\, V
 
     Args:
         query: (..., heads, q_len, head_dim); with three dimensions or two, heads are left out.
@@ -174,10 +176,12 @@ def scaled_dot_product_attention(
         backend: forces one backend for this call.
 
     Returns:
-        (..., heads, q_len, value_dim). A query without any key gives 0.
+        (..., heads, q_len, value_dim) in ``query``'s dtype. A query without any key gives 0.
 
     Raises:
         TypeError, ValueError: as :func:`attention`.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762), section 3.2.1.
 
     >>> import torch, fasttransformer as ft
     >>> query = key = value = torch.randn(2, 3, 4, 8)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
+from ..reference.feed_forward import GATES
 from ._front import is_float, needs_grad, same_device, same_dtype
 from .linear_add import ACTIVATIONS, activate, autocast_linear, linear_add
 
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
-_GATES = {"swiglu": "silu", "geglu": "gelu"}
 
 
 def feed_forward(
@@ -70,9 +70,9 @@ def feed_forward(
             input, weight_in, bias_in, weight_out, bias_out, activation=activation
         )
     on = kernel.backend
-    if activation in _GATES:
+    if activation in GATES:
         gate, up = linear_add(input, weight_in, bias_in, backend=on).chunk(2, dim=-1)
-        hidden = activate(gate, _GATES[activation]) * up
+        hidden = activate(gate, GATES[activation]) * up
     else:
         hidden = linear_add(input, weight_in, bias_in, activation=activation, backend=on)
     return linear_add(hidden, weight_out, bias_out, backend=on)
@@ -96,11 +96,11 @@ def _check(
     is_float(op, input=input, **tensors)
     same_device(op, input, **tensors)
     same_dtype(op, input, **tensors)
-    gated = activation in _GATES
+    gated = activation in GATES
     if not gated and activation not in ACTIVATIONS:
         raise ValueError(
             f"{op}: activation is {activation!r}; it must be one of "
-            f"{', '.join((*ACTIVATIONS, *_GATES))}"
+            f"{', '.join((*ACTIVATIONS, *GATES))}"
         )
     for name, matrix in (("weight_in", weight_in), ("weight_out", weight_out)):
         if matrix.dim() != 2:

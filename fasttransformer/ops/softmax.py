@@ -72,7 +72,17 @@ def log_softmax(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Logarithm of :func:`softmax`, computed without forming it; entries left out give −inf.
+    r"""Logarithm of :func:`softmax`, computed without forming it; entries left out give −inf.
+
+    .. math:: y_i = s_i - \log \sum_{j \text{ allowed}} e^{s_j}, \qquad s = \text{scale} \cdot x
+
+    Arguments, shapes and dtypes are :func:`softmax`'s.
+
+    Raises:
+        TypeError, ValueError: as :func:`softmax`.
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018
+    (arXiv:1805.02867).
 
     >>> import torch, fasttransformer as ft
     >>> ft.log_softmax(torch.tensor([0.0, 0.0])).exp()

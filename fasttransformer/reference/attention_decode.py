@@ -41,6 +41,9 @@ class KVCache:
     keys (layers, B, G, capacity, D), values (layers, B, G, capacity, E), lengths (layers, B) int32:
     how many positions of each sample are filled. Each layer keeps its own lengths, so layers may be
     called in any order, and none needs to know which is the last.
+
+    >>> KVCache.allocate(layers=2, batch=1, heads=4, capacity=16, head_dim=8).keys.shape
+    torch.Size([2, 1, 4, 16, 8])
     """
 
     keys: Tensor

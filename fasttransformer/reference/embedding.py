@@ -42,10 +42,7 @@ def embedding(
 ) -> Tensor:
     """Rows of weight, scaled, plus positions; see the top of this file."""
     wide = compute_dtype(weight)
-    out = _rows(weight, input).to(wide)
-    if padding_idx is not None:
-        row = padding_idx + weight.shape[0] if padding_idx < 0 else padding_idx
-        out = torch.where((input == row).unsqueeze(-1), out.detach(), out)
+    out = _rows(weight, input, padding_idx).to(wide)
     if scale is not None:
         out = out * scale
     if sinusoidal or position_weight is not None:
@@ -67,6 +64,9 @@ def sinusoid(positions: Tensor, features: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos())
 
 
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], but a negative index is an error, as one past the end is."""
-    return torch.nn.functional.embedding(index, table)
+def _rows(table: Tensor, index: Tensor, padding_idx: int | None = None) -> Tensor:
+    """table[index], but a negative index is an error, as one past the end is.
+
+    Look-ups of padding_idx give their row no gradient.
+    """
+    return torch.nn.functional.embedding(index, table, padding_idx)

@@ -26,7 +26,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 #: multiplied by it; docs/<op>.md states every entry.
 SHORTFALLS: dict[tuple[str, str], float] = {
     # Its backward starts from lse as rounded to float32, its delta from the rounded output.
-    ("attention", "triton"): 2.0,
+    ("attention", "triton"): 1.5,
     # In 16 bits its backward starts from the rounded output, the reference's from float32.
     ("softmax", "triton"): 1.25,
     # In 16 bits the hidden layer is rounded between the two products; the reference's is not.

@@ -75,9 +75,9 @@ def scores(
 ):  # fmt: skip
     """Scores times UNIT, −inf where not allowed; what is allowed; and the softcap's derivative.
 
-    With a bias UNIT is 1.
-    i and j are the tile's queries and keys, shaped to broadcast either way round. With a softcap,
-    `scale` is scale / softcap and `softcap` is softcap · UNIT; else `scale` is scale · UNIT.
+    With a bias UNIT is 1. i and j are the tile's queries and keys, shaped to broadcast either way
+    round. With a softcap, `scale` is scale / softcap and `softcap` is softcap · UNIT; else `scale`
+    is scale · UNIT.
     """
     factor = 1.0
     if SOFTCAP:
@@ -251,7 +251,11 @@ def forward_kernel(
         total = total * alpha + power(sink - new_base, UNIT)
         acc = acc * alpha[:, None]
         base = new_base
-    out = tl.where(some[:, None], acc * (keep_scale / total)[:, None], 0.0)
+    if out_ptr.dtype.element_ty == tl.float32:
+        out = acc * keep_scale / total[:, None]  # one rounding less than by the reciprocal
+    else:
+        out = acc * (keep_scale / total)[:, None]
+    out = tl.where(some[:, None], out, 0.0)
     lse = tl.where(some, base * (1.0 / UNIT) + tl.log(total), float("-inf"))
     tl.store(lse_ptr + head * S + i, lse, mask=i < S)
     out_ptr += b * out_strides[0] + h * out_strides[1] + first.to(tl.int64) * out_strides[2]

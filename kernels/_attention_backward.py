@@ -8,10 +8,10 @@ Four kernels, in this order, none with atomics, so gradients are the same from r
 program owns a tile of queries. dq: a program owns a tile of queries and walks the keys; it may
 better what the rest start from. dk, dv: a program owns a tile of keys of one key head and walks the
 queries of every query head of its group, which sums over the group without copies of keys. dbias,
-if wanted: a program owns a tile of the
-*unexpanded* bias and walks every (batch, head, tile) that broadcasts onto it, so it takes no memory
-beyond the result. dk, dv and dq each recompute the scores: 7 tile matmuls where one fused kernel
-with atomic or ordered adds has 5. Bound: matrix units.
+if wanted: a program owns a tile of the *unexpanded* bias and walks every (batch, head, tile) that
+broadcasts onto it, so it takes no memory beyond the result. dk, dv and dq each recompute the
+scores: 7 tile matmuls where one fused kernel with atomic or ordered adds has 5. Bound: matrix
+units.
 Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 3.1; split as in Triton's tutorial.
 """
 
@@ -50,7 +50,7 @@ def delta_kernel(
 
 @triton.jit
 def _gradient_tile(
-    qk, dp, i, j, lse, log_total, delta, mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit,
+    qk, dp, i, j, lse, share, delta, mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit,
     shift, left, right, slope, softcap, scale, seed, head, threshold, keep_scale,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
@@ -67,8 +67,9 @@ def _gradient_tile(
     x = s - lse
     if UNIT == 1.0:
         # Above 0 only by rounding, which may be any number where scores are large.
-        x = tl.where(x > 0.0, 0.0, x) - log_total
-    p = power(x, UNIT)
+        p = power(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), UNIT) * share
+    else:
+        p = power(x, UNIT)
     if MASKED or HAS_MASK or HAS_BIAS:
         p = tl.where(allowed, p, 0.0)  # of a NaN query too
     dropped = p
@@ -84,13 +85,13 @@ def _gradient_tile(
 
 @triton.jit
 def _load_rows(rows_ptr, i, S, UNIT: tl.constexpr):
-    """(lse, log_total, delta) of queries i (see dq_kernel); lse is +inf beyond the end."""
+    """(lse, share, delta) of queries i (see dq_kernel); lse is +inf beyond the end."""
     lse = tl.load(rows_ptr + i, mask=i < S, other=float("inf"))
-    log_total = tl.zeros_like(lse)
+    share = lse
     if UNIT == 1.0:
-        log_total = tl.load(rows_ptr + S + i, mask=i < S, other=0.0)
+        share = tl.load(rows_ptr + S + i, mask=i < S, other=1.0)
     delta = tl.load(rows_ptr + 2 * S + i, mask=i < S, other=0.0)
-    return lse, log_total, delta
+    return lse, share, delta
 
 
 @triton.jit
@@ -119,9 +120,9 @@ def _walk_queries(
         )
         qk = dot(k, tl.trans(q))
         dp = dot(v, tl.trans(grad))
-        lse, log_total, delta = _load_rows(rows_ptr, i, S, UNIT)
+        lse, share, delta = _load_rows(rows_ptr, i, S, UNIT)
         dropped, _, ds, factor = _gradient_tile(
-            qk, dp, i[None, :], j[:, None], lse[None, :], log_total[None, :], delta[None, :],
+            qk, dp, i[None, :], j[:, None], lse[None, :], share[None, :], delta[None, :],
             mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope,
             softcap, scale, seed, head, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT,
             SOFTCAP, ALIBI, DROPOUT, UNIT, MASKED,
@@ -273,7 +274,7 @@ def _walk_keys(
         qk = dot(q, tl.trans(k))
         dp = dot(grad, tl.trans(v))
         _, p, ds, factor = _gradient_tile(
-            qk, dp, i[:, None], j[None, :], lse[:, None], 0.0, delta[:, None], mask_ptr, bias_ptr,
+            qk, dp, i[:, None], j[None, :], lse[:, None], 1.0, delta[:, None], mask_ptr, bias_ptr,
             mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
             head, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT,
             UNIT, MASKED,
@@ -281,8 +282,7 @@ def _walk_keys(
         if UNIT == 1.0:
             total += tl.sum(p, axis=1)
             excess += tl.sum(ds, axis=1)
-        if k.dtype == tl.float32:
-            mean = dot(p * factor, k, mean)
+            mean = dot((p * factor).to(k.dtype), k, mean)
         dq = dot((ds * factor).to(k.dtype), k, dq)
     return dq, mean, total, excess
 
@@ -304,9 +304,10 @@ def dq_kernel(
     p from lse alone sums to total = Σ_j exp(s_ij − lse_i), which is 1 but for rounding, and any
     number where |lse| is large (the number of keys, in a row of finfo.min). This kernel meets whole
     rows anyway, so it finds the sum: its own result is divided by it, and the later kernels get
-    log(total) beside lse, and delta as these p give it, Σ_j p dp, in place of the rounded out's.
-    dq of float32 inputs moves to that delta too, by Σ_j p k, which costs a seventh of the backward
-    pass: without it dq had up to 2.5 times the error that the number contract allows.
+    share = 1/total, p's factor from there on, and delta as these p give it, Σ_j p dp, in place of
+    the rounded out's. dq itself moves to that delta by Σ_j p k, one product more than otherwise:
+    without it dq had up to 2.5 times the error that the number contract allows in float32, and 6
+    times in 16 bits under a bias that leaves a row one key.
     """
     tiles = tl.cdiv(S, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -381,18 +382,17 @@ def dq_kernel(
         LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
     )  # fmt: skip
     if UNIT == 1.0:
-        keys = total
         if SINKS:
             x = tl.load(sinks_ptr + h).to(tl.float32) - lse
-            total += tl.exp(tl.where(x > 0.0, 0.0, x))
-        total = tl.where(total == 0.0, 1.0, total)  # a query without keys
-        step = excess / total - delta * (1.0 - keys / total)
+            sink = tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
+            total += sink
+            excess -= sink * delta  # its dp is 0
+        share = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0: a query without keys
+        step = excess * share
         if HAS_GRAD_LSE:
             step -= tl.load(grad_lse_ptr + head * S + i, mask=i < S, other=0.0)
-        if q.dtype == tl.float32:
-            dq -= mean * step[:, None]
-        dq = dq / total[:, None]
-        tl.store(rows_ptr + S + i, tl.log(total), mask=i < S)
+        dq = (dq - mean * step[:, None]) * share[:, None]
+        tl.store(rows_ptr + S + i, share, mask=i < S)
         tl.store(rows_ptr + 2 * S + i, delta + step, mask=i < S)
     dq_ptr += b * dq_strides[0] + h * dq_strides[1] + origin * dq_strides[2]
     tl.store(
@@ -487,9 +487,9 @@ def dbias_kernel(
             )  # fmt: skip
             qk = dot(q, k)
             dp = dot(grad, v)
-            lse, log_total, delta = _load_rows(rows_ptr + head * 3 * S, i, S, UNIT)
+            lse, share, delta = _load_rows(rows_ptr + head * 3 * S, i, S, UNIT)
             _, _, ds, _ = _gradient_tile(
-                qk, dp, i[:, None], j[None, :], lse[:, None], log_total[:, None], delta[:, None],
+                qk, dp, i[:, None], j[None, :], lse[:, None], share[:, None], delta[:, None],
                 mask_at, bias_ptr + (b * bias_strides[0] + h * bias_strides[1]), mask_steps,
                 (bias_strides[2], bias_strides[3]), S, T, limit, shift, left, right, slope, softcap,
                 scale, seed, head, threshold, keep_scale, HAS_MASK, True, LEFT, RIGHT, SOFTCAP,

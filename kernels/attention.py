@@ -102,13 +102,13 @@ def _describe(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
     is_causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
     alibi_slopes: Tensor | None, key_lengths: Tensor | None, scale: float, dropout_p: float,
-    seed: Tensor | None, others: tuple[Tensor, ...] = (),
+    seed: Tensor | None, others: tuple[Tensor, ...], exact_rows: bool,
 ) -> _Call:  # fmt: skip
     H, S, T = query.shape[1], query.shape[2], key.shape[2]
     if is_causal:  # a window with nothing to the right
         window_right = 0 if window_right < 0 else min(window_right, 0)
-    natural = query.dtype == torch.float32 or bias is not None  # see _attention.py
-    unit = 1.0 if natural else LOG2_E
+    natural = query.dtype == torch.float32 or bias is not None or exact_rows
+    unit = 1.0 if natural else LOG2_E  # see _attention.py and dq_kernel
     folded = scale / softcap if softcap else scale * unit
     runtime = {
         "mask_ptr": mask, "bias_ptr": bias, "slopes_ptr": alibi_slopes, "lengths_ptr": key_lengths,
@@ -169,7 +169,7 @@ def attention(
         return out.zero_(), lse.fill_(float("-inf"))
     call = _describe(
         query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
-        alibi_slopes, key_lengths, scale, dropout_p, seed, (out,),
+        alibi_slopes, key_lengths, scale, dropout_p, seed, (out,), False,
     )  # fmt: skip
     tile = tile_for(FORWARD, FORWARD_F32, query, max(D, E))
     tile = short(lighter(tile) if heavy(call.options) else tile, S)
@@ -220,8 +220,9 @@ def attention_backward(
     call = _describe(
         query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
         alibi_slopes, key_lengths, scale, dropout_p, seed, (grad_out, d_query, d_key, d_value),
+        sinks_grad,
     )  # fmt: skip
-    rows = lse.new_empty((B, H, 3, S))  # lse in the unit of scores, log of Σ p, delta
+    rows = lse.new_empty((B, H, 3, S))  # lse in the unit of scores, share, delta: see dq_kernel
     queries = tile_for(QUERIES, BACKWARD_F32, query, max(D, E))
     keys = tile_for(KEYS, BACKWARD_F32, query, max(D, E))
     if heavy(call.options):
@@ -254,10 +255,8 @@ def attention_backward(
     if sinks_grad:
         assert sinks is not None
         # The sink's probability has no value: its score's gradient is −p · delta.
-        p = sinks.float()[:, None] - lse
-        if call.options["UNIT"] == 1.0:
-            p = p.clamp_(max=0.0).sub_(rows[:, :, 1])
-        p = p.exp_().masked_fill_(lse == float("-inf"), 0.0)
+        p = torch.exp((sinks.float()[:, None] - lse).clamp_(max=0.0)).mul_(rows[:, :, 1])
+        p.masked_fill_(lse == float("-inf"), 0.0)
         torch.sum(p.mul_(rows[:, :, 2]).neg_(), dim=(0, 2), out=d_sinks)
     return d_query, d_key, d_value, d_bias, d_sinks
 

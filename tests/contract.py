@@ -31,6 +31,7 @@ from fasttransformer.backends import TABLE
 __all__ = [
     "ISAS",
     "RUNNABLE",
+    "allowance",
     "assert_close",
     "backends_of",
     "check",

@@ -25,7 +25,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 #: Where a kernel is known to miss the contract, by how much, and why. What is allowed is
 #: multiplied by it; docs/<op>.md states every entry.
 SHORTFALLS: dict[tuple[str, str], float] = {
-    # In bf16 p and ds are rounded as matrix operands, and without a bias delta is the rounded out's.
+    # In bf16 p and ds are rounded as matrix operands; without a bias delta is the rounded out's.
     ("attention", "triton"): 1.5,
     # In 16 bits its backward starts from the rounded output, the reference's from float32.
     ("softmax", "triton"): 1.25,

@@ -25,18 +25,12 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 #: Where a kernel is known to miss the contract, by how much, and why. What is allowed is
 #: multiplied by it; docs/<op>.md states every entry.
 SHORTFALLS: dict[tuple[str, str], float] = {
-    # Its backward starts from lse as rounded to float32, its delta from the rounded output.
-    ("attention", "triton"): 2.0,
+    # In bf16 p and ds are rounded as matrix operands; without a bias delta is the rounded out's.
+    ("attention", "triton"): 1.5,
     # In 16 bits its backward starts from the rounded output, the reference's from float32.
     ("softmax", "triton"): 1.25,
     # In 16 bits the hidden layer is rounded between the two products; the reference's is not.
     ("feed_forward", "triton"): 1.5,
-    # No fused multiply-add before AVX2: each term of a sum is rounded twice, the peer's once.
-    ("attention", "cpu:portable"): 1.0,
-    # A row's values are summed in chains of 64, the peer's in shorter ones.
-    ("attention", "cpu:avx2"): 1.0,
-    ("attention", "cpu:avx512"): 1.0,
-    ("attention", "cpu:avx512_bf16"): 1.0,
 }
 
 

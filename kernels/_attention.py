@@ -5,11 +5,14 @@
 
 A program owns one tile of BLOCK_M queries of one head, and walks the keys in tiles of BLOCK_N with
 a running maximum and sum: no S × T matrix is stored. Scores of 16-bit inputs are kept in base 2
-(UNIT = log2 e is folded into the scale), so that exp is one instruction; float32 keeps UNIT = 1,
-where differences of scores lose less to rounding. Tiles of keys fall into three runs: those cut by
-the left edge of the window, those that every query of the tile sees whole (no positional test),
-and those cut by the right edge, the causal diagonal or the end; tiles that no query sees are never
-touched. The causal rule is a window with nothing to its right. Bound: matrix units.
+(UNIT = log2 e is folded into the scale), so that exp is one instruction. float32 keeps UNIT = 1,
+where differences of scores lose less to rounding, and so does a call with a bias: that would have
+to be multiplied as well, which saves nothing, and finfo.min · log2 e is beyond float32.
+
+Tiles of keys fall into three runs: those cut by the left edge of the window, those that every query
+of the tile sees whole (no positional test), and those cut by the right edge, the causal diagonal or
+the end; tiles that no query sees are never touched. The causal rule is a window with nothing to its
+right. Bound: matrix units.
 Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), sections 3.1 and 3.2.
 """
 
@@ -72,8 +75,9 @@ def scores(
 ):  # fmt: skip
     """Scores times UNIT, −inf where not allowed; what is allowed; and the softcap's derivative.
 
-    i and j are the tile's queries and keys, shaped to broadcast either way round. With a softcap,
-    `scale` is scale / softcap and `softcap` is softcap · UNIT; else `scale` is scale · UNIT.
+    With a bias UNIT is 1. i and j are the tile's queries and keys, shaped to broadcast either way
+    round. With a softcap, `scale` is scale / softcap and `softcap` is softcap · UNIT; else `scale`
+    is scale · UNIT.
     """
     factor = 1.0
     if SOFTCAP:
@@ -99,7 +103,7 @@ def scores(
         at = i.to(tl.int64) * bias_steps[0] + j.to(tl.int64) * bias_steps[1]
         bias = tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
         allowed = allowed & (bias != float("-inf"))
-        s += bias * UNIT
+        s += bias
     if MASKED or HAS_MASK or HAS_BIAS:
         s = tl.where(allowed, s, float("-inf"))
     return s, allowed, factor
@@ -247,7 +251,11 @@ def forward_kernel(
         total = total * alpha + power(sink - new_base, UNIT)
         acc = acc * alpha[:, None]
         base = new_base
-    out = tl.where(some[:, None], acc * (keep_scale / total)[:, None], 0.0)
+    if out_ptr.dtype.element_ty == tl.float32:
+        out = acc * keep_scale / total[:, None]  # one rounding less than by the reciprocal
+    else:
+        out = acc * (keep_scale / total)[:, None]
+    out = tl.where(some[:, None], out, 0.0)
     lse = tl.where(some, base * (1.0 / UNIT) + tl.log(total), float("-inf"))
     tl.store(lse_ptr + head * S + i, lse, mask=i < S)
     out_ptr += b * out_strides[0] + h * out_strides[1] + first.to(tl.int64) * out_strides[2]

@@ -4,13 +4,14 @@
     ds_ij = p_ij (<do_i, v_j> − delta_i)       delta_i = <do_i, out_i> − dlse_i
     dq_i  = scale Σ_j ds_ij k_j                dk_j = scale Σ_i ds_ij q_i          dbias = ds
 
-Four kernels, none with atomics, so gradients are the same from run to run. delta: a program owns a
-tile of queries. dk, dv: a program owns a tile of keys of one key head and walks the queries of
-every query head of its group, which sums over the group without copies of keys. dq: a program
-owns a tile of queries and walks the keys. dbias, if wanted: a program owns a tile of the
-*unexpanded* bias and walks every (batch, head, tile) that broadcasts onto it, so it takes no memory
-beyond the result. dk, dv and dq each recompute the scores: 7 tile matmuls where one fused kernel
-with atomic or ordered adds has 5. Bound: matrix units.
+Four kernels, in this order, none with atomics, so gradients are the same from run to run. delta: a
+program owns a tile of queries. dq: a program owns a tile of queries and walks the keys; it may
+better what the rest start from. dk, dv: a program owns a tile of keys of one key head and walks the
+queries of every query head of its group, which sums over the group without copies of keys. dbias,
+if wanted: a program owns a tile of the *unexpanded* bias and walks every (batch, head, tile) that
+broadcasts onto it, so it takes no memory beyond the result. dk, dv and dq each recompute the
+scores: 7 tile matmuls where one fused kernel with atomic or ordered adds has 5. Bound: matrix
+units.
 Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 3.1; split as in Triton's tutorial.
 """
 
@@ -23,9 +24,11 @@ from ._device import dot, keep_mask
 
 @triton.jit
 def delta_kernel(
-    out_ptr, grad_ptr, grad_lse_ptr, delta_ptr, out_strides, grad_strides, H, S,
+    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, rows_ptr, out_strides, grad_strides, H, S,
     E: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    """Of every query: lse in the unit of scores, or +inf, which makes p 0, without keys; delta."""
     tiles = tl.cdiv(S, BLOCK_M)
     head = (tl.program_id(0) // tiles).to(tl.int64)
     i = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,18 +42,21 @@ def delta_kernel(
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse_ptr + head * S + i, mask=i < S, other=0.0)
-    tl.store(delta_ptr + head * S + i, delta, mask=i < S)
+    lse = tl.load(lse_ptr + head * S + i, mask=i < S, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse) * UNIT
+    tl.store(rows_ptr + head * 3 * S + i, lse, mask=i < S)
+    tl.store(rows_ptr + (head * 3 + 2) * S + i, delta, mask=i < S)
 
 
 @triton.jit
 def _gradient_tile(
-    qk, dp, i, j, lse, delta, mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left,
-    right, slope, softcap, scale, seed, head, threshold, keep_scale,
+    qk, dp, i, j, lse, share, delta, mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit,
+    shift, left, right, slope, softcap, scale, seed, head, threshold, keep_scale,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(p as it meets v, gradient of the score with its bias, gradient of scale · qk).
+    """(p as it meets v, p, gradient of the score with its bias, the softcap's derivative).
 
     lse is +inf for queries without keys and beyond the end, which makes p 0 there.
     """
@@ -58,7 +64,12 @@ def _gradient_tile(
         qk, i, j, mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right,
         slope, softcap, scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, UNIT, MASKED,
     )  # fmt: skip
-    p = power(s - lse, UNIT)
+    x = s - lse
+    if UNIT == 1.0:
+        # Above 0 only by rounding, which may be any number where scores are large.
+        p = power(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), UNIT) * share
+    else:
+        p = power(x, UNIT)
     if MASKED or HAS_MASK or HAS_BIAS:
         p = tl.where(allowed, p, 0.0)  # of a NaN query too
     dropped = p
@@ -69,21 +80,25 @@ def _gradient_tile(
     ds = p * (dp - delta)
     if MASKED or HAS_MASK or HAS_BIAS:
         ds = tl.where(allowed, ds, 0.0)  # a key that is left out may hold NaN, and dp with it
-    return dropped, ds, ds * factor
+    return dropped, p, ds, factor
 
 
 @triton.jit
-def _load_lse(lse_ptr, i, S, UNIT: tl.constexpr):
-    """lse in the unit of scores; +inf, which makes p 0, where a query is absent or has no key."""
-    lse = tl.load(lse_ptr + i, mask=i < S, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse) * UNIT
+def _load_rows(rows_ptr, i, S, UNIT: tl.constexpr):
+    """(lse, share, delta) of queries i (see dq_kernel); lse is +inf beyond the end."""
+    lse = tl.load(rows_ptr + i, mask=i < S, other=float("inf"))
+    share = lse
+    if UNIT == 1.0:
+        share = tl.load(rows_ptr + S + i, mask=i < S, other=1.0)
+    delta = tl.load(rows_ptr + 2 * S + i, mask=i < S, other=0.0)
+    return lse, share, delta
 
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, j, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_step, grad_step, mask_ptr, bias_ptr,
-    mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, head,
-    threshold, keep_scale, lo, hi,
+    dk, dv, k, v, j, q_ptr, grad_ptr, rows_ptr, q_step, grad_step, mask_ptr, bias_ptr, mask_steps,
+    bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold,
+    keep_scale, lo, hi,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -105,25 +120,24 @@ def _walk_queries(
         )
         qk = dot(k, tl.trans(q))
         dp = dot(v, tl.trans(grad))
-        lse = _load_lse(lse_ptr, i, S, UNIT)
-        delta = tl.load(delta_ptr + i, mask=i < S, other=0.0)
-        p, _, ds = _gradient_tile(
-            qk, dp, i[None, :], j[:, None], lse[None, :], delta[None, :], mask_ptr, bias_ptr,
-            mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
-            head, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT,
-            UNIT, MASKED,
+        lse, share, delta = _load_rows(rows_ptr, i, S, UNIT)
+        dropped, _, ds, factor = _gradient_tile(
+            qk, dp, i[None, :], j[:, None], lse[None, :], share[None, :], delta[None, :],
+            mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope,
+            softcap, scale, seed, head, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT,
+            SOFTCAP, ALIBI, DROPOUT, UNIT, MASKED,
         )  # fmt: skip
-        dv = dot(p.to(grad.dtype), grad, dv)
-        dk = dot(ds.to(q.dtype), q, dk)
+        dv = dot(dropped.to(grad.dtype), grad, dv)
+        dk = dot((ds * factor).to(q.dtype), q, dk)
     return dk, dv
 
 
 @triton.jit
 def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr,
-    slopes_ptr, lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, dk_strides,
-    dv_strides, mask_strides, bias_strides, slope_strides, H, group, S, T, shift, left, right,
-    softcap, scale, d_scale, threshold, keep_scale,
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, slopes_ptr,
+    lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
+    mask_strides, bias_strides, slope_strides, H, group, S, T, shift, left, right, softcap, scale,
+    d_scale, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
@@ -195,21 +209,21 @@ def dkdv_kernel(
         head_grad_ptr = grad_ptr + (b * grad_strides[0] + h * grad_strides[1])
         if RIGHT:
             dk, dv = _walk_queries(
-                dk, dv, k, v, j, head_q_ptr, head_grad_ptr, lse_ptr + head * S,
-                delta_ptr + head * S, q_strides[2], grad_strides[2], head_mask_ptr, head_bias_ptr,
+                dk, dv, k, v, j, head_q_ptr, head_grad_ptr, rows_ptr + head * 3 * S,
+                q_strides[2], grad_strides[2], head_mask_ptr, head_bias_ptr,
                 mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale,
                 seed, head, threshold, keep_scale, lo, full_lo, D, E, HAS_MASK, HAS_BIAS, LEFT,
                 RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_M, BLOCK_D, BLOCK_E, UNIT, True,
             )  # fmt: skip
         dk, dv = _walk_queries(
-            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, lse_ptr + head * S, delta_ptr + head * S,
+            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, rows_ptr + head * 3 * S,
             q_strides[2], grad_strides[2], head_mask_ptr, head_bias_ptr, mask_steps, bias_steps, S,
             T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold, keep_scale,
             full_lo, full_hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE,
             BLOCK_M, BLOCK_D, BLOCK_E, UNIT, False,
         )  # fmt: skip
         dk, dv = _walk_queries(
-            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, lse_ptr + head * S, delta_ptr + head * S,
+            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, rows_ptr + head * 3 * S,
             q_strides[2], grad_strides[2], head_mask_ptr, head_bias_ptr, mask_steps, bias_steps, S,
             T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold, keep_scale,
             full_hi, hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE,
@@ -233,15 +247,15 @@ def dkdv_kernel(
 
 @triton.jit
 def _walk_keys(
-    dq, q, grad, i, lse, delta, k_ptr, v_ptr, k_step, v_step, mask_ptr, bias_ptr, mask_steps,
-    bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold,
-    keep_scale, lo, hi,
+    dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_step, v_step, mask_ptr,
+    bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
+    head, threshold, keep_scale, lo, hi,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what keys lo..hi give to a tile of queries."""
+    """Adds what keys lo..hi give to a tile of queries: Σ ds k, Σ p k, Σ p, Σ ds (see dq_kernel)."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -259,28 +273,42 @@ def _walk_keys(
         )
         qk = dot(q, tl.trans(k))
         dp = dot(grad, tl.trans(v))
-        _, _, ds = _gradient_tile(
-            qk, dp, i[:, None], j[None, :], lse[:, None], delta[:, None], mask_ptr, bias_ptr,
+        _, p, ds, factor = _gradient_tile(
+            qk, dp, i[:, None], j[None, :], lse[:, None], 1.0, delta[:, None], mask_ptr, bias_ptr,
             mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
             head, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT,
             UNIT, MASKED,
         )  # fmt: skip
-        dq = dot(ds.to(k.dtype), k, dq)
-    return dq
+        if UNIT == 1.0:
+            total += tl.sum(p, axis=1)
+            excess += tl.sum(ds, axis=1)
+            mean = dot((p * factor).to(k.dtype), k, mean)
+        dq = dot((ds * factor).to(k.dtype), k, dq)
+    return dq, mean, total, excess
 
 
 @triton.jit
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, mask_ptr, bias_ptr, slopes_ptr,
-    lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, dq_strides, mask_strides,
-    bias_strides, slope_strides, H, group, S, T, shift, left, right, softcap, scale, d_scale,
-    threshold, keep_scale,
-    D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    UNIT: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, rows_ptr, dq_ptr, mask_ptr, bias_ptr, slopes_ptr,
+    sinks_ptr, lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, dq_strides,
+    mask_strides, bias_strides, slope_strides, H, group, S, T, shift, left, right, softcap, scale,
+    d_scale, threshold, keep_scale,
+    HAS_GRAD_LSE: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    """dq; with UNIT 1 also what the later kernels take p and delta from.
+
+    p from lse alone sums to total = Σ_j exp(s_ij − lse_i), which is 1 but for rounding, and any
+    number where |lse| is large (the number of keys, in a row of finfo.min). This kernel meets whole
+    rows anyway, so it finds the sum: its own result is divided by it, and the later kernels get
+    share = 1/total, p's factor from there on, and delta as these p give it, Σ_j p dp, in place of
+    the rounded out's. dq itself moves to that delta by Σ_j p k, one product more than otherwise:
+    without it dq had up to 2.5 times the error that the number contract allows in float32, and 6
+    times in 16 bits under a bias that leaves a row one key.
+    """
     tiles = tl.cdiv(S, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -321,32 +349,51 @@ def dq_kernel(
         grad_ptr + b * grad_strides[0] + h * grad_strides[1] + origin * grad_strides[2],
         local[:, None] * grad_strides[2] + e[None, :], i[:, None], S, e[None, :], True, E, BLOCK_E,
     )  # fmt: skip
-    lse = _load_lse(lse_ptr + head * S, i, S, UNIT)
-    delta = tl.load(delta_ptr + head * S + i, mask=i < S, other=0.0)
+    rows_ptr += head * 3 * S
+    lse = tl.load(rows_ptr + i, mask=i < S, other=float("inf"))
+    delta = tl.load(rows_ptr + 2 * S + i, mask=i < S, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    excess = tl.zeros([BLOCK_M], tl.float32)
     last = tl.minimum(first + BLOCK_M, S) - 1
     lo, full_lo, full_hi, hi = key_runs(
         first, last, limit, shift, left, right, LEFT, RIGHT, BLOCK_N
     )
     if LEFT:
-        dq = _walk_keys(
-            dq, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr,
-            bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap,
-            scale, seed, head, threshold, keep_scale, lo, full_lo, D, E, HAS_MASK, HAS_BIAS, LEFT,
-            RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
+        dq, mean, total, excess = _walk_keys(
+            dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2],
+            v_strides[2], mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left,
+            right, slope, softcap, scale, seed, head, threshold, keep_scale, lo, full_lo, D, E,
+            HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D,
+            BLOCK_E, UNIT, True,
         )  # fmt: skip
-    dq = _walk_keys(
-        dq, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, bias_ptr,
-        mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, head,
-        threshold, keep_scale, full_lo, full_hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP,
-        ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, False,
+    dq, mean, total, excess = _walk_keys(
+        dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2],
+        mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope,
+        softcap, scale, seed, head, threshold, keep_scale, full_lo, full_hi, D, E, HAS_MASK,
+        HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT,
+        False,
     )  # fmt: skip
-    dq = _walk_keys(
-        dq, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, bias_ptr,
-        mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, head,
-        threshold, keep_scale, full_hi, hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
-        DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
+    dq, mean, total, excess = _walk_keys(
+        dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2],
+        mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope,
+        softcap, scale, seed, head, threshold, keep_scale, full_hi, hi, D, E, HAS_MASK, HAS_BIAS,
+        LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
     )  # fmt: skip
+    if UNIT == 1.0:
+        if SINKS:
+            x = tl.load(sinks_ptr + h).to(tl.float32) - lse
+            sink = tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
+            total += sink
+            excess -= sink * delta  # its dp is 0
+        share = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0: a query without keys
+        step = excess * share
+        if HAS_GRAD_LSE:
+            step -= tl.load(grad_lse_ptr + head * S + i, mask=i < S, other=0.0)
+        dq = (dq - mean * step[:, None]) * share[:, None]
+        tl.store(rows_ptr + S + i, share, mask=i < S)
+        tl.store(rows_ptr + 2 * S + i, delta + step, mask=i < S)
     dq_ptr += b * dq_strides[0] + h * dq_strides[1] + origin * dq_strides[2]
     tl.store(
         dq_ptr + local[:, None] * dq_strides[2] + d[None, :],
@@ -357,7 +404,7 @@ def dq_kernel(
 
 @triton.jit
 def dbias_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr, mask_ptr, bias_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, partial_ptr, mask_ptr, bias_ptr, slopes_ptr,
     lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, mask_strides,
     bias_strides, slope_strides, H, group, S, T, OB, OH, OS, OT, RB, RH, RS, RT, per_split, shift,
     left, right, softcap, scale, threshold, keep_scale,
@@ -440,11 +487,10 @@ def dbias_kernel(
             )  # fmt: skip
             qk = dot(q, k)
             dp = dot(grad, v)
-            lse = _load_lse(lse_ptr + head * S, i, S, UNIT)
-            delta = tl.load(delta_ptr + head * S + i, mask=i < S, other=0.0)
-            _, ds, _ = _gradient_tile(
-                qk, dp, i[:, None], j[None, :], lse[:, None], delta[:, None], mask_at,
-                bias_ptr + (b * bias_strides[0] + h * bias_strides[1]), mask_steps,
+            lse, share, delta = _load_rows(rows_ptr + head * 3 * S, i, S, UNIT)
+            _, _, ds, _ = _gradient_tile(
+                qk, dp, i[:, None], j[None, :], lse[:, None], share[:, None], delta[:, None],
+                mask_at, bias_ptr + (b * bias_strides[0] + h * bias_strides[1]), mask_steps,
                 (bias_strides[2], bias_strides[3]), S, T, limit, shift, left, right, slope, softcap,
                 scale, seed, head, threshold, keep_scale, HAS_MASK, True, LEFT, RIGHT, SOFTCAP,
                 ALIBI, DROPOUT, UNIT, True,

@@ -102,12 +102,13 @@ def _describe(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
     is_causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
     alibi_slopes: Tensor | None, key_lengths: Tensor | None, scale: float, dropout_p: float,
-    seed: Tensor | None, others: tuple[Tensor, ...] = (),
+    seed: Tensor | None, others: tuple[Tensor, ...], exact_rows: bool,
 ) -> _Call:  # fmt: skip
     H, S, T = query.shape[1], query.shape[2], key.shape[2]
     if is_causal:  # a window with nothing to the right
         window_right = 0 if window_right < 0 else min(window_right, 0)
-    unit = 1.0 if query.dtype == torch.float32 else LOG2_E  # see _attention.py
+    natural = query.dtype == torch.float32 or bias is not None or exact_rows
+    unit = 1.0 if natural else LOG2_E  # see _attention.py and dq_kernel
     folded = scale / softcap if softcap else scale * unit
     runtime = {
         "mask_ptr": mask, "bias_ptr": bias, "slopes_ptr": alibi_slopes, "lengths_ptr": key_lengths,
@@ -168,7 +169,7 @@ def attention(
         return out.zero_(), lse.fill_(float("-inf"))
     call = _describe(
         query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
-        alibi_slopes, key_lengths, scale, dropout_p, seed, (out,),
+        alibi_slopes, key_lengths, scale, dropout_p, seed, (out,), False,
     )  # fmt: skip
     tile = tile_for(FORWARD, FORWARD_F32, query, max(D, E))
     tile = short(lighter(tile) if heavy(call.options) else tile, S)
@@ -219,31 +220,34 @@ def attention_backward(
     call = _describe(
         query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
         alibi_slopes, key_lengths, scale, dropout_p, seed, (grad_out, d_query, d_key, d_value),
+        sinks_grad,
     )  # fmt: skip
-    delta = torch.empty_like(lse)
+    rows = lse.new_empty((B, H, 3, S))  # lse in the unit of scores, share, delta: see dq_kernel
     queries = tile_for(QUERIES, BACKWARD_F32, query, max(D, E))
     keys = tile_for(KEYS, BACKWARD_F32, query, max(D, E))
     if heavy(call.options):
         queries, keys = lighter(queries), lighter_keys(keys)
     delta_kernel[(triton.cdiv(S, queries.m) * B * H,)](
-        out, grad_out, grad_lse, delta, out.stride(), grad_out.stride(), H, S, E=E,
-        HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=queries.m, BLOCK_E=block_of(E), num_warps=4,
+        out, grad_out, lse, grad_lse, rows, out.stride(), grad_out.stride(), H, S, E=E,
+        HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=queries.m, BLOCK_E=block_of(E),
+        UNIT=call.options["UNIT"], num_warps=4,
     )  # fmt: skip
     shared = {
-        "q_ptr": query, "k_ptr": key, "v_ptr": value, "grad_ptr": grad_out, "lse_ptr": lse,
-        "delta_ptr": delta, "q_strides": query.stride(), "k_strides": key.stride(),
-        "v_strides": value.stride(), "grad_strides": grad_out.stride(), **call.runtime,
+        "q_ptr": query, "k_ptr": key, "v_ptr": value, "grad_ptr": grad_out, "rows_ptr": rows,
+        "q_strides": query.stride(), "k_strides": key.stride(), "v_strides": value.stride(),
+        "grad_strides": grad_out.stride(), **call.runtime,
     }  # fmt: skip
     d_scale = scale  # of qk: with a softcap its derivative, times scale
+    dq_kernel[(triton.cdiv(S, queries.m) * B * H,)](
+        grad_lse_ptr=grad_lse, sinks_ptr=sinks, dq_ptr=d_query, dq_strides=d_query.stride(),
+        d_scale=d_scale, HAS_GRAD_LSE=grad_lse is not None, SINKS=sinks is not None,
+        BLOCK_M=queries.m, BLOCK_N=queries.n, num_warps=queries.warps, num_stages=queries.stages,
+        **shared, **call.options,
+    )  # fmt: skip
     dkdv_kernel[(triton.cdiv(T, keys.n) * B * G,)](
         dk_ptr=d_key, dv_ptr=d_value, dk_strides=d_key.stride(), dv_strides=d_value.stride(),
         d_scale=d_scale, BLOCK_M=keys.m, BLOCK_N=keys.n, num_warps=keys.warps,
         num_stages=keys.stages, **shared, **call.options,
-    )  # fmt: skip
-    dq_kernel[(triton.cdiv(S, queries.m) * B * H,)](
-        dq_ptr=d_query, dq_strides=d_query.stride(), d_scale=d_scale, BLOCK_M=queries.m,
-        BLOCK_N=queries.n, num_warps=queries.warps, num_stages=queries.stages, **shared,
-        **call.options,
     )  # fmt: skip
     if bias_grad:
         assert bias is not None
@@ -251,8 +255,9 @@ def attention_backward(
     if sinks_grad:
         assert sinks is not None
         # The sink's probability has no value: its score's gradient is −p · delta.
-        p = torch.exp(sinks.float()[:, None] - lse).masked_fill_(lse == float("-inf"), 0.0)
-        torch.sum(p.mul_(delta).neg_(), dim=(0, 2), out=d_sinks)
+        p = torch.exp((sinks.float()[:, None] - lse).clamp_(max=0.0)).mul_(rows[:, :, 1])
+        p.masked_fill_(lse == float("-inf"), 0.0)
+        torch.sum(p.mul_(rows[:, :, 2]).neg_(), dim=(0, 2), out=d_sinks)
     return d_query, d_key, d_value, d_bias, d_sinks
 
 

@@ -33,6 +33,7 @@ from fasttransformer.backends import TABLE
 __all__ = [
     "ISAS",
     "RUNNABLE",
+    "allowance",
     "assert_close",
     "assert_fair",
     "backends_of",

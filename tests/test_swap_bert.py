@@ -218,6 +218,32 @@ def test_4d_masks(implementation):
     assert check.ok, str(check)
 
 
+@pytest.mark.skipif(ft.backends()["triton"] is not None, reason="no Triton")
+def test_float_masks_with_gradients_run_on_triton():
+    """Left padding under eager's causal mask: rows of finfo.min, whose gradients Triton has too."""
+    model = small("bert", "eager", is_decoder=True, use_cache=False)
+    inputs = padded(side="left", length=7)
+    theirs = copy.deepcopy(model)
+    ft.swap(model)
+    calls = []
+    original = ft.attention
+
+    def recorded(*args, **options):
+        calls.append(options["bias"])
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, ft.use_backend("triton"):
+        patch.setattr(bert, "attention", recorded)
+        model(**inputs).last_hidden_state.square().sum().backward()
+    assert len(calls) == 2 and (calls[0] == torch.finfo(torch.float32).min).all(-1).any()
+    theirs(**inputs).last_hidden_state.square().sum().backward()
+    for (name, ours), other in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
+    # Nor does a device that is not the CPU keep them from it.
+    module, meta = model.encoder.layer[0].attention.self, torch.empty(2, 7, 32, device="meta")
+    assert bert.known_case(module, meta, calls[0].to("meta"), bert._QKV, {})
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_b31_decoder_is_causal(implementation):
     """b31 (keras#23038): causality dropped on a side path (weights wanted, padding, no mask)."""

@@ -329,41 +329,50 @@ void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
   }
 }
 
-// Where lse is so large (a bias of −FLT_MAX in every place of a row) that its float says nothing of
-// the sum, the row's maximum and sum are found again: weight = exp2((s − top)·log2(e) + shift).
-constexpr float kCoarse = 1e4f;
+// lse is rounded to float, and with it every weight of a row by the same factor: beyond this, by
+// more than torch's own error (at finfo.min it says nothing of the sum at all). The row's maximum
+// and sum are found again then: weight = exp2((s − top)·log2(e) + shift).
+constexpr float kCoarse = 64.f;
 
 template <class T>
 void find_sum(const AttentionBackwardParams& p, const Units& u, int64_t b, int64_t h, int64_t i,
               float* top_out, float* shift_out) {
   alignas(64) float s[kKeys];
   Row row = make_row(p, b, h, i);
-  const int64_t g = h / (p.heads / p.kv_heads);
+  const int64_t g = h / (p.heads / p.kv_heads), dim = p.head_dim, whole = dim / W * W;
   const T* query = at<T>(p.query, b, h, i);
-  float top = -__builtin_inff(), total = 0.f;
+  const int rest = static_cast<int>(dim - whole);
+  float top = -__builtin_inff();
+  vf total = zero();
   for (int64_t j = row.first / kKeys * kKeys; j < row.last; j += kKeys) {
     const int64_t n = min64(kKeys, row.last - j), end = round_up(n, W);
-    for (int64_t k = 0; k < end; ++k) {
-      s[k] = 0.f;
-      if (k >= n) continue;
+    for (int64_t k = 0; k < n; ++k) {
       const T* key = at<T>(p.key, b, g, j + k);
-      for (int64_t d = 0; d < p.head_dim; ++d) s[k] += to_float(query[d]) * to_float(key[d]);
+      vf sum = rest ? load(query + whole, rest) * load(key + whole, rest) : zero();
+      for (int64_t d = 0; d < whole; d += W) sum = fma(load(query + d), load(key + d), sum);
+      s[k] = reduce_add(sum);
     }
+    for (int64_t k = n; k < end; ++k) s[k] = 0.f;
     finish_scores<T>(p, u, row, j, 0, end, n, s);
+    vf most = splat(top);
+    for (int64_t k = 0; k < end; k += W) most = max(load(s + k), most);
     const float before = top;
-    for (int64_t k = 0; k < n; ++k) top = s[k] > top ? s[k] : top;
+    top = reduce_max(most);
     if (top == -__builtin_inff()) continue;
-    total *= __builtin_exp2f((before - top) * u.exponent);
-    for (int64_t k = 0; k < n; ++k) total += __builtin_exp2f((s[k] - top) * u.exponent);
+    total *= exp2(splat((before - top) * u.exponent));
+    for (int64_t k = 0; k < end; k += W) {
+      total += exp2((load(s + k) - splat(top)) * splat(u.exponent));
+    }
   }
   top *= u.lse_scale;
+  float sum = reduce_add(total);
   if (p.sinks) {
     const float most = p.sinks[h] > top ? p.sinks[h] : top;
-    total = total * __builtin_expf(top - most) + __builtin_expf(p.sinks[h] - most);
+    sum = sum * __builtin_expf(top - most) + __builtin_expf(p.sinks[h] - most);
     top = most;
   }
   *top_out = top;
-  *shift_out = -__builtin_log2f(total);
+  *shift_out = -__builtin_log2f(sum);
 }
 
 // delta = Σ dO·O − d_lse of every row, and what its weights are made with.
@@ -386,13 +395,14 @@ void prepare_rows(const AttentionBackwardParams& p, const Units& u) {
           p.top[r] = p.lse[r];
           p.shift[r] = 0.f;
           const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
-          if (coarse && p.lse[r] - p.lse[r] == 0.f)
+          if (coarse && p.lse[r] - p.lse[r] == 0.f) {
             find_sum<T>(p, u, b, h, i, p.top + r, p.shift + r);
+          }
         }
       });
 }
 
-// The sink's weight is exp(sink − lse), its value 0.
+// The sink's value is 0: its score's gradient is −weight·delta.
 void sink_gradients(const AttentionBackwardParams& p) {
   parallel_for(p.heads, kGrain / (p.batch * p.q_len + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) {
@@ -401,7 +411,8 @@ void sink_gradients(const AttentionBackwardParams& p) {
         for (int64_t i = 0; i < p.q_len; ++i) {
           const int64_t r = (b * p.heads + h) * p.q_len + i;
           if (p.lse[r] == -__builtin_inff()) continue;
-          total -= double{__builtin_expf(p.sinks[h] - p.lse[r])} * double{p.delta[r]};
+          const float power = (p.sinks[h] - p.top[r]) * kLog2E + p.shift[r];
+          total -= double{__builtin_exp2f(power)} * double{p.delta[r]};
         }
       }
       p.d_sinks[h] = static_cast<float>(total);

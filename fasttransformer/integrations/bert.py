@@ -124,16 +124,6 @@ def known_case(
         and (mask.dtype is torch.bool or mask.is_floating_point())
     ):
         return False
-    # Eager's masks can hold finfo.min for every key of a row (left padding under a causal mask).
-    # Its log-sum-exp is then finfo.min too, whatever the number of keys; the CPU kernel's backward
-    # sees to such rows, the Triton kernel's would take weights of 1 from it.
-    if (
-        mask is not None
-        and mask.dtype is not torch.bool
-        and not mask.is_cpu
-        and torch.is_grad_enabled()
-    ):
-        return False
     return (
         module.config._attn_implementation in _IMPLEMENTATIONS
         and not _wants_weights(module, options)

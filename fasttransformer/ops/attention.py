@@ -289,12 +289,13 @@ def _attend(
             if 0 in bias.stride():
                 # d_bias has one number per stride-0 dimension; an expanded bias wants one each.
                 bias = bias.contiguous()
-    if device.type == "cpu" and dtype != torch.float32 and flags[0]:
+    if kernel.backend == "cpu" and dtype != torch.float32 and flags[0]:
         wide_bias = bias is not None and bias.dtype == torch.float32 and bias.requires_grad
         if wide_bias or (sinks is not None and sinks.requires_grad):
             # The backward reads `out`: rounded to 16 bits, it would leave a float32 gradient with
             # 16-bit errors. The kernel computes in float32 anyway: this costs memory only.
             query, key, value = query.float(), key.float(), value.float()
+            bias = None if bias is None else bias.float()  # the kernels know no other beside these
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().float().expand(query.shape[:2]).contiguous()
     if sinks is not None:

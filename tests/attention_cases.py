@@ -44,5 +44,17 @@ def compare(on, tensors, grads=True, bias=None, sinks=None, **options):
         return run
 
     with skip_if_unsupported():
-        check(call(ft.attention), call(reference.attention), [*tensors, bias, sinks], grads=grads,
-              on=on, op="attention")  # fmt: skip
+        check(
+            call(ft.attention),
+            call(reference.attention),
+            [*tensors, bias, sinks],
+            grads=grads,
+            on=on,
+            op="attention",
+            redraw=lambda: [*other_signs(tensors), bias, sinks],
+        )
+
+
+def other_signs(tensors):
+    """New draws of the same kind: every number keeps its magnitude, so that extremes stay."""
+    return [torch.where(torch.rand(t.shape) < 0.5, t, -t) for t in tensors]

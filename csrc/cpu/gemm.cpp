@@ -27,6 +27,8 @@ constexpr int64_t kWholeRowColumns = 4096;
 constexpr int64_t kSkinnyRows = 4;
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
 
+constexpr int64_t kSerialWork = 262144;  // multiply-adds below which a second thread costs more
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -221,7 +223,7 @@ struct Engine {
     const int64_t total = row_blocks * column_blocks;
     const int64_t stride = ceil_div(width, NR) * NR;
     const int64_t work = p.rows * columns * p.depth;
-    const int64_t workers = work < 32768 ? 1 : min64(threads, total);
+    const int64_t workers = work < kSerialWork ? 1 : min64(threads, total);
     int64_t next = 0;
     parallel_for(workers, 1, [&](int64_t, int64_t) {
       float* c =

@@ -10,21 +10,18 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import fake, needs_grad
+from ._front import device_type_of, fake, needs_grad
 from ._function import differentiable
 from ._norm import (
     GRAD,
     NO_OPTIONS,
-    check_vector,
+    autocast_input,
     checked_shape,
     fake_vector_grad,
-    flat,
     fold_rows,
-    like,
-    narrow_vector,
-    on_float32_list,
     rows_of,
     shaped,
+    vector_of,
 )
 
 
@@ -64,54 +61,46 @@ def layer_norm(
     tensor([[-1.,  1.]])
     """
     shape = checked_shape("layer_norm", input, normalized_shape, eps)
-    if weight is not None:
-        check_vector("layer_norm", "weight", weight, input, shape)
-    if bias is not None:
-        check_vector("layer_norm", "bias", bias, input, shape)
-    device_type = input.device.type
-    if on_float32_list(device_type) and input.dtype != torch.float64:
-        input = input.float()
+    w = vector_of("layer_norm", "weight", weight, input, shape)
+    b = vector_of("layer_norm", "bias", bias, input, shape)
+    input = autocast_input(input)
     grad = needs_grad(input, weight, bias)
     options = GRAD if grad else NO_OPTIONS
-    kernel = choose("layer_norm", device_type, input.dtype, options, (), backend)
+    kernel = choose("layer_norm", device_type_of(input), input.dtype, options, (), backend)
     features = shape[0] if len(shape) == 1 else math.prod(shape)
     if kernel.forward is None or features == 0:
         return reference.layer_norm(input, shape, weight, bias, eps)
-    weight, bias = narrow_vector(weight, input), narrow_vector(bias, input)
     if grad:
-        return _layer_norm(input, weight, bias, eps, features, kernel)
-    out = kernel.forward(rows_of(input, features), flat(weight), flat(bias), eps)[0]
-    return shaped(out, input)
+        return _layer_norm(input, w, b, eps, features, kernel)
+    return shaped(kernel.forward(rows_of(input, features), w, b, eps)[0], input)
 
 
 class _LayerNorm:
     @staticmethod
     def forward(input, weight, bias, eps, features, kernel):
-        out, mean, rstd = kernel.forward(rows_of(input, features), flat(weight), flat(bias), eps)
+        out, mean, rstd = kernel.forward(rows_of(input, features), weight, bias, eps)
         return shaped(out, input), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, _, ctx.features, ctx.kernel = inputs
-        _, mean, rstd = output
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        input, weight, _, _, ctx.features, ctx.kernel = inputs
+        ctx.save_for_backward(input, weight, *output[1:])
 
     @staticmethod
     def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 6
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        input, weight, mean, rstd = ctx.saved_tensors
+        features, needs = ctx.features, ctx.needs_input_grad
         d_input, d_weight, d_bias = ctx.kernel.backward(
-            rows_of(grad, ctx.features), rows_of(input, ctx.features), flat(weight), mean, rstd,
-            wants_weight, wants_bias,
+            rows_of(grad, features), rows_of(input, features), weight, mean, rstd, needs[1],
+            needs[2],
         )  # fmt: skip
-        d_weight, d_bias = like(d_weight, weight, wants_weight), like(d_bias, bias, wants_bias)
-        return shaped(d_input, input), d_weight, d_bias, None, None, None
+        return (
+            shaped(d_input, input), d_weight if needs[1] else None, d_bias if needs[2] else None,
+            None, None, None,
+        )  # fmt: skip
 
 
-_layer_norm = differentiable(_LayerNorm, outputs=1)
+_layer_norm = differentiable(_LayerNorm, tensors=3, outputs=1)
 
 
 @fake("layer_norm")

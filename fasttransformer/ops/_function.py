@@ -19,8 +19,17 @@ from torch.autograd.function import once_differentiable
 from ..backends import operator_namespaces
 
 _transforms_active = torch._C._are_functorch_transforms_active
-_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_compiling = torch.compiler.is_compiling
+
+
+def _unwrapping() -> Callable[[Tensor], Tensor] | None:
+    """What Function.apply does to its tensors outside of transforms, if this torch is one whose
+    Function.apply was read (2.13), and so may be passed by; None: it is called like anywhere."""
+    known = torch.__version__.startswith("2.13.") and "apply" in vars(torch._C._FunctionBase)
+    return getattr(torch._C._functorch, "unwrap_if_dead", None) if known else None
+
+
+_unwrap_if_dead = _unwrapping()
 
 
 def differentiable(form: type, tensors: int, outputs: int | None = None) -> Callable[..., Any]:
@@ -78,17 +87,18 @@ def differentiable(form: type, tensors: int, outputs: int | None = None) -> Call
     # What Function.apply ends in. It is written in Python, and on the plain path 1.4 µs of it only
     # find out that there is nothing to do but unwrap tensors that outlived a torch.func transform.
     apply_directly: Callable[..., Any] = super(torch.autograd.Function, plain).apply  # type: ignore
+    unwrap = _unwrap_if_dead
 
     def apply(*args: Any) -> Any:
-        if _is_compiling():  # while tracing: only Function.apply is known to torch.compile
+        if _transforms_active():
+            output = apply_transformed(*args)
+            if outputs is None:
+                return output
+            return output[0] if outputs == 1 else output[:outputs]
+        if unwrap is None or _is_compiling():  # torch.compile knows Function.apply only
             return apply_plain(*args)
-        if not _transforms_active():
-            given = [x if x is None else _unwrap_if_dead(x) for x in args[:tensors]]
-            return apply_directly(*given, *args[tensors:])
-        output = apply_transformed(*args)
-        if outputs is None:
-            return output
-        return output[0] if outputs == 1 else output[:outputs]
+        given = [x if x is None else unwrap(x) for x in args[:tensors]]
+        return apply_directly(*given, *args[tensors:])
 
     return apply
 
@@ -136,7 +146,8 @@ def one_by_one(operator: Any, batch_size: int, in_dims: tuple, *args: Any) -> tu
 
 
 def fold(tensor: Tensor | None, dim: int | None, batch_size: int) -> Tensor | None:
-    """(rows, …) batched in ``dim``, or not batched, as (batch_size * rows, …), last stride 1."""
+    """(rows, …) batched in ``dim``, or not batched, as (batch_size * rows, …), with last stride 1
+    and, of more than two dimensions, contiguous."""
     if tensor is None:
         return None
     if dim is None:
@@ -144,7 +155,7 @@ def fold(tensor: Tensor | None, dim: int | None, batch_size: int) -> Tensor | No
     else:
         tensor = tensor.movedim(dim, 0)
     folded = tensor.reshape(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])
-    return folded if folded.stride(-1) == 1 else folded.contiguous()
+    return folded if folded.dim() <= 2 and folded.stride(-1) == 1 else folded.contiguous()
 
 
 def unfold(outputs: tuple[Tensor, ...], batch_size: int) -> tuple[tuple[Tensor, ...], tuple]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,10 +40,15 @@ def checked_shape(
     if not isinstance(input, Tensor) or input.dtype not in FLOATS:
         is_float(op, input=input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or input.shape[-len(shape) :] != shape:
+    given = input.shape
+    if len(shape) == 1 and given:
+        fits = given[-1] == shape[0]
+    else:
+        fits = shape != () and given[-len(shape) :] == shape
+    if not fits:
         raise ValueError(f"{op}: normalized_shape {shape} must be one dimension or more and end "
-                         f"input's shape {tuple(input.shape)}")  # fmt: skip
-    if eps is not None and not 0.0 <= eps < float("inf"):
+                         f"input's shape {tuple(given)}")  # fmt: skip
+    if eps is not None and not 0.0 <= eps < math.inf:
         positive_eps(op, eps)
     return shape
 
@@ -105,20 +111,29 @@ def default_eps(input: Tensor) -> float:
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
 
 
-def rows_of(x: Tensor, features: int) -> Tensor:
-    """(…, *normalized_shape) as (rows, features) with last stride 1; a copy only if need be."""
-    if x.dim() != 2 or x.shape[1] != features:
-        x = x.reshape(-1, features)
-    return last_stride_one(x)
+def rows_of(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(…, *normalized_shape) as operators take it: rows in the last dimension, contiguous, or of
+    two dimensions with last stride 1. A view if it can be (1 µs), a copy only if need be."""
+    if x.dim() >= 2 and len(shape) == 1:
+        if x.is_contiguous():
+            return x
+        if x.dim() == 2:
+            return last_stride_one(x)
+    return last_stride_one(x.reshape(-1, math.prod(shape)))
 
 
-def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """The way back from :func:`rows_of`: ``rows`` in ``like``'s shape (a view costs 1 µs)."""
-    return rows if rows.shape == like.shape else rows.view(like.shape)
+def shaped(rows: Tensor, taken: Tensor, given: Tensor) -> Tensor:
+    """The way back: an operator's output for ``taken = rows_of(given)`` in ``given``'s shape."""
+    return rows if taken is given else rows.view(given.shape)
+
+
+def fake_statistic(input: Tensor) -> Tensor:
+    return input.new_empty((math.prod(input.shape[:-1]),), dtype=torch.float32)
 
 
 def fake_vector_grad(input: Tensor, weight: Tensor | None, features: int, wanted: bool) -> Tensor:
-    """d_weight and d_bias of the backward operators: weight's dtype, float32 without a weight."""
+    """d_weight and d_bias of the backward operators: weight's dtype, float32 without a weight.
+    Where the parameter's own dtype is another (a bias beside another weight), autograd casts."""
     dtype = torch.float32 if weight is None else weight.dtype
     return input.new_empty((features if wanted else 0,), dtype=dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,7 @@ from ._norm import (
     add_inputs,
     checked_shape,
     default_eps,
+    fake_statistic,
     fake_vector_grad,
     fold_rows,
     rows_of,
@@ -71,31 +71,30 @@ def add_rms_norm(
     grad = needs_grad(input, residual, weight)
     options = ADD_OPTIONS[grad, dropout_p > 0.0]
     kernel = choose("add_rms_norm", device_type_of(input), input.dtype, options, (), backend)
-    features = shape[0] if len(shape) == 1 else math.prod(shape)
     seed = new_seed(input.device) if dropout_p > 0.0 else None
-    if kernel.forward is None or features == 0:
+    if kernel.forward is None or 0 in shape:
         return reference.add_rms_norm(
             input, residual, shape, weight, eps, dropout_p=dropout_p, seed=seed
         )
     if grad:
-        return _add_rms_norm(input, residual, w, seed, eps, dropout_p, features, kernel)
-    normed, summed, _ = kernel.forward(
-        rows_of(input, features), rows_of(residual, features), w, eps, dropout_p, seed
-    )
-    return shaped(normed, input), shaped(summed, input)
+        return _add_rms_norm(input, residual, w, seed, eps, dropout_p, shape, kernel)
+    x = rows_of(input, shape)
+    normed, summed, _ = kernel.forward(x, rows_of(residual, shape), w, eps, dropout_p, seed)
+    return shaped(normed, x, input), shaped(summed, x, input)
 
 
 class _AddRMSNorm:
     @staticmethod
-    def forward(input, residual, weight, seed, eps, dropout_p, features, kernel):
+    def forward(input, residual, weight, seed, eps, dropout_p, shape, kernel):
+        x = rows_of(input, shape)
         normed, summed, rstd = kernel.forward(
-            rows_of(input, features), rows_of(residual, features), weight, eps, dropout_p, seed
+            x, rows_of(residual, shape), weight, eps, dropout_p, seed
         )
-        return shaped(normed, input), shaped(summed, input), rstd
+        return shaped(normed, x, input), shaped(summed, x, input), rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, weight, seed, _, ctx.dropout_p, ctx.features, ctx.kernel = inputs
+        _, _, weight, seed, _, ctx.dropout_p, ctx.shape, ctx.kernel = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, seed, *output[1:])
 
@@ -104,16 +103,17 @@ class _AddRMSNorm:
         if grad_normed is None and grad_summed is None:
             return (None,) * 8
         weight, seed, summed, rstd = ctx.saved_tensors
-        features, wanted = ctx.features, ctx.needs_input_grad[2]
+        shape, wanted = ctx.shape, ctx.needs_input_grad[2]
         if grad_normed is None:
             grad_normed = torch.zeros_like(summed)
+        s = rows_of(summed, shape)
         d_residual, d_input, d_weight = ctx.kernel.backward(
-            rows_of(grad_normed, features),
-            None if grad_summed is None else rows_of(grad_summed, features),
-            rows_of(summed, features), weight, rstd, ctx.dropout_p, seed, wanted,
+            rows_of(grad_normed, shape),
+            None if grad_summed is None else rows_of(grad_summed, shape),
+            s, weight, rstd, ctx.dropout_p, seed, wanted,
         )  # fmt: skip
-        d_residual = shaped(d_residual, summed)
-        d_input = d_residual if seed is None else shaped(d_input, summed)
+        d_residual = shaped(d_residual, s, summed)
+        d_input = d_residual if seed is None else shaped(d_input, s, summed)
         return d_input, d_residual, d_weight if wanted else None, None, None, None, None, None
 
 
@@ -125,7 +125,7 @@ def _(input, residual, weight, eps, dropout_p, seed):
     return (
         input.new_empty(input.shape),
         input.new_empty(input.shape),
-        input.new_empty(input.shape[:1], dtype=torch.float32),
+        fake_statistic(input),
     )
 
 
@@ -134,7 +134,7 @@ def _(grad_normed, grad_summed, summed, weight, rstd, dropout_p, seed, weight_gr
     return (
         summed.new_empty(summed.shape),
         summed.new_empty((0,) if seed is None else summed.shape),
-        fake_vector_grad(summed, weight, summed.shape[1], weight_grad),
+        fake_vector_grad(summed, weight, summed.shape[-1], weight_grad),
     )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -17,6 +15,7 @@ from ._norm import (
     NO_OPTIONS,
     autocast_input,
     checked_shape,
+    fake_statistic,
     fake_vector_grad,
     fold_rows,
     rows_of,
@@ -67,35 +66,37 @@ def layer_norm(
     grad = needs_grad(input, weight, bias)
     options = GRAD if grad else NO_OPTIONS
     kernel = choose("layer_norm", device_type_of(input), input.dtype, options, (), backend)
-    features = shape[0] if len(shape) == 1 else math.prod(shape)
-    if kernel.forward is None or features == 0:
+    if kernel.forward is None or 0 in shape:
         return reference.layer_norm(input, shape, weight, bias, eps)
     if grad:
-        return _layer_norm(input, w, b, eps, features, kernel)
-    return shaped(kernel.forward(rows_of(input, features), w, b, eps)[0], input)
+        return _layer_norm(input, w, b, eps, shape, kernel)
+    x = rows_of(input, shape)
+    return shaped(kernel.forward(x, w, b, eps)[0], x, input)
 
 
 class _LayerNorm:
     @staticmethod
-    def forward(input, weight, bias, eps, features, kernel):
-        out, mean, rstd = kernel.forward(rows_of(input, features), weight, bias, eps)
-        return shaped(out, input), mean, rstd
+    def forward(input, weight, bias, eps, shape, kernel):
+        x = rows_of(input, shape)
+        out, mean, rstd = kernel.forward(x, weight, bias, eps)
+        return shaped(out, x, input), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _, _, ctx.features, ctx.kernel = inputs
+        input, weight, _, _, ctx.shape, ctx.kernel = inputs
         ctx.save_for_backward(input, weight, *output[1:])
 
     @staticmethod
     def backward(ctx, grad):
         input, weight, mean, rstd = ctx.saved_tensors
-        features, needs = ctx.features, ctx.needs_input_grad
+        shape, needs = ctx.shape, ctx.needs_input_grad
+        x = rows_of(input, shape)
         d_input, d_weight, d_bias = ctx.kernel.backward(
-            rows_of(grad, features), rows_of(input, features), weight, mean, rstd, needs[1],
+            rows_of(grad, shape), x, weight, mean, rstd, needs[1],
             needs[2],
         )  # fmt: skip
         return (
-            shaped(d_input, input), d_weight if needs[1] else None, d_bias if needs[2] else None,
+            shaped(d_input, x, input), d_weight if needs[1] else None, d_bias if needs[2] else None,
             None, None, None,
         )  # fmt: skip
 
@@ -105,13 +106,12 @@ _layer_norm = differentiable(_LayerNorm, tensors=3, outputs=1)
 
 @fake("layer_norm")
 def _(input, weight, bias, eps):
-    statistic = input.new_empty(input.shape[:1], dtype=torch.float32)
-    return input.new_empty(input.shape), statistic, torch.empty_like(statistic)
+    return input.new_empty(input.shape), fake_statistic(input), fake_statistic(input)
 
 
 @fake("layer_norm_backward")
 def _(grad, input, weight, mean, rstd, weight_grad, bias_grad):
-    features = input.shape[1]
+    features = input.shape[-1]
     return (
         input.new_empty(input.shape),
         fake_vector_grad(input, weight, features, weight_grad),

@@ -83,7 +83,7 @@ def linear_add(
     else:  # the activation's derivative needs its input, so it is kept and not fused
         out = activate(_linear_add(x, weight, bias, None, kernel), activation)
         out = out if rows is None else out + rows
-    return out if len(out_shape) == 2 else out.view(out_shape)
+    return out if out.dim() == len(out_shape) else out.view(out_shape)
 
 
 def autocast_linear(input: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -141,22 +141,30 @@ def check_linear(
 def kernel_inputs(
     input: Tensor, weight: Tensor, residual: Tensor | None, out_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(input, weight, residual) in the form that the operators take."""
-    out_features, in_features = weight.shape
+    """(input, weight, residual) as operators take them: rows of two dimensions, or of three where
+    input and residual are contiguous and the output then has its shape without a view (1 µs)."""
+    in_features, rows = weight.shape[1], math.prod(out_shape[:-1])
+    if residual is not None and residual.shape != out_shape:
+        residual = residual.expand(out_shape)
+    three = len(out_shape) == 3 and (residual is None or residual.is_contiguous())
     if input.shape[-1] == in_features:
-        x = rows_of(input, in_features)
+        if input.dim() == 2 or (three and input.dim() == 3):
+            x = rows_of(input, weight.shape[1:])
+        else:
+            x = last_stride_one(input.reshape(rows, in_features))
     else:  # (batch, heads, q_len, head_dim)
-        merged = input.transpose(1, 2)
-        if merged.is_contiguous():  # as attention leaves it: the heads are already joined
-            x = merged.reshape(math.prod(out_shape[:-1]), in_features)
+        x = input.transpose(1, 2)
+        if x.is_contiguous():  # as attention leaves it: the heads are already joined
+            x = x.reshape(*(out_shape[:2] if three else (rows,)), in_features)
         else:
             x = input if input.stride(3) == 1 else input.contiguous()
     if not weight.is_contiguous():
         weight = weight.contiguous()
     if residual is not None:
-        if residual.shape != out_shape:
-            residual = residual.expand(out_shape)
-        residual = rows_of(residual, out_features)
+        if x.dim() != 2:
+            residual = residual.contiguous()
+        elif residual.dim() != 2 or residual.stride(1) != 1:
+            residual = last_stride_one(residual.reshape(rows, out_shape[-1]))
     return x, weight, residual
 
 
@@ -197,9 +205,9 @@ def linear_gradients(
     """Gradients of the linear part; ``needs`` says which of (input, weight, bias) are wanted."""
     if not (needs[0] or needs[1] or needs[2]):
         return None, None, None
-    grad, rows = last_stride_one(grad), x
+    grad, rows = rows_of(grad, grad.shape[-1:]), x
     if x.dim() == 4:  # attention's heads, joined: the weight's gradient reads whole rows
-        rows = x.transpose(1, 2).reshape(grad.shape[0], weight.shape[1])
+        rows = x.transpose(1, 2).reshape(math.prod(grad.shape[:-1]), weight.shape[1])
     d_input, d_weight, d_bias = kernel.backward(grad, rows, weight, needs[0], needs[1], needs[2])
     if x.dim() == 4 and needs[0]:
         batch, heads, length, head_dim = x.shape
@@ -211,13 +219,15 @@ def linear_gradients(
     )
 
 
-def row_count(input: Tensor) -> int:
-    return input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[2]
+def fake_output(input: Tensor, weight: Tensor) -> Tensor:
+    """(rows, out_features), or (batch, length, out_features) of three dimensions and of heads."""
+    rows = input.shape[:1] if input.dim() == 2 else (input.shape[0], input.shape[-2])
+    return input.new_empty((*rows, weight.shape[0]))
 
 
 @fake("linear_add")
 def _(input, weight, bias, residual, activation):
-    return input.new_empty((row_count(input), weight.shape[0]))
+    return fake_output(input, weight)
 
 
 @fake("linear_add_backward")
@@ -235,7 +245,7 @@ def _(operator, batch_size, in_dims, input, weight, bias, residual, activation):
         return None
     rows = fold(input, in_dims[0], batch_size), fold(residual, in_dims[3], batch_size)
     out = operator(rows[0], weight, bias, rows[1], activation)
-    return out.view(batch_size, out.shape[0] // batch_size, out.shape[1]), 0
+    return out.view(batch_size, out.shape[0] // batch_size, *out.shape[1:]), 0
 
 
 fold_rows("linear_add_backward", batched=(0, 1), per_sample=(4, 5))

@@ -9,13 +9,13 @@ from .. import reference
 from ..backends import TABLE, choose
 from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import GRAD, NO_OPTIONS, fold_rows, vector_of
+from ._norm import GRAD, NO_OPTIONS, fake_statistic, fold_rows, vector_of
 from .linear_add import (
     autocast_linear,
     check_linear,
+    fake_output,
     kernel_inputs,
     linear_gradients,
-    row_count,
 )
 
 
@@ -73,7 +73,7 @@ def linear_add_layer_norm(
         normed, summed = _linear_add_layer_norm(x, weight, bias, rows, w, b, eps, kernel)
     else:
         normed, summed, _, _ = kernel.forward(x, weight, bias, rows, w, b, eps)
-    if len(out_shape) == 2:
+    if normed.dim() == len(out_shape):
         return normed, summed
     return normed.view(out_shape), summed.view(out_shape)
 
@@ -126,12 +126,12 @@ _linear_add_layer_norm = differentiable(_LinearAddLayerNorm, tensors=6, outputs=
 
 @fake("linear_add_layer_norm")
 def _(input, weight, bias, residual, norm_weight, norm_bias, eps):
-    rows, features = row_count(input), weight.shape[0]
+    normed = fake_output(input, weight)
     return (
-        input.new_empty((rows, features)),
-        input.new_empty((rows, features)),
-        input.new_empty((rows,), dtype=torch.float32),
-        input.new_empty((rows,), dtype=torch.float32),
+        normed,
+        torch.empty_like(normed),
+        fake_statistic(normed),
+        fake_statistic(normed),
     )
 
 

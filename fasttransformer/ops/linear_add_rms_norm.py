@@ -9,8 +9,8 @@ from .. import reference
 from ..backends import TABLE, choose
 from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import GRAD, NO_OPTIONS, default_eps, fold_rows
-from .linear_add import autocast_linear, check_linear, kernel_inputs, linear_gradients, row_count
+from ._norm import GRAD, NO_OPTIONS, default_eps, fake_statistic, fold_rows
+from .linear_add import autocast_linear, check_linear, fake_output, kernel_inputs, linear_gradients
 from .linear_add_layer_norm import norm_vector
 
 
@@ -62,7 +62,7 @@ def linear_add_rms_norm(
         normed, summed = _linear_add_rms_norm(x, weight, bias, rows, w, eps, kernel)
     else:
         normed, summed, _ = kernel.forward(x, weight, bias, rows, w, eps)
-    if len(out_shape) == 2:
+    if normed.dim() == len(out_shape):
         return normed, summed
     return normed.view(out_shape), summed.view(out_shape)
 
@@ -106,11 +106,11 @@ _linear_add_rms_norm = differentiable(_LinearAddRMSNorm, tensors=5, outputs=2)
 
 @fake("linear_add_rms_norm")
 def _(input, weight, bias, residual, norm_weight, eps):
-    rows, features = row_count(input), weight.shape[0]
+    normed = fake_output(input, weight)
     return (
-        input.new_empty((rows, features)),
-        input.new_empty((rows, features)),
-        input.new_empty((rows,), dtype=torch.float32),
+        normed,
+        torch.empty_like(normed),
+        fake_statistic(normed),
     )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -18,6 +16,7 @@ from ._norm import (
     autocast_input,
     checked_shape,
     default_eps,
+    fake_statistic,
     fake_vector_grad,
     fold_rows,
     rows_of,
@@ -64,33 +63,33 @@ def rms_norm(
     grad = needs_grad(input, weight)
     options = GRAD if grad else NO_OPTIONS
     kernel = choose("rms_norm", device_type_of(input), input.dtype, options, (), backend)
-    features = shape[0] if len(shape) == 1 else math.prod(shape)
-    if kernel.forward is None or features == 0:
+    if kernel.forward is None or 0 in shape:
         return reference.rms_norm(input, shape, weight, eps)
     if grad:
-        return _rms_norm(input, w, eps, features, kernel)
-    return shaped(kernel.forward(rows_of(input, features), w, eps)[0], input)
+        return _rms_norm(input, w, eps, shape, kernel)
+    x = rows_of(input, shape)
+    return shaped(kernel.forward(x, w, eps)[0], x, input)
 
 
 class _RMSNorm:
     @staticmethod
-    def forward(input, weight, eps, features, kernel):
-        out, rstd = kernel.forward(rows_of(input, features), weight, eps)
-        return shaped(out, input), rstd
+    def forward(input, weight, eps, shape, kernel):
+        x = rows_of(input, shape)
+        out, rstd = kernel.forward(x, weight, eps)
+        return shaped(out, x, input), rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _, ctx.features, ctx.kernel = inputs
+        input, weight, _, ctx.shape, ctx.kernel = inputs
         ctx.save_for_backward(input, weight, output[1])
 
     @staticmethod
     def backward(ctx, grad):
         input, weight, rstd = ctx.saved_tensors
-        features, wanted = ctx.features, ctx.needs_input_grad[1]
-        d_input, d_weight = ctx.kernel.backward(
-            rows_of(grad, features), rows_of(input, features), weight, rstd, wanted
-        )
-        return shaped(d_input, input), d_weight if wanted else None, None, None, None
+        shape, wanted = ctx.shape, ctx.needs_input_grad[1]
+        x = rows_of(input, shape)
+        d_input, d_weight = ctx.kernel.backward(rows_of(grad, shape), x, weight, rstd, wanted)
+        return shaped(d_input, x, input), d_weight if wanted else None, None, None, None
 
 
 _rms_norm = differentiable(_RMSNorm, tensors=2, outputs=1)
@@ -98,14 +97,14 @@ _rms_norm = differentiable(_RMSNorm, tensors=2, outputs=1)
 
 @fake("rms_norm")
 def _(input, weight, eps):
-    return input.new_empty(input.shape), input.new_empty(input.shape[:1], dtype=torch.float32)
+    return input.new_empty(input.shape), fake_statistic(input)
 
 
 @fake("rms_norm_backward")
 def _(grad, input, weight, rstd, weight_grad):
     return (
         input.new_empty(input.shape),
-        fake_vector_grad(input, weight, input.shape[1], weight_grad),
+        fake_vector_grad(input, weight, input.shape[-1], weight_grad),
     )
 
 

@@ -1,6 +1,6 @@
 """What a call costs beside the kernel: operations on inputs so small that little else is left.
 
-    python -m fasttransformer.benchmarks.overhead [OP ...]
+    python -m fasttransformer.benchmarks.overhead [OP ...] [--json FILE]
 
 For each operation, in microseconds: the bare operator, called with the arguments that the public
 function would hand it; the public function without a gradient and with one, and how much each adds
@@ -8,12 +8,15 @@ to the operator; the backward pass, and what it adds to the backward operators; 
 the same numbers beside each. The target is 3 µs without and 8 µs with a gradient
 (docs/design.md).
 
-A time is the best of many short loops: a neighbour on the machine can only add to it.
+A time is the best of many short loops: a neighbour on the machine can only add to it. It runs on
+one thread: torch's layer_norm and linear hand even such inputs to the thread pool, and on a busy
+machine wait milliseconds for it. Rows come in a batch, (2, 2, 64), as they do in a model.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,12 +27,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasttransformer as ft
-from fasttransformer.benchmarks._shared import Candidate, backward_of, cpu_name, randn
+from fasttransformer.benchmarks._shared import (
+    Candidate,
+    backward_of,
+    cpu_name,
+    environment,
+    randn,
+)
 
-TURNS, CALLS = 300, 100
+TURNS, CALLS = 300, 50
 ROWS, FEATURES = 4, 64
 
-X, RESIDUAL = (ROWS, FEATURES), (ROWS, FEATURES)
+X = RESIDUAL = (2, ROWS // 2, FEATURES)
 MATRIX, VECTOR = (FEATURES, FEATURES), (FEATURES,)
 HEADS = (1, 2, ROWS, 16)
 
@@ -133,18 +142,24 @@ def measure(op: str) -> dict[str, float]:
     )
 
 
-def main(ops: list[str]) -> None:
-    unknown = [op for op in ops if op not in CALLS_OF]
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what a call costs beside its kernel")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=", ".join(CALLS_OF))
+    parser.add_argument("--json", metavar="FILE", help="write the times there, in µs")
+    given = parser.parse_args()
+    unknown = [op for op in given.ops if op not in CALLS_OF]
     if unknown:
-        raise SystemExit(f"{unknown[0]!r} is not one of {', '.join(CALLS_OF)}")
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(CALLS_OF)}")
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, float]] = {}
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; µs a call")
     head = (
         "operator", "front", "adds", "torch", "| grad", "adds", "torch",
         "| bw op", "backward", "adds", "torch",
     )  # fmt: skip
     print(f"{'':21}", *(f"{name:>8}" for name in head))
-    for op in ops or CALLS_OF:
-        t = measure(op)
+    for op in given.ops or CALLS_OF:
+        t = results[op] = measure(op)
         row = (
             t["operator"], t["front"], t["front"] - t["operator"], t["torch"],
             t["front, grad"], t["front, grad"] - t["operator"], t["torch, grad"],
@@ -152,7 +167,12 @@ def main(ops: list[str]) -> None:
             t["torch, backward"],
         )  # fmt: skip
         print(f"{op:21}", *(f"{value:8.2f}" for value in row), flush=True)
+    if given.json:
+        rounded = {op: {k: round(v, 2) for k, v in t.items()} for op, t in results.items()}
+        with open(given.json, "w", encoding="utf-8") as file:
+            json.dump({"environment": environment(), "microseconds": rounded}, file, indent=2)
+            file.write("\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -6,7 +6,7 @@ For each operation, in microseconds: the bare operator, called with the argument
 function would hand it; the public function without a gradient and with one, and how much each adds
 to the operator; the backward pass, and what it adds to the backward operators; torch's own way to
 the same numbers beside each. The target is 3 µs without and 8 µs with a gradient
-(docs/design.md).
+(docs/benchmarks.md).
 
 A time is the best of many short loops: a neighbour on the machine can only add to it. It runs on
 one thread: torch's layer_norm and linear hand even such inputs to the thread pool, and on a busy
@@ -152,7 +152,7 @@ def main() -> None:
         parser.error(f"{unknown[0]!r} is not one of {', '.join(CALLS_OF)}")
     torch.set_num_threads(1)
     results: dict[str, dict[str, float]] = {}
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; µs a call")
+    print(f"{cpu_name()}, 1 thread, torch {torch.__version__}; µs a call")
     head = (
         "operator", "front", "adds", "torch", "| grad", "adds", "torch",
         "| bw op", "backward", "adds", "torch",

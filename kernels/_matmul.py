@@ -12,6 +12,7 @@ _reduce. Bound: matrix units (memory for few rows).
 Source: Triton's matrix-multiplication tutorial (grouped order); QuACK for norms after a matmul.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import dot, tanh
+from ._norm import row_stride
 from ._reduce import sum_dtype, sum_partials
 from ._target import family
 
@@ -320,7 +322,7 @@ def matmul(
     S, E, steps = (1, 1, (0, 0, 0)) if heads[1] is None else heads_of(heads[1])
     matmul_kernel[(programs * splits,)](
         a, b, bias, residual, out, M, N, K, a_steps, b_steps,
-        0 if residual is None else residual.stride(0), S, E, steps, per_split,
+        row_stride(residual), S, E, steps, per_split,
         HEADS=heads[0], ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, ACTIVATION=activation,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GROUP=GROUP,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps,
@@ -331,8 +333,8 @@ def matmul(
 
 
 def column_sums(x: Tensor, out: Tensor) -> None:
-    """out = x.sum(0), in a fixed order."""
-    rows, columns = x.shape
+    """The sum of x's rows, in a fixed order."""
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     splits = max(1, min(64, triton.cdiv(rows, 64)))
     partial = torch.empty((splits, columns), dtype=torch.float32, device=x.device)
     column_sums_kernel[(splits * triton.cdiv(columns, 128),)](
@@ -340,7 +342,7 @@ def column_sums(x: Tensor, out: Tensor) -> None:
         partial,
         rows,
         columns,
-        x.stride(0),
+        row_stride(x),
         splits,
         ACC=sum_dtype(x),
         ROWS=16,

@@ -15,6 +15,8 @@ Sources: Ba et al. 2016; Zhang and Sennrich 2019; Welford 1962 with Chan's merge
 weight gradient is that of Triton's layer-norm tutorial and Apex.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -319,13 +321,20 @@ def _weight_gradients(
         tl.store(d_bias_ptr + at, tl.sum(d_bias, axis=0), mask=in_row)
 
 
+def row_stride(x: Tensor | None) -> int:
+    """Of two dimensions with any row stride, or of a contiguous tensor of any other rank."""
+    if x is None:
+        return 0
+    return x.stride(0) if x.dim() == 2 else x.shape[-1]
+
+
 def forward(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     dropout_p: float, seed: Tensor | None, rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(normed, summed, mean, rstd); summed only with a residual and mean only without rms count."""
-    rows, columns = input.shape
-    normed = input.new_empty((rows, columns))
+    rows, columns = math.prod(input.shape[:-1]), input.shape[-1]
+    normed = input.new_empty(input.shape)
     summed = normed if residual is None else torch.empty_like(normed)
     rstd = input.new_empty((rows,), dtype=torch.float32)
     mean = rstd if rms else torch.empty_like(rstd)
@@ -335,8 +344,8 @@ def forward(
     kernel = _forward_looped if looped else _forward
     kernel[(triton.cdiv(rows, per_program),)](
         input, residual, weight, bias, normed, summed, mean, rstd, seed,
-        rows, columns, float(columns), input.stride(0),
-        0 if residual is None else residual.stride(0), eps, threshold_of(dropout_p),
+        rows, columns, float(columns), row_stride(input), row_stride(residual),
+        eps, threshold_of(dropout_p),
         1.0 / (1.0 - dropout_p), RMS=rms, ADD=residual is not None, DROPOUT=seed is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, ROWS=per_program, BLOCK=block,
         num_warps=warps,
@@ -349,9 +358,9 @@ def backward(
     rstd: Tensor, dropout_p: float, seed: Tensor | None, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(d_summed, d_input, d_weight, d_bias); what is not wanted has shape (0,)."""
-    rows, columns = s.shape
-    d_summed = s.new_empty((rows, columns))
-    d_input = s.new_empty((0,) if seed is None else (rows, columns))
+    rows, columns = math.prod(s.shape[:-1]), s.shape[-1]
+    d_summed = s.new_empty(s.shape)
+    d_input = s.new_empty((0,) if seed is None else s.shape)
     dtype = torch.float32 if weight is None else weight.dtype
     d_weight = s.new_empty((columns if weight_grad else 0,), dtype=dtype)
     d_bias = s.new_empty((columns if bias_grad else 0,), dtype=dtype)
@@ -359,7 +368,7 @@ def backward(
         return d_summed, d_input, d_weight.zero_(), d_bias.zero_()
     per_program, block, warps, looped = tiling(columns, BACKWARD_TILE, MAX_BACKWARD)
     tiles = triton.cdiv(rows, per_program)
-    strides = (0 if grad_summed is None else grad_summed.stride(0), s.stride(0))
+    strides = (row_stride(grad_summed), row_stride(s))
     keep = (threshold_of(dropout_p), 1.0 / (1.0 - dropout_p))
     flags = {
         "RMS": mean is None,
@@ -376,20 +385,21 @@ def backward(
     if not looped:
         _backward[(partials,)](
             grad, grad_summed, s, weight, mean, rstd, seed, d_summed, d_input, weight_partial,
-            bias_partial, rows, columns, float(columns), grad.stride(0), *strides, *keep, partials,
-            **flags,
+            bias_partial, rows, columns, float(columns), row_stride(grad), *strides, *keep,
+            partials, **flags,
             WEIGHT_GRAD=weight_grad, BIAS_GRAD=bias_grad, ROWS=per_program, BLOCK=block,
             num_warps=warps,
         )  # fmt: skip
     else:
         _backward_looped[(rows,)](
             grad, grad_summed, s, weight, mean, rstd, seed, d_summed, d_input, columns,
-            float(columns), grad.stride(0), *strides, *keep, **flags, BLOCK=block, num_warps=warps,
+            float(columns), row_stride(grad), *strides, *keep, **flags, BLOCK=block,
+            num_warps=warps,
         )  # fmt: skip
         if weight_grad or bias_grad:
             _weight_gradients[(partials * triton.cdiv(columns, WEIGHT_COLUMNS),)](
-                grad, s, mean, rstd, weight_partial, bias_partial, rows, columns, grad.stride(0),
-                s.stride(0), partials, RMS=mean is None, WEIGHT_GRAD=weight_grad,
+                grad, s, mean, rstd, weight_partial, bias_partial, rows, columns, row_stride(grad),
+                row_stride(s), partials, RMS=mean is None, WEIGHT_GRAD=weight_grad,
                 BIAS_GRAD=bias_grad, ROWS=WEIGHT_ROWS, COLUMNS=WEIGHT_COLUMNS, num_warps=4,
             )  # fmt: skip
     for partial, out in ((weight_partial, d_weight), (bias_partial, d_bias)):

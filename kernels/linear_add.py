@@ -6,22 +6,28 @@
 The backward is that of the linear part: ``grad`` is what reaches it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import _matmul, _norm
+from ._norm import row_stride
 from ._register import operator
 
 
-def row_count(input: Tensor) -> int:
-    return input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[2]
+def output_for(input: Tensor, features: int) -> Tensor:
+    """(rows, features), or (batch, sequence, features) of three dimensions and of heads."""
+    if input.dim() == 2:
+        return input.new_empty((input.shape[0], features))
+    return input.new_empty((input.shape[0], input.shape[-2], features))
 
 
 def operand(name: str, input: Tensor) -> tuple[tuple[int, int], tuple[str, Tensor | None]]:
     """Strides of the rows form of input, or the note that it has heads."""
     if input.dim() == 4:
         return (0, 0), (name, input)
-    return (input.stride(0), 1), ("", None)
+    return (row_stride(input), 1), ("", None)
 
 
 @operator()
@@ -31,8 +37,9 @@ def linear_add(
     if activation not in _matmul.ACTIVATIONS:
         allowed = ", ".join(map(repr, _matmul.ACTIVATIONS))
         raise ValueError(f"linear_add: activation {activation!r} is not one of {allowed}")
-    M, (N, K) = row_count(input), weight.shape
-    out = input.new_empty((M, N))
+    N, K = weight.shape
+    out = output_for(input, N)
+    M = math.prod(out.shape[:-1])
     if out.numel() == 0:
         return out
     steps, heads = operand("a", input)
@@ -52,7 +59,7 @@ def linear_add_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M, (N, K) = grad.shape[0], weight.shape
+    M, (N, K) = math.prod(grad.shape[:-1]), weight.shape
     d_input = input.new_empty(input.shape if input_grad else (0,))
     d_weight = weight.new_empty(weight.shape if weight_grad else (0,))
     d_bias = weight.new_empty((N if bias_grad else 0,))
@@ -67,14 +74,14 @@ def linear_add_backward(
             M,
             K,
             N,
-            (grad.stride(0), 1),
+            (row_stride(grad), 1),
             (weight.stride(0), weight.stride(1)),
             heads,
         )
     if d_weight.numel():
         steps, heads = operand("b", input)
         _matmul.matmul(
-            grad, input, d_weight, N, K, M, (1, grad.stride(0)), steps, heads, split=True
+            grad, input, d_weight, N, K, M, (1, row_stride(grad)), steps, heads, split=True
         )
     if d_bias.numel():
         _matmul.column_sums(grad, d_bias)
@@ -92,7 +99,9 @@ def linear_add_norm(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(normed, summed, mean, rstd): one kernel or two, by the rule in _matmul.py."""
-    M, (N, K) = row_count(input), weight.shape
+    N, K = weight.shape
+    summed = output_for(input, N)
+    M = math.prod(summed.shape[:-1])
     tile = _matmul.fused_tile(input, M, N)
     if tile is None or M * N == 0:
         summed = linear_add(input, weight, bias, residual, "")
@@ -100,7 +109,6 @@ def linear_add_norm(
             summed, None, norm_weight, norm_bias, eps, 0.0, None, rms
         )
         return normed, summed, mean, rstd
-    summed = input.new_empty((M, N))
     normed = torch.empty_like(summed)
     rstd = input.new_empty((M,), dtype=torch.float32)
     mean = rstd if rms else torch.empty_like(rstd)
@@ -109,7 +117,7 @@ def linear_add_norm(
     _matmul.matmul_norm_kernel[((M + tile.m - 1) // tile.m,)](
         input, weight, bias, residual, norm_weight, norm_bias, normed, summed, mean, rstd, M, N, K,
         float(N), steps, (weight.stride(1), weight.stride(0)),
-        0 if residual is None else residual.stride(0), S, E, head_steps, eps, HEADS=heads[0],
+        row_stride(residual), S, E, head_steps, eps, HEADS=heads[0],
         ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, HAS_NORM_WEIGHT=norm_weight is not None,
         HAS_NORM_BIAS=norm_bias is not None, RMS=rms, BLOCK_M=tile.m, BLOCK_N=tile.n,

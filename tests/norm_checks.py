@@ -13,9 +13,11 @@ import pytest
 import torch
 from norm_cases import DTYPES, Norm, first, sizes_of
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttransformer as ft
 from contract import check, device_of, running_on
+from fasttransformer.backends import TABLE
 
 
 def check_sizes(norm: Norm, on: str, dtype: torch.dtype) -> None:
@@ -159,6 +161,36 @@ def check_deterministic_gradients(norm: Norm) -> None:
     assert torch.equal(alone, found[0][0][17:18])
 
 
+def check_operator_of_any_rank(norm: Norm, on: str) -> None:
+    """The operator itself, forward and backward, on rows of 1, 3 and 4 dimensions: the numbers of
+    the same rows as two, in the shape that came in; and the fake kernel agrees."""
+    seed = torch.tensor([7], device=device_of(on))
+    for dropout in [(0.0, None), (0.25, seed)] if norm.adds else [()]:
+        for shape in ((16,), (2, 3, 16), (2, 1, 3, 16), (2, 0, 16)):
+            inputs = [t.to(device_of(on)) for t in norm.inputs(shape, 1, torch.float32)]
+            with running_on(on):
+                found = _both_operators(norm, on, inputs, dropout)
+                rows = [t.reshape(-1, 16) if t.shape == shape and i < 1 + norm.adds else t
+                        for i, t in enumerate(inputs)]  # fmt: skip
+                flat = _both_operators(norm, on, rows, dropout)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                faked = _both_operators(norm, on, [mode.from_tensor(t) for t in inputs], dropout)
+            for a, b, c in zip(found, flat, faked):
+                assert torch.equal(a.reshape(b.shape), b)
+                assert a.shape == c.shape and a.stride() == c.stride() and a.dtype == c.dtype
+            assert found[0].shape == shape
+
+
+def _both_operators(norm: Norm, on: str, inputs: list[Tensor], dropout: tuple) -> list[Tensor]:
+    kernel, first_vector = TABLE[norm.op][on.partition(":")[0]], 1 + norm.adds
+    outs = kernel.forward(*inputs, 1e-5, *dropout)
+    rest = (None, *outs[1:2]) if norm.adds else (inputs[0],)
+    flags = (True,) * (1 + norm.has_bias)
+    return [*outs, *kernel.backward(
+        inputs[0].cos(), *rest, inputs[first_vector], *outs[first_vector:], *dropout, *flags
+    )]  # fmt: skip
+
+
 def check_opcheck(norm: Norm) -> None:
     """b47, pytorch/pytorch#179287: real and fake kernels must agree on strides and dtypes."""
     ops = torch.ops.fasttransformer
@@ -167,6 +199,8 @@ def check_opcheck(norm: Norm) -> None:
     for dropout in [(0.0, None), (0.25, seed)] if norm.adds else [()]:
         for vector in (torch.float32, torch.bfloat16, None):
             inputs = [torch.randn(5, 24)[:, 4:20] for _ in range(2 if norm.adds else 1)]
+            if vector is None:
+                inputs = [torch.randn(2, 3, 16) for _ in inputs]
             vectors = [None if vector is None else torch.randn(16, dtype=vector)]
             vectors += vectors if norm.has_bias else []
             args = (*inputs, *vectors, 1e-5, *dropout)
@@ -176,7 +210,8 @@ def check_opcheck(norm: Norm) -> None:
             summed = (None, outs[1]) if norm.adds else (inputs[0],)
             for wanted in (True, False):
                 flags = (wanted,) * (2 if norm.has_bias else 1)
-                back = (torch.randn(5, 16), *summed, vectors[0], *statistics, *dropout, *flags)
+                grad = torch.randn(inputs[0].shape)
+                back = (grad, *summed, vectors[0], *statistics, *dropout, *flags)
                 torch.library.opcheck(backward.default, back)
 
 

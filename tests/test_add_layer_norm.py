@@ -58,6 +58,11 @@ def test_gradients_do_not_depend_on_threads(on):
         norm_checks.check_deterministic_gradients(ADD_LAYER_NORM)
 
 
+@pytest.mark.parametrize("on", [b for b in BACKENDS if b != "torch"])
+def test_operator_of_any_rank(on):
+    norm_checks.check_operator_of_any_rank(ADD_LAYER_NORM, on)
+
+
 def test_b47_opcheck():
     norm_checks.check_opcheck(ADD_LAYER_NORM)
 

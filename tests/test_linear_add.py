@@ -301,11 +301,15 @@ def test_opcheck(on):
         (x, w, b, r, ""),
         (x, w, None, None, "gelu"),
         (heads, w, b, None, ""),
+        (heads, w, b, rand(2, 3, 12), ""),
+        (rand(2, 3, 20), w, b, rand(2, 3, 12), "relu"),
         (x.bfloat16(), w.bfloat16(), b.bfloat16(), None, "silu"),
     ):
         torch.library.opcheck(kernel.forward, args, test_utils=OPCHECKS)
     for flags in itertools.product([False, True], repeat=3):
-        torch.library.opcheck(kernel.backward, (rand(9, 12), x, w, *flags), test_utils=OPCHECKS)
+        for rows in ((9,), (2, 3)):
+            args = (rand(*rows, 12), rand(*rows, 20), w, *flags)
+            torch.library.opcheck(kernel.backward, args, test_utils=OPCHECKS)
 
 
 #: What of opcheck applies to operators without a formula of their own for autograd.

@@ -10,10 +10,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
   RowNormParams p = row_norm_params(input, weight, eps);
   p.bias = vector_arg(bias);
   p.residual = data(residual);
-  p.residual_stride = residual.stride(0);
+  p.residual_stride = row_stride(residual);
   p.dropout = dropout_of(dropout_p, seed);
-  Tensor normed = make(input, {p.rows, p.features});
-  Tensor summed = make(input, {p.rows, p.features});
+  Tensor normed = make(input, input.sizes());
+  Tensor summed = make(input, input.sizes());
   Tensor mean = make(input, {p.rows}, ScalarType::Float);
   Tensor rstd = make(input, {p.rows}, ScalarType::Float);
   p.normed = normed.mutable_data_ptr();
@@ -30,10 +30,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const OptionalTensor& seed, bool weight_grad, bool bias_grad) {
   RowNormBackwardParams p = row_norm_backward_params(grad_normed, summed, weight);
   p.grad_summed = data(grad_summed);
-  if (grad_summed) p.grad_summed_stride = grad_summed->stride(0);
+  if (grad_summed) p.grad_summed_stride = row_stride(*grad_summed);
   p.dropout = dropout_of(dropout_p, seed);
-  Tensor d_residual = make(summed, {p.rows, p.features});
-  Tensor d_input = make_if(seed.has_value(), summed, {p.rows, p.features});
+  Tensor d_residual = make(summed, summed.sizes());
+  Tensor d_input = make_if(seed.has_value(), summed, summed.sizes());
   Tensor d_weight = vector_grad(summed, weight, weight_grad, &p.d_weight);
   Tensor d_bias = vector_grad(summed, weight, bias_grad, &p.d_bias);
   p.mean = static_cast<const float*>(data(mean));

@@ -9,10 +9,10 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& input, const Tenso
                                                 double dropout_p, const OptionalTensor& seed) {
   RowNormParams p = row_norm_params(input, weight, eps);
   p.residual = data(residual);
-  p.residual_stride = residual.stride(0);
+  p.residual_stride = row_stride(residual);
   p.dropout = dropout_of(dropout_p, seed);
-  Tensor normed = make(input, {p.rows, p.features});
-  Tensor summed = make(input, {p.rows, p.features});
+  Tensor normed = make(input, input.sizes());
+  Tensor summed = make(input, input.sizes());
   Tensor rstd = make(input, {p.rows}, ScalarType::Float);
   p.normed = normed.mutable_data_ptr();
   p.summed = summed.mutable_data_ptr();
@@ -27,10 +27,10 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(
     bool weight_grad) {
   RowNormBackwardParams p = row_norm_backward_params(grad_normed, summed, weight);
   p.grad_summed = data(grad_summed);
-  if (grad_summed) p.grad_summed_stride = grad_summed->stride(0);
+  if (grad_summed) p.grad_summed_stride = row_stride(*grad_summed);
   p.dropout = dropout_of(dropout_p, seed);
-  Tensor d_residual = make(summed, {p.rows, p.features});
-  Tensor d_input = make_if(seed.has_value(), summed, {p.rows, p.features});
+  Tensor d_residual = make(summed, summed.sizes());
+  Tensor d_input = make_if(seed.has_value(), summed, summed.sizes());
   Tensor d_weight = vector_grad(summed, weight, weight_grad, &p.d_weight);
   p.rstd = static_cast<const float*>(data(rstd));
   p.d_residual = d_residual.mutable_data_ptr();

@@ -26,6 +26,7 @@ namespace ft {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // does not own: for arguments
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -61,6 +62,18 @@ inline const void* data(const Tensor& t) {
 }
 inline const void* data(const OptionalTensor& t) { return t ? data(*t) : nullptr; }
 
+// Rows are a tensor's last dimension: of (rows, features) with any row stride, or of a contiguous
+// tensor of any other rank.
+inline int64_t features_of(const Tensor& t) { return t.size(t.dim() - 1); }
+
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+inline int64_t row_stride(const Tensor& t) { return t.dim() == 2 ? t.stride(0) : features_of(t); }
+
 inline VectorArg vector_arg(const OptionalTensor& t) {
   VectorArg out;
   if (t) out = {data(*t), dtype_of(*t)};
@@ -69,10 +82,11 @@ inline VectorArg vector_arg(const OptionalTensor& t) {
 
 // A contiguous tensor. Straight to the allocator: new_empty would go through the dispatcher, which
 // takes longer than a small kernel does.
-inline Tensor make(const Tensor& like, const std::vector<int64_t>& sizes,
+inline Tensor make(const Tensor& like, Sizes sizes,
                    std::optional<ScalarType> dtype = std::nullopt) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
+  constexpr size_t kMostDims = 64;
+  if (sizes.size() > kMostDims) throw std::invalid_argument("fasttransformer: over 64 dimensions");
+  int64_t strides[kMostDims], stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
@@ -87,16 +101,16 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& sizes,
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), type, device, index, &handle));
+                                                  strides, type, device, index, &handle));
   Tensor out(handle);
   allow_access(out, true);
   return out;
 }
 
 // Outputs that the caller did not ask for are tensors of shape (0,).
-inline Tensor make_if(bool wanted, const Tensor& like, std::vector<int64_t> sizes,
+inline Tensor make_if(bool wanted, const Tensor& like, Sizes sizes,
                       std::optional<ScalarType> dtype = std::nullopt) {
-  return make(like, wanted ? sizes : std::vector<int64_t>{0}, dtype);
+  return make(like, wanted ? sizes : Sizes{0}, dtype);
 }
 
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {

@@ -8,7 +8,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, const Optiona
                                               const OptionalTensor& bias, double eps) {
   RowNormParams p = row_norm_params(input, weight, eps);
   p.bias = vector_arg(bias);
-  Tensor out = make(input, {p.rows, p.features});
+  Tensor out = make(input, input.sizes());
   Tensor mean = make(input, {p.rows}, ScalarType::Float);
   Tensor rstd = make(input, {p.rows}, ScalarType::Float);
   p.normed = out.mutable_data_ptr();
@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
                                                        const Tensor& mean, const Tensor& rstd,
                                                        bool weight_grad, bool bias_grad) {
   RowNormBackwardParams p = row_norm_backward_params(grad, input, weight);
-  Tensor d_input = make(input, {p.rows, p.features});
+  Tensor d_input = make(input, input.sizes());
   Tensor d_weight = vector_grad(input, weight, weight_grad, &p.d_weight);
   Tensor d_bias = vector_grad(input, weight, bias_grad, &p.d_bias);
   p.mean = static_cast<const float*>(data(mean));

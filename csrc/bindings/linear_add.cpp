@@ -21,7 +21,7 @@ Tensor linear_add(const Tensor& input, const Tensor& weight, const OptionalTenso
                   const OptionalTensor& residual, std::string activation) {
   LinearAddParams p = linear_input(input, weight, bias, residual);
   p.activation = activation_of(activation);
-  Tensor output = make(input, {p.rows, p.out_features});
+  Tensor output = make_output(input, p.out_features);
   p.output = output.mutable_data_ptr();
   FT_LAUNCH(linear_add, p, input);
   return output;
@@ -33,8 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_add_backward(const Tensor& grad, const
   LinearAddBackwardParams p;
   p.linear = linear_input(input, weight, std::nullopt, std::nullopt);
   p.grad = data(grad);
-  p.grad_stride = grad.stride(0);
-  Tensor d_input = make_if(input_grad, input, {p.linear.rows, p.linear.in_features});
+  p.grad_stride = row_stride(grad);
+  Tensor d_input = make_if(input_grad, input, input.sizes());
   Tensor d_weight = make_if(weight_grad, weight, {p.linear.out_features, p.linear.in_features});
   Tensor d_bias = make_if(bias_grad, weight, {p.linear.out_features});
   if (input_grad) p.d_input = d_input.mutable_data_ptr();

@@ -15,9 +15,9 @@ inline LinearAddParams linear_input(const Tensor& input, const Tensor& weight,
   p.dtype = dtype_of(input);
   p.out_features = weight.size(0);
   p.in_features = weight.size(1);
-  if (input.dim() == 2) {
-    p.rows = input.size(0);
-    p.row_stride = input.stride(0);
+  if (input.dim() != 4) {
+    p.rows = rows_of(input);
+    p.row_stride = row_stride(input);
   } else {
     p.rows = input.size(0) * input.size(2);
     p.inner_rows = input.size(2) > 0 ? input.size(2) : 1;
@@ -29,9 +29,16 @@ inline LinearAddParams linear_input(const Tensor& input, const Tensor& weight,
   }
   if (residual) {
     p.residual = data(residual);
-    p.residual_stride = residual->stride(0);
+    p.residual_stride = row_stride(*residual);
   }
   return p;
+}
+
+// (rows, out_features), or (batch, sequence, out_features) of three dimensions and of heads.
+inline Tensor make_output(const Tensor& input, int64_t out_features) {
+  const int64_t outer = input.size(0), inner = input.size(input.dim() - 2);
+  if (input.dim() == 2) return make(input, {outer, out_features});
+  return make(input, {outer, inner, out_features});
 }
 
 // What linear_add_layer_norm and linear_add_rms_norm share: their outputs, and params that name
@@ -45,8 +52,8 @@ struct LinearNormCall {
                  const OptionalTensor& norm_bias, double eps) {
     p.linear = linear_input(input, weight, bias, residual);
     const int64_t rows = p.linear.rows, features = p.linear.out_features;
-    normed = make(input, {rows, features});
-    summed = make(input, {rows, features});
+    normed = make_output(input, features);
+    summed = make_output(input, features);
     rstd = make(input, {rows}, ScalarType::Float);
     p.linear.output = summed.mutable_data_ptr();
     p.norm.input = p.linear.output;

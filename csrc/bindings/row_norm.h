@@ -12,9 +12,9 @@ inline RowNormParams row_norm_params(const Tensor& input, const OptionalTensor& 
   p.weight = vector_arg(weight);
   p.dtype = dtype_of(input);
   p.eps = static_cast<float>(eps);
-  p.rows = input.size(0);
-  p.features = input.size(1);
-  p.input_stride = input.stride(0);
+  p.rows = rows_of(input);
+  p.features = features_of(input);
+  p.input_stride = row_stride(input);
   return p;
 }
 
@@ -26,10 +26,10 @@ inline RowNormBackwardParams row_norm_backward_params(const Tensor& grad_normed,
   p.summed = data(summed);
   p.weight = vector_arg(weight);
   p.dtype = dtype_of(summed);
-  p.rows = summed.size(0);
-  p.features = summed.size(1);
-  p.grad_normed_stride = grad_normed.stride(0);
-  p.summed_stride = summed.stride(0);
+  p.rows = rows_of(summed);
+  p.features = features_of(summed);
+  p.grad_normed_stride = row_stride(grad_normed);
+  p.summed_stride = row_stride(summed);
   if (weight) p.weight_dtype = dtype_of(*weight);
   return p;
 }
@@ -39,7 +39,7 @@ inline RowNormBackwardParams row_norm_backward_params(const Tensor& grad_normed,
 inline Tensor vector_grad(const Tensor& like, const OptionalTensor& weight, bool wanted,
                           void** pointer) {
   const ScalarType dtype = weight ? weight->scalar_type() : ScalarType::Float;
-  Tensor out = make_if(wanted, like, {like.size(1)}, dtype);
+  Tensor out = make_if(wanted, like, {features_of(like)}, dtype);
   *pointer = wanted ? out.mutable_data_ptr() : nullptr;
   return out;
 }

@@ -7,7 +7,7 @@ namespace ft::bindings {
 Tensor softmax(const Tensor& input, double scale, const OptionalTensor& mask, bool is_causal,
                bool log) {
   const int64_t dims = input.dim() - 1;
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  const Sizes sizes = input.sizes();
   Tensor output = make(input, sizes);
   SoftmaxParams p;
   p.input = data(input);
@@ -34,7 +34,7 @@ Tensor softmax(const Tensor& input, double scale, const OptionalTensor& mask, bo
 }
 
 Tensor softmax_backward(const Tensor& grad, const Tensor& output, double scale, bool log) {
-  Tensor d_input = make(output, {output.sizes().begin(), output.sizes().end()});
+  Tensor d_input = make(output, output.sizes());
   SoftmaxBackwardParams p;
   p.grad = data(grad);
   p.output = data(output);

@@ -47,6 +47,28 @@ def same_dtype(op: str, first: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
+def alike(op: str, names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
+    """:func:`is_float`, :func:`same_device` and :func:`same_dtype` of all that are given.
+
+    In one look at each where nothing is wrong; if something is, those three say what.
+    """
+    first = tensors[0]
+    if isinstance(first, Tensor):
+        dtype, device = first.dtype, first.device
+        if dtype in FLOATS:
+            for x in tensors:
+                if x is not None and (
+                    not isinstance(x, Tensor) or x.dtype != dtype or x.device != device
+                ):
+                    break
+            else:
+                return
+    named = dict(zip(names, tensors))
+    is_float(op, **named)
+    same_device(op, first, **named)  # type: ignore[arg-type]
+    same_dtype(op, first, **named)  # type: ignore[arg-type]
+
+
 def probability(op: str, dropout_p: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}; it must be in [0, 1)")
@@ -66,11 +88,20 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def device_type_of(tensor: Tensor) -> str:
+    """``tensor.device.type``, which makes two objects at each look, at a sixth of the price."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks of matmul-like operations here, or None when it is off."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # "meta" raises
+    if autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def autocast_enabled(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # "meta" raises
 
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
@@ -78,6 +109,11 @@ def cast(tensor: Any, dtype: torch.dtype) -> Any:
     if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
     return tensor.to(dtype)
+
+
+def last_stride_one(x: Tensor) -> Tensor:
+    """``x`` as kernels read it; a copy only if need be."""
+    return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def new_seed(device: torch.device) -> Tensor:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._front import FLOATS, is_float, positive_eps, probability, same_device, same_dtype
+from ._front import (
+    FLOATS,
+    autocast_enabled,
+    device_type_of,
+    is_float,
+    last_stride_one,
+    positive_eps,
+    probability,
+    same_device,
+    same_dtype,
+)
 from ._function import fold, unfold, vmap_rule
 
 NO_OPTIONS: frozenset[str] = frozenset()
@@ -29,24 +40,43 @@ def checked_shape(
     if not isinstance(input, Tensor) or input.dtype not in FLOATS:
         is_float(op, input=input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or input.shape[-len(shape) :] != shape:
+    given = input.shape
+    if len(shape) == 1 and given:
+        fits = given[-1] == shape[0]
+    else:
+        fits = shape != () and given[-len(shape) :] == shape
+    if not fits:
         raise ValueError(f"{op}: normalized_shape {shape} must be one dimension or more and end "
-                         f"input's shape {tuple(input.shape)}")  # fmt: skip
-    if eps is not None and not 0.0 <= eps < float("inf"):
+                         f"input's shape {tuple(given)}")  # fmt: skip
+    if eps is not None and not 0.0 <= eps < math.inf:
         positive_eps(op, eps)
     return shape
 
 
-def check_vector(op: str, name: str, vector: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
-    """weight and bias: of ``normalized_shape``, on input's device, of any float dtype."""
-    if not isinstance(vector, Tensor) or vector.dtype not in FLOATS:
+def vector_of(
+    op: str,
+    name: str,
+    vector: Tensor | None,
+    input: Tensor,
+    shape: tuple[int, ...],
+    rule: str = "normalized_shape is",
+) -> Tensor | None:
+    """A weight or bias, known to be right, as kernels read it: contiguous, of one dimension, and
+    float64 only beside a float64 input (to a narrower one it is rounded)."""
+    if vector is None:
+        return None
+    dtype = vector.dtype if isinstance(vector, Tensor) else None
+    if dtype not in FLOATS:
         is_float(op, **{name: vector})
     if vector.shape != shape:
-        raise ValueError(
-            f"{op}: {name} has shape {tuple(vector.shape)}; normalized_shape is {shape}"
-        )
+        raise ValueError(f"{op}: {name} has shape {tuple(vector.shape)}; {rule} {shape}")
     if vector.device != input.device:
         same_device(op, input, **{name: vector})
+    if dtype == torch.float64 and input.dtype != torch.float64:
+        vector = vector.float()
+    if len(shape) == 1 and vector.is_contiguous():
+        return vector
+    return vector.contiguous().view(-1)
 
 
 def add_inputs(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -56,27 +86,24 @@ def add_inputs(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> tu
     if residual.shape != input.shape:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; it must be input's, "
                          f"{tuple(input.shape)}")  # fmt: skip
-    device_type = input.device.type
     if residual.device != input.device:
         same_device(op, input, residual=residual)
     if not 0.0 <= dropout_p < 1.0:
         probability(op, dropout_p)
     if residual.dtype != input.dtype:
-        if not torch.is_autocast_enabled(device_type):
+        if not autocast_enabled(device_type_of(input)):
             same_dtype(op, input, residual=residual)
         # torch's own `residual + input` promotes: a 16-bit projection meets a float32 residual.
         wide = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(wide), residual.to(wide)
-    if on_float32_list(device_type) and input.dtype != torch.float64:
-        return input.float(), residual.float()
-    return input, residual
+    return autocast_input(input), autocast_input(residual)
 
 
-def narrow_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
-    """Kernels read float32 and 16-bit weights; a float64 one of a narrower input is rounded."""
-    if vector is not None and vector.dtype == torch.float64 and input.dtype != torch.float64:
-        return vector.float()
-    return vector
+def autocast_input(input: Tensor) -> Tensor:
+    """float32 where autocast is on and asks that of norms: it does on GPUs, not on the CPU."""
+    if input.is_cpu or input.dtype == torch.float64 or not autocast_enabled(input.device.type):
+        return input
+    return input.float()
 
 
 def default_eps(input: Tensor) -> float:
@@ -84,39 +111,29 @@ def default_eps(input: Tensor) -> float:
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
 
 
-def on_float32_list(device_type: str) -> bool:
-    """Whether autocast is on and asks float32 of norms: it does on GPUs, not on the CPU."""
-    return device_type != "cpu" and torch.is_autocast_enabled(device_type)
+def rows_of(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(…, *normalized_shape) as operators take it: rows in the last dimension, contiguous, or of
+    two dimensions with last stride 1. A view if it can be (1 µs), a copy only if need be."""
+    if x.dim() >= 2 and len(shape) == 1:
+        if x.is_contiguous():
+            return x
+        if x.dim() == 2:
+            return last_stride_one(x)
+    return last_stride_one(x.reshape(-1, math.prod(shape)))
 
 
-def rows_of(x: Tensor, features: int) -> Tensor:
-    """(…, *normalized_shape) as (rows, features) with last stride 1; a copy only if need be."""
-    if x.dim() != 2 or x.shape[1] != features:
-        x = x.reshape(-1, features)
-    return x if features == 1 or x.stride(1) == 1 else x.contiguous()
+def shaped(rows: Tensor, taken: Tensor, given: Tensor) -> Tensor:
+    """The way back: an operator's output for ``taken = rows_of(given)`` in ``given``'s shape."""
+    return rows if taken is given else rows.view(given.shape)
 
 
-def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """The way back from :func:`rows_of`: ``rows`` in ``like``'s shape (a view costs 2 µs)."""
-    return rows if rows.shape == like.shape else rows.view(like.shape)
-
-
-def flat(vector: Tensor | None) -> Tensor | None:
-    """A weight or bias as a contiguous vector."""
-    if vector is None or (vector.dim() == 1 and vector.is_contiguous()):
-        return vector
-    return vector.contiguous().view(-1)
-
-
-def like(vector_grad: Tensor, vector: Tensor | None, wanted: bool) -> Tensor | None:
-    """A kernel's d_weight or d_bias in its parameter's own shape and dtype."""
-    if not wanted or vector is None:
-        return None
-    return shaped(vector_grad.to(vector.dtype), vector)
+def fake_statistic(input: Tensor) -> Tensor:
+    return input.new_empty((math.prod(input.shape[:-1]),), dtype=torch.float32)
 
 
 def fake_vector_grad(input: Tensor, weight: Tensor | None, features: int, wanted: bool) -> Tensor:
-    """d_weight and d_bias of the backward operators: weight's dtype, float32 without a weight."""
+    """d_weight and d_bias of the backward operators: weight's dtype, float32 without a weight.
+    Where the parameter's own dtype is another (a bias beside another weight), autograd casts."""
     dtype = torch.float32 if weight is None else weight.dtype
     return input.new_empty((features if wanted else 0,), dtype=dtype)
 

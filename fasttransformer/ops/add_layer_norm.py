@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,20 +9,18 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import fake, needs_grad, new_seed
+from ._front import device_type_of, fake, needs_grad, new_seed
 from ._function import differentiable
 from ._norm import (
     ADD_OPTIONS,
     add_inputs,
-    check_vector,
     checked_shape,
+    fake_statistic,
     fake_vector_grad,
-    flat,
     fold_rows,
-    like,
-    narrow_vector,
     rows_of,
     shaped,
+    vector_of,
 )
 
 
@@ -74,78 +71,71 @@ def add_layer_norm(
     """
     shape = checked_shape("add_layer_norm", input, normalized_shape, eps)
     input, residual = add_inputs("add_layer_norm", input, residual, dropout_p)
-    if weight is not None:
-        check_vector("add_layer_norm", "weight", weight, input, shape)
-    if bias is not None:
-        check_vector("add_layer_norm", "bias", bias, input, shape)
+    w = vector_of("add_layer_norm", "weight", weight, input, shape)
+    b = vector_of("add_layer_norm", "bias", bias, input, shape)
     grad = needs_grad(input, residual, weight, bias)
     options = ADD_OPTIONS[grad, dropout_p > 0.0]
-    kernel = choose("add_layer_norm", input.device.type, input.dtype, options, (), backend)
-    features = shape[0] if len(shape) == 1 else math.prod(shape)
+    kernel = choose("add_layer_norm", device_type_of(input), input.dtype, options, (), backend)
     seed = new_seed(input.device) if dropout_p > 0.0 else None
-    if kernel.forward is None or features == 0:
+    if kernel.forward is None or 0 in shape:
         return reference.add_layer_norm(
             input, residual, shape, weight, bias, eps, dropout_p=dropout_p, seed=seed
         )
-    weight, bias = narrow_vector(weight, input), narrow_vector(bias, input)
     if grad:
-        return _add_layer_norm(
-            input, residual, weight, bias, eps, dropout_p, seed, features, kernel
-        )
-    normed, summed, _, _ = kernel.forward(
-        rows_of(input, features), rows_of(residual, features), flat(weight), flat(bias), eps,
-        dropout_p, seed,
-    )  # fmt: skip
-    return shaped(normed, input), shaped(summed, input)
+        return _add_layer_norm(input, residual, w, b, seed, eps, dropout_p, shape, kernel)
+    x = rows_of(input, shape)
+    normed, summed, _, _ = kernel.forward(x, rows_of(residual, shape), w, b, eps, dropout_p, seed)
+    return shaped(normed, x, input), shaped(summed, x, input)
 
 
 class _AddLayerNorm:
     @staticmethod
-    def forward(input, residual, weight, bias, eps, dropout_p, seed, features, kernel):
+    def forward(input, residual, weight, bias, seed, eps, dropout_p, shape, kernel):
+        x = rows_of(input, shape)
         normed, summed, mean, rstd = kernel.forward(
-            rows_of(input, features), rows_of(residual, features), flat(weight), flat(bias), eps,
-            dropout_p, seed,
+            x, rows_of(residual, shape), weight, bias, eps, dropout_p,
+            seed,
         )  # fmt: skip
-        return shaped(normed, input), shaped(summed, input), mean, rstd
+        return shaped(normed, x, input), shaped(summed, x, input), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, weight, bias, _, ctx.dropout_p, seed, ctx.features, ctx.kernel = inputs
-        _, summed, mean, rstd = output
+        _, _, weight, _, seed, _, ctx.dropout_p, ctx.shape, ctx.kernel = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(summed, weight, bias, mean, rstd, seed)
+        ctx.save_for_backward(weight, seed, *output[1:])
 
     @staticmethod
     def backward(ctx, grad_normed, grad_summed):
         if grad_normed is None and grad_summed is None:
             return (None,) * 9
-        summed, weight, bias, mean, rstd, seed = ctx.saved_tensors
-        wants_weight, wants_bias = ctx.needs_input_grad[2:4]
+        weight, seed, summed, mean, rstd = ctx.saved_tensors
+        shape, needs = ctx.shape, ctx.needs_input_grad
         if grad_normed is None:
             grad_normed = torch.zeros_like(summed)
+        s = rows_of(summed, shape)
         d_residual, d_input, d_weight, d_bias = ctx.kernel.backward(
-            rows_of(grad_normed, ctx.features),
-            None if grad_summed is None else rows_of(grad_summed, ctx.features),
-            rows_of(summed, ctx.features), flat(weight), mean, rstd, ctx.dropout_p, seed,
-            wants_weight, wants_bias,
+            rows_of(grad_normed, shape),
+            None if grad_summed is None else rows_of(grad_summed, shape),
+            s, weight, mean, rstd, ctx.dropout_p, seed, needs[2], needs[3],
         )  # fmt: skip
-        d_residual = shaped(d_residual, summed)
-        d_input = d_residual if seed is None else shaped(d_input, summed)
-        d_weight, d_bias = like(d_weight, weight, wants_weight), like(d_bias, bias, wants_bias)
-        return d_input, d_residual, d_weight, d_bias, None, None, None, None, None
+        d_residual = shaped(d_residual, s, summed)
+        d_input = d_residual if seed is None else shaped(d_input, s, summed)
+        return (
+            d_input, d_residual, d_weight if needs[2] else None, d_bias if needs[3] else None, None,
+            None, None, None, None,
+        )  # fmt: skip
 
 
-_add_layer_norm = differentiable(_AddLayerNorm, outputs=2)
+_add_layer_norm = differentiable(_AddLayerNorm, tensors=5, outputs=2)
 
 
 @fake("add_layer_norm")
 def _(input, residual, weight, bias, eps, dropout_p, seed):
-    statistic = input.new_empty(input.shape[:1], dtype=torch.float32)
     return (
         input.new_empty(input.shape),
         input.new_empty(input.shape),
-        statistic,
-        torch.empty_like(statistic),
+        fake_statistic(input),
+        fake_statistic(input),
     )
 
 
@@ -153,7 +143,7 @@ def _(input, residual, weight, bias, eps, dropout_p, seed):
 def _(
     grad_normed, grad_summed, summed, weight, mean, rstd, dropout_p, seed, weight_grad, bias_grad
 ):
-    features = summed.shape[1]
+    features = summed.shape[-1]
     return (
         summed.new_empty(summed.shape),
         summed.new_empty((0,) if seed is None else summed.shape),

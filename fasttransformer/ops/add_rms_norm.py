@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,21 +9,19 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import fake, needs_grad, new_seed
+from ._front import device_type_of, fake, needs_grad, new_seed
 from ._function import differentiable
 from ._norm import (
     ADD_OPTIONS,
     add_inputs,
-    check_vector,
     checked_shape,
     default_eps,
+    fake_statistic,
     fake_vector_grad,
-    flat,
     fold_rows,
-    like,
-    narrow_vector,
     rows_of,
     shaped,
+    vector_of,
 )
 
 
@@ -68,72 +65,59 @@ def add_rms_norm(
     """
     shape = checked_shape("add_rms_norm", input, normalized_shape, eps)
     input, residual = add_inputs("add_rms_norm", input, residual, dropout_p)
-    if weight is not None:
-        check_vector("add_rms_norm", "weight", weight, input, shape)
+    w = vector_of("add_rms_norm", "weight", weight, input, shape)
     if eps is None:
         eps = default_eps(input)
     grad = needs_grad(input, residual, weight)
     options = ADD_OPTIONS[grad, dropout_p > 0.0]
-    kernel = choose("add_rms_norm", input.device.type, input.dtype, options, (), backend)
-    features = shape[0] if len(shape) == 1 else math.prod(shape)
+    kernel = choose("add_rms_norm", device_type_of(input), input.dtype, options, (), backend)
     seed = new_seed(input.device) if dropout_p > 0.0 else None
-    if kernel.forward is None or features == 0:
+    if kernel.forward is None or 0 in shape:
         return reference.add_rms_norm(
             input, residual, shape, weight, eps, dropout_p=dropout_p, seed=seed
         )
-    weight = narrow_vector(weight, input)
     if grad:
-        return _add_rms_norm(input, residual, weight, eps, dropout_p, seed, features, kernel)
-    normed, summed, _ = kernel.forward(
-        rows_of(input, features), rows_of(residual, features), flat(weight), eps, dropout_p, seed
-    )
-    return shaped(normed, input), shaped(summed, input)
+        return _add_rms_norm(input, residual, w, seed, eps, dropout_p, shape, kernel)
+    x = rows_of(input, shape)
+    normed, summed, _ = kernel.forward(x, rows_of(residual, shape), w, eps, dropout_p, seed)
+    return shaped(normed, x, input), shaped(summed, x, input)
 
 
 class _AddRMSNorm:
     @staticmethod
-    def forward(input, residual, weight, eps, dropout_p, seed, features, kernel):
+    def forward(input, residual, weight, seed, eps, dropout_p, shape, kernel):
+        x = rows_of(input, shape)
         normed, summed, rstd = kernel.forward(
-            rows_of(input, features), rows_of(residual, features), flat(weight), eps, dropout_p,
-            seed,
-        )  # fmt: skip
-        return shaped(normed, input), shaped(summed, input), rstd
+            x, rows_of(residual, shape), weight, eps, dropout_p, seed
+        )
+        return shaped(normed, x, input), shaped(summed, x, input), rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, weight, _, ctx.dropout_p, seed, ctx.features, ctx.kernel = inputs
-        _, summed, rstd = output
+        _, _, weight, seed, _, ctx.dropout_p, ctx.shape, ctx.kernel = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(summed, weight, rstd, seed)
+        ctx.save_for_backward(weight, seed, *output[1:])
 
     @staticmethod
     def backward(ctx, grad_normed, grad_summed):
         if grad_normed is None and grad_summed is None:
             return (None,) * 8
-        summed, weight, rstd, seed = ctx.saved_tensors
-        wants_weight = ctx.needs_input_grad[2]
+        weight, seed, summed, rstd = ctx.saved_tensors
+        shape, wanted = ctx.shape, ctx.needs_input_grad[2]
         if grad_normed is None:
             grad_normed = torch.zeros_like(summed)
+        s = rows_of(summed, shape)
         d_residual, d_input, d_weight = ctx.kernel.backward(
-            rows_of(grad_normed, ctx.features),
-            None if grad_summed is None else rows_of(grad_summed, ctx.features),
-            rows_of(summed, ctx.features), flat(weight), rstd, ctx.dropout_p, seed, wants_weight,
+            rows_of(grad_normed, shape),
+            None if grad_summed is None else rows_of(grad_summed, shape),
+            s, weight, rstd, ctx.dropout_p, seed, wanted,
         )  # fmt: skip
-        d_residual = shaped(d_residual, summed)
-        d_input = d_residual if seed is None else shaped(d_input, summed)
-        return (
-            d_input,
-            d_residual,
-            like(d_weight, weight, wants_weight),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        d_residual = shaped(d_residual, s, summed)
+        d_input = d_residual if seed is None else shaped(d_input, s, summed)
+        return d_input, d_residual, d_weight if wanted else None, None, None, None, None, None
 
 
-_add_rms_norm = differentiable(_AddRMSNorm, outputs=2)
+_add_rms_norm = differentiable(_AddRMSNorm, tensors=4, outputs=2)
 
 
 @fake("add_rms_norm")
@@ -141,7 +125,7 @@ def _(input, residual, weight, eps, dropout_p, seed):
     return (
         input.new_empty(input.shape),
         input.new_empty(input.shape),
-        input.new_empty(input.shape[:1], dtype=torch.float32),
+        fake_statistic(input),
     )
 
 
@@ -150,7 +134,7 @@ def _(grad_normed, grad_summed, summed, weight, rstd, dropout_p, seed, weight_gr
     return (
         summed.new_empty(summed.shape),
         summed.new_empty((0,) if seed is None else summed.shape),
-        fake_vector_grad(summed, weight, summed.shape[1], weight_grad),
+        fake_vector_grad(summed, weight, summed.shape[-1], weight_grad),
     )
 
 

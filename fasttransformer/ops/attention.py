@@ -368,7 +368,7 @@ class _Attention:
                 None)  # fmt: skip
 
 
-_differentiable = differentiable(_Attention)
+_differentiable = differentiable(_Attention, tensors=5)
 
 
 def _heads_last(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import fake, needs_grad
+from ._front import device_type_of, fake, needs_grad
 from ._function import differentiable
 from ._norm import (
     GRAD,
     NO_OPTIONS,
-    check_vector,
+    autocast_input,
     checked_shape,
+    fake_statistic,
     fake_vector_grad,
-    flat,
     fold_rows,
-    like,
-    narrow_vector,
-    on_float32_list,
     rows_of,
     shaped,
+    vector_of,
 )
 
 
@@ -64,65 +60,58 @@ def layer_norm(
     tensor([[-1.,  1.]])
     """
     shape = checked_shape("layer_norm", input, normalized_shape, eps)
-    if weight is not None:
-        check_vector("layer_norm", "weight", weight, input, shape)
-    if bias is not None:
-        check_vector("layer_norm", "bias", bias, input, shape)
-    device_type = input.device.type
-    if on_float32_list(device_type) and input.dtype != torch.float64:
-        input = input.float()
+    w = vector_of("layer_norm", "weight", weight, input, shape)
+    b = vector_of("layer_norm", "bias", bias, input, shape)
+    input = autocast_input(input)
     grad = needs_grad(input, weight, bias)
     options = GRAD if grad else NO_OPTIONS
-    kernel = choose("layer_norm", device_type, input.dtype, options, (), backend)
-    features = shape[0] if len(shape) == 1 else math.prod(shape)
-    if kernel.forward is None or features == 0:
+    kernel = choose("layer_norm", device_type_of(input), input.dtype, options, (), backend)
+    if kernel.forward is None or 0 in shape:
         return reference.layer_norm(input, shape, weight, bias, eps)
-    weight, bias = narrow_vector(weight, input), narrow_vector(bias, input)
     if grad:
-        return _layer_norm(input, weight, bias, eps, features, kernel)
-    out = kernel.forward(rows_of(input, features), flat(weight), flat(bias), eps)[0]
-    return shaped(out, input)
+        return _layer_norm(input, w, b, eps, shape, kernel)
+    x = rows_of(input, shape)
+    return shaped(kernel.forward(x, w, b, eps)[0], x, input)
 
 
 class _LayerNorm:
     @staticmethod
-    def forward(input, weight, bias, eps, features, kernel):
-        out, mean, rstd = kernel.forward(rows_of(input, features), flat(weight), flat(bias), eps)
-        return shaped(out, input), mean, rstd
+    def forward(input, weight, bias, eps, shape, kernel):
+        x = rows_of(input, shape)
+        out, mean, rstd = kernel.forward(x, weight, bias, eps)
+        return shaped(out, x, input), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, _, ctx.features, ctx.kernel = inputs
-        _, mean, rstd = output
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        input, weight, _, _, ctx.shape, ctx.kernel = inputs
+        ctx.save_for_backward(input, weight, *output[1:])
 
     @staticmethod
     def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 6
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        input, weight, mean, rstd = ctx.saved_tensors
+        shape, needs = ctx.shape, ctx.needs_input_grad
+        x = rows_of(input, shape)
         d_input, d_weight, d_bias = ctx.kernel.backward(
-            rows_of(grad, ctx.features), rows_of(input, ctx.features), flat(weight), mean, rstd,
-            wants_weight, wants_bias,
+            rows_of(grad, shape), x, weight, mean, rstd, needs[1],
+            needs[2],
         )  # fmt: skip
-        d_weight, d_bias = like(d_weight, weight, wants_weight), like(d_bias, bias, wants_bias)
-        return shaped(d_input, input), d_weight, d_bias, None, None, None
+        return (
+            shaped(d_input, x, input), d_weight if needs[1] else None, d_bias if needs[2] else None,
+            None, None, None,
+        )  # fmt: skip
 
 
-_layer_norm = differentiable(_LayerNorm, outputs=1)
+_layer_norm = differentiable(_LayerNorm, tensors=3, outputs=1)
 
 
 @fake("layer_norm")
 def _(input, weight, bias, eps):
-    statistic = input.new_empty(input.shape[:1], dtype=torch.float32)
-    return input.new_empty(input.shape), statistic, torch.empty_like(statistic)
+    return input.new_empty(input.shape), fake_statistic(input), fake_statistic(input)
 
 
 @fake("layer_norm_backward")
 def _(grad, input, weight, mean, rstd, weight_grad, bias_grad):
-    features = input.shape[1]
+    features = input.shape[-1]
     return (
         input.new_empty(input.shape),
         fake_vector_grad(input, weight, features, weight_grad),

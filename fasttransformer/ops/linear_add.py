@@ -10,13 +10,20 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
-from ._front import autocast_dtype, cast, fake, is_float, needs_grad, same_device, same_dtype
+from ._front import (
+    alike,
+    autocast_dtype,
+    cast,
+    device_type_of,
+    fake,
+    last_stride_one,
+    needs_grad,
+)
 from ._function import differentiable, fold, vmap_rule
-from ._norm import fold_rows
+from ._norm import GRAD, NO_OPTIONS, fold_rows, rows_of
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
+_NAMES = ("input", "weight", "bias", "residual")
 
 
 def linear_add(
@@ -64,11 +71,11 @@ def linear_add(
             f"{', '.join(ACTIVATIONS)}"
         )
     grad = needs_grad(input, weight, bias, residual)
-    options = _GRAD if grad else _NONE
-    kernel = choose(op, input.device.type, input.dtype, options, (), backend)
+    options = GRAD if grad else NO_OPTIONS
+    kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None:
         return reference.linear_add(input, weight, bias, residual, activation=activation)
-    x, weight, rows = rows_of(input, weight, residual, out_shape)
+    x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
     if not grad:
         out = kernel.forward(x, weight, bias, rows, activation or "")
     elif activation is None:
@@ -76,12 +83,12 @@ def linear_add(
     else:  # the activation's derivative needs its input, so it is kept and not fused
         out = activate(_linear_add(x, weight, bias, None, kernel), activation)
         out = out if rows is None else out + rows
-    return out.view(out_shape)
+    return out if out.dim() == len(out_shape) else out.view(out_shape)
 
 
 def autocast_linear(input: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The arguments in autocast's dtype, where autocast is on."""
-    dtype = autocast_dtype(input.device.type) if isinstance(input, Tensor) else None
+    dtype = autocast_dtype(device_type_of(input)) if isinstance(input, Tensor) else None
     if dtype is None:
         return (input, *tensors)
     return tuple(cast(t, dtype) for t in (input, *tensors))
@@ -91,22 +98,21 @@ def check_linear(
     op: str, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[int, ...]:
     """Raises unless the arguments fit; returns the output's shape."""
-    is_float(op, input=input, weight=weight, bias=bias, residual=residual)
-    same_device(op, input, weight=weight, bias=bias, residual=residual)
-    same_dtype(op, input, weight=weight, bias=bias, residual=residual)
+    alike(op, _NAMES, (input, weight, bias, residual))
     if weight.dim() != 2:
         raise ValueError(
             f"{op}: weight has {weight.dim()} dimensions; it must be (out_features, in_features)"
         )
-    if input.dim() == 0:
+    shape = input.shape
+    rank = len(shape)
+    if rank == 0:
         raise ValueError(f"{op}: input has no dimensions; it must be (*, in_features)")
     out_features, in_features = weight.shape
-    shape = input.shape
     # One head reads either way: a residual of three dimensions asks for heads.
-    one_head = input.dim() == 4 and shape[1] == 1 and residual is not None and residual.dim() == 3
+    one_head = rank == 4 and shape[1] == 1 and residual is not None and residual.dim() == 3
     if shape[-1] == in_features and not one_head:
         out_shape: tuple[int, ...] = (*shape[:-1], out_features)
-    elif input.dim() == 4 and shape[1] * shape[3] == in_features:
+    elif rank == 4 and shape[1] * shape[3] == in_features:
         out_shape = (shape[0], shape[2], out_features)
     else:
         raise ValueError(
@@ -132,30 +138,33 @@ def check_linear(
     return out_shape
 
 
-def rows_of(
+def kernel_inputs(
     input: Tensor, weight: Tensor, residual: Tensor | None, out_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(input, weight, residual) in the form that the operators take."""
+    """(input, weight, residual) as operators take them: rows of two dimensions, or of three where
+    input and residual are contiguous and the output then has its shape without a view (1 µs)."""
     in_features, rows = weight.shape[1], math.prod(out_shape[:-1])
+    if residual is not None and residual.shape != out_shape:
+        residual = residual.expand(out_shape)
+    three = len(out_shape) == 3 and (residual is None or residual.is_contiguous())
     if input.shape[-1] == in_features:
-        x = input if input.dim() == 2 else input.reshape(rows, in_features)
-        if x.stride(1) != 1 and in_features != 1:
-            x = x.contiguous()
+        if input.dim() == 2 or (three and input.dim() == 3):
+            x = rows_of(input, weight.shape[1:])
+        else:
+            x = last_stride_one(input.reshape(rows, in_features))
     else:  # (batch, heads, q_len, head_dim)
-        merged = input.transpose(1, 2)
-        if merged.is_contiguous():  # as attention leaves it: the heads are already joined
-            x = merged.reshape(rows, in_features)
+        x = input.transpose(1, 2)
+        if x.is_contiguous():  # as attention leaves it: the heads are already joined
+            x = x.reshape(*(out_shape[:2] if three else (rows,)), in_features)
         else:
             x = input if input.stride(3) == 1 else input.contiguous()
     if not weight.is_contiguous():
         weight = weight.contiguous()
     if residual is not None:
-        if residual.shape != out_shape:
-            residual = residual.expand(out_shape)
-        if residual.dim() != 2:
-            residual = residual.reshape(rows, out_shape[-1])
-        if residual.stride(1) != 1 and residual.shape[1] != 1:
+        if x.dim() != 2:
             residual = residual.contiguous()
+        elif residual.dim() != 2 or residual.stride(1) != 1:
+            residual = last_stride_one(residual.reshape(rows, out_shape[-1]))
     return x, weight, residual
 
 
@@ -187,7 +196,7 @@ class _LinearAdd:
         return d_input, d_weight, d_bias, grad if needs[3] else None, None
 
 
-_linear_add = differentiable(_LinearAdd)
+_linear_add = differentiable(_LinearAdd, tensors=4)
 
 
 def linear_gradients(
@@ -196,11 +205,9 @@ def linear_gradients(
     """Gradients of the linear part; ``needs`` says which of (input, weight, bias) are wanted."""
     if not (needs[0] or needs[1] or needs[2]):
         return None, None, None
-    if grad.stride(1) != 1 and grad.shape[1] != 1:
-        grad = grad.contiguous()
-    rows = x
+    grad, rows = rows_of(grad, grad.shape[-1:]), x
     if x.dim() == 4:  # attention's heads, joined: the weight's gradient reads whole rows
-        rows = x.transpose(1, 2).reshape(grad.shape[0], weight.shape[1])
+        rows = x.transpose(1, 2).reshape(math.prod(grad.shape[:-1]), weight.shape[1])
     d_input, d_weight, d_bias = kernel.backward(grad, rows, weight, needs[0], needs[1], needs[2])
     if x.dim() == 4 and needs[0]:
         batch, heads, length, head_dim = x.shape
@@ -212,13 +219,15 @@ def linear_gradients(
     )
 
 
-def row_count(input: Tensor) -> int:
-    return input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[2]
+def fake_output(input: Tensor, weight: Tensor) -> Tensor:
+    """(rows, out_features), or (batch, length, out_features) of three dimensions and of heads."""
+    rows = input.shape[:1] if input.dim() == 2 else (input.shape[0], input.shape[-2])
+    return input.new_empty((*rows, weight.shape[0]))
 
 
 @fake("linear_add")
 def _(input, weight, bias, residual, activation):
-    return input.new_empty((row_count(input), weight.shape[0]))
+    return fake_output(input, weight)
 
 
 @fake("linear_add_backward")
@@ -236,7 +245,7 @@ def _(operator, batch_size, in_dims, input, weight, bias, residual, activation):
         return None
     rows = fold(input, in_dims[0], batch_size), fold(residual, in_dims[3], batch_size)
     out = operator(rows[0], weight, bias, rows[1], activation)
-    return out.view(batch_size, out.shape[0] // batch_size, out.shape[1]), 0
+    return out.view(batch_size, out.shape[0] // batch_size, *out.shape[1:]), 0
 
 
 fold_rows("linear_add_backward", batched=(0, 1), per_sample=(4, 5))

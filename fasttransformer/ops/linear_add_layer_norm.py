@@ -7,19 +7,16 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import TABLE, choose
-from ._front import fake, is_float, needs_grad, positive_eps, same_device
+from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import fold_rows, like, narrow_vector
+from ._norm import GRAD, NO_OPTIONS, fake_statistic, fold_rows, vector_of
 from .linear_add import (
     autocast_linear,
     check_linear,
+    fake_output,
+    kernel_inputs,
     linear_gradients,
-    row_count,
-    rows_of,
 )
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
 
 
 def linear_add_layer_norm(
@@ -61,30 +58,30 @@ def linear_add_layer_norm(
     op = "linear_add_layer_norm"
     input, weight, bias, residual = autocast_linear(input, weight, bias, residual)
     out_shape = check_linear(op, input, weight, bias, residual)
-    check_norm(op, input, out_shape[-1], eps, norm_weight=norm_weight, norm_bias=norm_bias)
+    w = norm_vector(op, "norm_weight", norm_weight, input, out_shape[-1])
+    b = norm_vector(op, "norm_bias", norm_bias, input, out_shape[-1])
+    positive_eps(op, eps)
     grad = needs_grad(input, weight, bias, residual, norm_weight, norm_bias)
-    kernel = choose(op, input.device.type, input.dtype, _GRAD if grad else _NONE, (), backend)
+    options = GRAD if grad else NO_OPTIONS
+    kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None:
         return reference.linear_add_layer_norm(
             input, weight, bias, residual, norm_weight, norm_bias, eps
         )
-    x, weight, rows = rows_of(input, weight, residual, out_shape)
-    norm_weight, norm_bias = narrow_vector(norm_weight, x), narrow_vector(norm_bias, x)
-    args = (x, weight, bias, rows, norm_weight, norm_bias, eps)
-    normed, summed, _, _ = _linear_add_layer_norm(*args, kernel) if grad else kernel.forward(*args)
+    x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
+    if grad:
+        normed, summed = _linear_add_layer_norm(x, weight, bias, rows, w, b, eps, kernel)
+    else:
+        normed, summed, _, _ = kernel.forward(x, weight, bias, rows, w, b, eps)
+    if normed.dim() == len(out_shape):
+        return normed, summed
     return normed.view(out_shape), summed.view(out_shape)
 
 
-def check_norm(op: str, input: Tensor, features: int, eps: float, **vectors: Tensor | None) -> None:
-    is_float(op, **vectors)
-    same_device(op, input, **vectors)
-    positive_eps(op, eps)
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != (features,):
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(vector.shape)}; weight's out_features "
-                f"make it ({features},)"
-            )
+def norm_vector(
+    op: str, name: str, vector: Tensor | None, input: Tensor, features: int
+) -> Tensor | None:
+    return vector_of(op, name, vector, input, (features,), "weight's out_features make it")
 
 
 class _LinearAddLayerNorm:
@@ -96,15 +93,13 @@ class _LinearAddLayerNorm:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, _, norm_weight, norm_bias, _, ctx.kernel = inputs
-        _, summed, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        x, weight, _, _, norm_weight, _, _, ctx.kernel = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, summed, norm_weight, norm_bias, mean, rstd)
+        ctx.save_for_backward(x, weight, norm_weight, *output[1:])
 
     @staticmethod
-    def backward(ctx, grad_normed, grad_summed, _mean, _rstd):
-        x, weight, summed, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
+    def backward(ctx, grad_normed, grad_summed):
+        x, weight, norm_weight, summed, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_norm_weight = d_norm_bias = None
         if grad_normed is None:
@@ -114,17 +109,10 @@ class _LinearAddLayerNorm:
             d_summed, _, d_norm_weight, d_norm_bias = norm(
                 grad_normed.contiguous(),
                 None if grad_summed is None else grad_summed.contiguous(),
-                summed,
-                norm_weight,
-                mean,
-                rstd,
-                0.0,
-                None,
-                needs[4],
-                needs[5],
-            )
-            d_norm_weight = like(d_norm_weight, norm_weight, needs[4])
-            d_norm_bias = like(d_norm_bias, norm_bias, needs[5])
+                summed, norm_weight, mean, rstd, 0.0, None, needs[4], needs[5],
+            )  # fmt: skip
+            d_norm_weight = d_norm_weight if needs[4] else None
+            d_norm_bias = d_norm_bias if needs[5] else None
         if d_summed is None:
             return (None,) * 8
         linear = TABLE["linear_add"][ctx.kernel.backend]
@@ -133,17 +121,17 @@ class _LinearAddLayerNorm:
         return d_input, d_weight, d_bias, d_residual, d_norm_weight, d_norm_bias, None, None
 
 
-_linear_add_layer_norm = differentiable(_LinearAddLayerNorm)
+_linear_add_layer_norm = differentiable(_LinearAddLayerNorm, tensors=6, outputs=2)
 
 
 @fake("linear_add_layer_norm")
 def _(input, weight, bias, residual, norm_weight, norm_bias, eps):
-    rows, features = row_count(input), weight.shape[0]
+    normed = fake_output(input, weight)
     return (
-        input.new_empty((rows, features)),
-        input.new_empty((rows, features)),
-        input.new_empty((rows,), dtype=torch.float32),
-        input.new_empty((rows,), dtype=torch.float32),
+        normed,
+        torch.empty_like(normed),
+        fake_statistic(normed),
+        fake_statistic(normed),
     )
 
 

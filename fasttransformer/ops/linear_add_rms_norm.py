@@ -7,14 +7,11 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import TABLE, choose
-from ._front import fake, needs_grad
+from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import default_eps, fold_rows, like, narrow_vector
-from .linear_add import autocast_linear, check_linear, linear_gradients, row_count, rows_of
-from .linear_add_layer_norm import check_norm
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
+from ._norm import GRAD, NO_OPTIONS, default_eps, fake_statistic, fold_rows
+from .linear_add import autocast_linear, check_linear, fake_output, kernel_inputs, linear_gradients
+from .linear_add_layer_norm import norm_vector
 
 
 def linear_add_rms_norm(
@@ -52,15 +49,21 @@ def linear_add_rms_norm(
     op = "linear_add_rms_norm"
     input, weight, bias, residual = autocast_linear(input, weight, bias, residual)
     out_shape = check_linear(op, input, weight, bias, residual)
+    w = norm_vector(op, "norm_weight", norm_weight, input, out_shape[-1])
     eps = default_eps(input) if eps is None else eps
-    check_norm(op, input, out_shape[-1], eps, norm_weight=norm_weight)
+    positive_eps(op, eps)
     grad = needs_grad(input, weight, bias, residual, norm_weight)
-    kernel = choose(op, input.device.type, input.dtype, _GRAD if grad else _NONE, (), backend)
+    options = GRAD if grad else NO_OPTIONS
+    kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None:
         return reference.linear_add_rms_norm(input, weight, bias, residual, norm_weight, eps)
-    x, weight, rows = rows_of(input, weight, residual, out_shape)
-    args = (x, weight, bias, rows, narrow_vector(norm_weight, x), eps)
-    normed, summed, _ = _linear_add_rms_norm(*args, kernel) if grad else kernel.forward(*args)
+    x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
+    if grad:
+        normed, summed = _linear_add_rms_norm(x, weight, bias, rows, w, eps, kernel)
+    else:
+        normed, summed, _ = kernel.forward(x, weight, bias, rows, w, eps)
+    if normed.dim() == len(out_shape):
+        return normed, summed
     return normed.view(out_shape), summed.view(out_shape)
 
 
@@ -72,14 +75,12 @@ class _LinearAddRMSNorm:
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _, _, norm_weight, _, ctx.kernel = inputs
-        _, summed, rstd = output
-        ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, summed, norm_weight, rstd)
+        ctx.save_for_backward(x, weight, norm_weight, *output[1:])
 
     @staticmethod
-    def backward(ctx, grad_normed, grad_summed, _rstd):
-        x, weight, summed, norm_weight, rstd = ctx.saved_tensors
+    def backward(ctx, grad_normed, grad_summed):
+        x, weight, norm_weight, summed, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_norm_weight = None
         if grad_normed is None:
@@ -91,7 +92,7 @@ class _LinearAddRMSNorm:
                 None if grad_summed is None else grad_summed.contiguous(),
                 summed, norm_weight, rstd, 0.0, None, needs[4],
             )  # fmt: skip
-            d_norm_weight = like(d_norm_weight, norm_weight, needs[4])
+            d_norm_weight = d_norm_weight if needs[4] else None
         if d_summed is None:
             return (None,) * 7
         linear = TABLE["linear_add"][ctx.kernel.backend]
@@ -100,16 +101,16 @@ class _LinearAddRMSNorm:
         return d_input, d_weight, d_bias, d_residual, d_norm_weight, None, None
 
 
-_linear_add_rms_norm = differentiable(_LinearAddRMSNorm)
+_linear_add_rms_norm = differentiable(_LinearAddRMSNorm, tensors=5, outputs=2)
 
 
 @fake("linear_add_rms_norm")
 def _(input, weight, bias, residual, norm_weight, eps):
-    rows, features = row_count(input), weight.shape[0]
+    normed = fake_output(input, weight)
     return (
-        input.new_empty((rows, features)),
-        input.new_empty((rows, features)),
-        input.new_empty((rows,), dtype=torch.float32),
+        normed,
+        torch.empty_like(normed),
+        fake_statistic(normed),
     )
 
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import fake, needs_grad
+from ._front import device_type_of, fake, needs_grad
 from ._function import differentiable
 from ._norm import (
     GRAD,
     NO_OPTIONS,
-    check_vector,
+    autocast_input,
     checked_shape,
     default_eps,
+    fake_statistic,
     fake_vector_grad,
-    flat,
     fold_rows,
-    like,
-    narrow_vector,
-    on_float32_list,
     rows_of,
     shaped,
+    vector_of,
 )
 
 
@@ -60,64 +56,55 @@ def rms_norm(
     tensor([[1.2000, 1.6000, 0.0000, 0.0000]])
     """
     shape = checked_shape("rms_norm", input, normalized_shape, eps)
-    if weight is not None:
-        check_vector("rms_norm", "weight", weight, input, shape)
-    device_type = input.device.type
-    if on_float32_list(device_type) and input.dtype != torch.float64:
-        input = input.float()
+    w = vector_of("rms_norm", "weight", weight, input, shape)
+    input = autocast_input(input)
     if eps is None:
         eps = default_eps(input)
     grad = needs_grad(input, weight)
     options = GRAD if grad else NO_OPTIONS
-    kernel = choose("rms_norm", device_type, input.dtype, options, (), backend)
-    features = shape[0] if len(shape) == 1 else math.prod(shape)
-    if kernel.forward is None or features == 0:
+    kernel = choose("rms_norm", device_type_of(input), input.dtype, options, (), backend)
+    if kernel.forward is None or 0 in shape:
         return reference.rms_norm(input, shape, weight, eps)
-    weight = narrow_vector(weight, input)
     if grad:
-        return _rms_norm(input, weight, eps, features, kernel)
-    out = kernel.forward(rows_of(input, features), flat(weight), eps)[0]
-    return shaped(out, input)
+        return _rms_norm(input, w, eps, shape, kernel)
+    x = rows_of(input, shape)
+    return shaped(kernel.forward(x, w, eps)[0], x, input)
 
 
 class _RMSNorm:
     @staticmethod
-    def forward(input, weight, eps, features, kernel):
-        out, rstd = kernel.forward(rows_of(input, features), flat(weight), eps)
-        return shaped(out, input), rstd
+    def forward(input, weight, eps, shape, kernel):
+        x = rows_of(input, shape)
+        out, rstd = kernel.forward(x, weight, eps)
+        return shaped(out, x, input), rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _, ctx.features, ctx.kernel = inputs
-        ctx.set_materialize_grads(False)
+        input, weight, _, ctx.shape, ctx.kernel = inputs
         ctx.save_for_backward(input, weight, output[1])
 
     @staticmethod
     def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 5
         input, weight, rstd = ctx.saved_tensors
-        wants_weight = ctx.needs_input_grad[1]
-        d_input, d_weight = ctx.kernel.backward(
-            rows_of(grad, ctx.features), rows_of(input, ctx.features), flat(weight), rstd,
-            wants_weight,
-        )  # fmt: skip
-        return shaped(d_input, input), like(d_weight, weight, wants_weight), None, None, None
+        shape, wanted = ctx.shape, ctx.needs_input_grad[1]
+        x = rows_of(input, shape)
+        d_input, d_weight = ctx.kernel.backward(rows_of(grad, shape), x, weight, rstd, wanted)
+        return shaped(d_input, x, input), d_weight if wanted else None, None, None, None
 
 
-_rms_norm = differentiable(_RMSNorm, outputs=1)
+_rms_norm = differentiable(_RMSNorm, tensors=2, outputs=1)
 
 
 @fake("rms_norm")
 def _(input, weight, eps):
-    return input.new_empty(input.shape), input.new_empty(input.shape[:1], dtype=torch.float32)
+    return input.new_empty(input.shape), fake_statistic(input)
 
 
 @fake("rms_norm_backward")
 def _(grad, input, weight, rstd, weight_grad):
     return (
         input.new_empty(input.shape),
-        fake_vector_grad(input, weight, input.shape[1], weight_grad),
+        fake_vector_grad(input, weight, input.shape[-1], weight_grad),
     )
 
 

@@ -185,7 +185,7 @@ class _Softmax:
         return d_input, None, None, None, None, None
 
 
-_softmax_with_grad = differentiable(_Softmax)
+_softmax_with_grad = differentiable(_Softmax, tensors=1)
 
 
 @fake("softmax")

@@ -64,11 +64,11 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "weight_grad, bool bias_grad) -> (Tensor d_input, Tensor d_weight, Tensor d_bias)");
   m.def(
       "linear_add_layer_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
-      "norm_weight, Tensor? norm_bias, float eps) -> (Tensor normed, Tensor summed, Tensor mean, "
-      "Tensor rstd)");
+      "norm_weight, Tensor? norm_bias, float eps, bool return_sum) -> (Tensor normed, Tensor "
+      "summed, Tensor mean, Tensor rstd)");
   m.def(
       "linear_add_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
-      "norm_weight, float eps) -> (Tensor normed, Tensor summed, Tensor rstd)");
+      "norm_weight, float eps, bool return_sum) -> (Tensor normed, Tensor summed, Tensor rstd)");
 
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, bool "

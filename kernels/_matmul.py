@@ -210,7 +210,8 @@ def matmul_norm_kernel(
     mean_ptr, rstd_ptr, M, N, K, length, a_steps, b_steps, residual_step, S, E, head_steps, eps,
     HEADS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SUM: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """As above with whole rows in the tile: their norm is taken of the rounded sums."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -222,10 +223,11 @@ def matmul_norm_kernel(
     acc = _epilogue(
         acc, bias_ptr, residual_ptr, m, n, M, N, residual_step, "", HAS_BIAS, HAS_RESIDUAL
     )
-    summed = acc.to(summed_ptr.dtype.element_ty)
+    summed = acc.to(normed_ptr.dtype.element_ty)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(summed_ptr + at, summed, mask=inside)
+    if HAS_SUM:
+        tl.store(summed_ptr + at, summed, mask=inside)
     s = summed.to(tl.float32)
     if not RMS:
         mean = tl.div_rn(tl.sum(tl.where((n < N)[None, :], s, 0.0), axis=1), length)

@@ -96,20 +96,21 @@ def linear_add_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    return_sum: bool,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(normed, summed, mean, rstd): one kernel or two, by the rule in _matmul.py."""
     N, K = weight.shape
-    summed = output_for(input, N)
-    M = math.prod(summed.shape[:-1])
+    normed = output_for(input, N)
+    M = math.prod(normed.shape[:-1])
     tile = _matmul.fused_tile(input, M, N)
     if tile is None or M * N == 0:
         summed = linear_add(input, weight, bias, residual, "")
         normed, _, mean, rstd = _norm.forward(
             summed, None, norm_weight, norm_bias, eps, 0.0, None, rms
         )
-        return normed, summed, mean, rstd
-    normed = torch.empty_like(summed)
+        return normed, summed if return_sum else summed.new_empty(0), mean, rstd
+    summed = torch.empty_like(normed) if return_sum else normed.new_empty(0)
     rstd = input.new_empty((M,), dtype=torch.float32)
     mean = rstd if rms else torch.empty_like(rstd)
     steps, heads = operand("a", input)
@@ -120,7 +121,7 @@ def linear_add_norm(
         row_stride(residual), S, E, head_steps, eps, HEADS=heads[0],
         ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, HAS_NORM_WEIGHT=norm_weight is not None,
-        HAS_NORM_BIAS=norm_bias is not None, RMS=rms, BLOCK_M=tile.m, BLOCK_N=tile.n,
-        BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        HAS_NORM_BIAS=norm_bias is not None, HAS_SUM=return_sum, RMS=rms, BLOCK_M=tile.m,
+        BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return normed, summed, mean, rstd

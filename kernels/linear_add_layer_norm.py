@@ -15,5 +15,8 @@ def linear_add_layer_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    return_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return linear_add_norm(input, weight, bias, residual, norm_weight, norm_bias, eps, rms=False)
+    return linear_add_norm(
+        input, weight, bias, residual, norm_weight, norm_bias, eps, return_sum, rms=False
+    )

@@ -14,8 +14,9 @@ def linear_add_rms_norm(
     residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
+    return_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, summed, _, rstd = linear_add_norm(
-        input, weight, bias, residual, norm_weight, None, eps, rms=True
+        input, weight, bias, residual, norm_weight, None, eps, return_sum, rms=True
     )
     return normed, summed, rstd

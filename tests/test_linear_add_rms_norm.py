@@ -46,6 +46,28 @@ def test_contract(on, shape, dtype):
           grads=has_backward(on))  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("on", BACKENDS)
+def test_without_the_sum(on, dtype):
+    """normed is the same, where the sum is never written and where gradients need it."""
+    for shape in ((3, 5, 17), (17, 40, 1100), (300, 24, 33), (200, 3, 4100), (0, 9, 8)):
+        if on == "triton" and shape[2] > 1000:
+            continue
+        inputs = problem(*shape, dtype)
+        with running_on(on):
+            normed, _ = ft.linear_add_rms_norm(*inputs)
+            alone = ft.linear_add_rms_norm(*inputs, return_sum=False)
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            trained = ft.linear_add_rms_norm(*leaves, return_sum=False)
+        assert torch.equal(alone, normed) and torch.equal(trained, normed)
+        if on == "torch":
+            continue
+        with running_on(on):
+            gradients = torch.autograd.grad(trained.sum(), leaves)
+            both = ft.linear_add_rms_norm(*leaves)
+            assert all(map(torch.equal, gradients, torch.autograd.grad(both[0].sum(), leaves)))
+
+
 @pytest.mark.parametrize("given", [*itertools.product([False, True], repeat=3)], ids=str)
 @pytest.mark.parametrize("on", BACKENDS)
 def test_optional_inputs(on, given):
@@ -113,13 +135,17 @@ def test_heads_are_read_in_place(on, heads_first):
 @pytest.mark.parametrize("on", BACKENDS)
 def test_b44_norm_weights_of_another_dtype(on, dtype, norm_dtype):
     """intel/intel-extension-for-pytorch#731: the result is in the input's dtype."""
-    *linear, nw = problem(6, 20, 16, dtype)
-    inputs = (*linear, nw.to(norm_dtype))
+
+    def draw():
+        *linear, nw = problem(6, 20, 16, dtype)
+        return (*linear, nw.to(norm_dtype))
+
+    inputs = draw()
     with running_on(on):
         normed, summed = ft.linear_add_rms_norm(*inputs)
     assert normed.dtype == summed.dtype == dtype
     check(ft.linear_add_rms_norm, reference.linear_add_rms_norm, inputs, on=on,
-          grads=has_backward(on))  # fmt: skip
+          grads=has_backward(on), redraw=draw)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -156,7 +182,8 @@ def test_opcheck(on):
     kernel = TABLE[OP]["cpu"]
     args = (*problem(9, 20, 12), 1e-5)
     heads = (torch.randn(2, 5, 3, 4), *args[1:3], None, None, 1e-5)
-    for case in (args, heads):
+    cases = [(*c, return_sum) for c in (args, heads) for return_sum in (True, False)]
+    for case in cases:
         torch.library.opcheck(
             kernel.forward, case,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

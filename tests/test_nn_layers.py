@@ -82,7 +82,7 @@ def test_against_torch_other_dtypes(kind, dtype):
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("wrong", ["hidden", "project_add_norm"])
+@pytest.mark.parametrize("wrong", ["hidden", "project_norm"])
 def test_drawing_again_hides_no_wrong_number(monkeypatch, wrong, seed):
     """A few hundred rounding steps in one part of a tiny layer are never taken for luck."""
     torch.manual_seed(seed)
@@ -90,8 +90,7 @@ def test_drawing_again_hides_no_wrong_number(monkeypatch, wrong, seed):
     right = getattr(where, wrong)
 
     def off(*args):
-        out = right(*args)
-        return (out[0] * 1.00005, out[1]) if isinstance(out, tuple) else out * 1.00005
+        return right(*args) * 1.00005
 
     layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True)
     x = torch.randn(B, L, E)

@@ -7,8 +7,8 @@ namespace ft::bindings {
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_add_layer_norm(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, double eps) {
-  LinearNormCall call(input, weight, bias, residual, norm_weight, norm_bias, eps);
+    const OptionalTensor& norm_bias, double eps, bool return_sum) {
+  LinearNormCall call(input, weight, bias, residual, norm_weight, norm_bias, eps, return_sum);
   Tensor mean = make(input, {call.p.norm.rows}, ScalarType::Float);
   call.p.norm.mean = static_cast<float*>(mean.mutable_data_ptr());
   FT_LAUNCH(linear_add_layer_norm, call.p, input);

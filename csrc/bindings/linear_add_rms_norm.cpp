@@ -8,8 +8,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_add_rms_norm(const Tensor& input, cons
                                                        const OptionalTensor& bias,
                                                        const OptionalTensor& residual,
                                                        const OptionalTensor& norm_weight,
-                                                       double eps) {
-  LinearNormCall call(input, weight, bias, residual, norm_weight, std::nullopt, eps);
+                                                       double eps, bool return_sum) {
+  LinearNormCall call(input, weight, bias, residual, norm_weight, std::nullopt, eps, return_sum);
   FT_LAUNCH(linear_add_rms_norm, call.p, input);
   return {call.normed, call.summed, call.rstd};
 }

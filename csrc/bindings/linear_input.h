@@ -42,20 +42,20 @@ inline Tensor make_output(const Tensor& input, int64_t out_features) {
 }
 
 // What linear_add_layer_norm and linear_add_rms_norm share: their outputs, and params that name
-// them.
+// them. A sum that is not wanted is an empty tensor: it is made where the normed rows will be.
 struct LinearNormCall {
   LinearAddNormParams p;
   Tensor normed, summed, rstd;
 
   LinearNormCall(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& residual, const OptionalTensor& norm_weight,
-                 const OptionalTensor& norm_bias, double eps) {
+                 const OptionalTensor& norm_bias, double eps, bool return_sum) {
     p.linear = linear_input(input, weight, bias, residual);
     const int64_t rows = p.linear.rows, features = p.linear.out_features;
     normed = make_output(input, features);
-    summed = make_output(input, features);
+    summed = return_sum ? make_output(input, features) : make(input, {0});
     rstd = make(input, {rows}, ScalarType::Float);
-    p.linear.output = summed.mutable_data_ptr();
+    p.linear.output = (return_sum ? summed : normed).mutable_data_ptr();
     p.norm.input = p.linear.output;
     p.norm.normed = normed.mutable_data_ptr();
     p.norm.rstd = static_cast<float*>(rstd.mutable_data_ptr());

@@ -197,7 +197,8 @@ class OutputNorm(Base):
                 weight,
                 bias,
                 norm.eps,
-            )[0]
+                return_sum=False,
+            )
         # Under autocast the residual stream is float32 and the linear layer's output is not.
         out = linear(hidden_states, dense).to(input_tensor.dtype)
         return add_layer_norm(

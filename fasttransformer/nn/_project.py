@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,9 +27,19 @@ def project_add(
 
 
 def project_add_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: nn.Module, p: float
-) -> tuple[Tensor, Tensor]:
-    """(norm(summed), summed) with ``summed = residual + dropout(x @ weight.T + bias)``."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: nn.Module,
+    p: float,
+    *,
+    return_sum: bool = True,
+) -> Any:
+    """(norm(summed), summed) with ``summed = residual + dropout(x @ weight.T + bias)``.
+
+    Without ``return_sum``, norm(summed) alone.
+    """
     shape: tuple[int, ...] = norm.normalized_shape  # type: ignore[assignment]
     norm_weight: Tensor | None = norm.weight  # type: ignore[assignment]
     eps: float | None = norm.eps  # type: ignore[assignment]
@@ -35,9 +47,24 @@ def project_add_norm(
     norm_bias: Tensor | None = None if rms else norm.bias  # type: ignore[assignment]
     if p == 0.0 and not torch.is_autocast_enabled(x.device.type):
         if rms:
-            return linear_add_rms_norm(x, weight, bias, residual, norm_weight, eps)
-        return linear_add_layer_norm(x, weight, bias, residual, norm_weight, norm_bias, eps)  # type: ignore[arg-type]
+            return linear_add_rms_norm(
+                x, weight, bias, residual, norm_weight, eps, return_sum=return_sum
+            )
+        assert eps is not None
+        return linear_add_layer_norm(
+            x, weight, bias, residual, norm_weight, norm_bias, eps, return_sum=return_sum
+        )
     y = linear_add(x, weight, bias)
     if rms:
-        return add_rms_norm(y, residual, shape, norm_weight, eps, dropout_p=p)
-    return add_layer_norm(y, residual, shape, norm_weight, norm_bias, eps, dropout_p=p)  # type: ignore[arg-type]
+        both = add_rms_norm(y, residual, shape, norm_weight, eps, dropout_p=p)
+    else:
+        assert eps is not None
+        both = add_layer_norm(y, residual, shape, norm_weight, norm_bias, eps, dropout_p=p)
+    return both if return_sum else both[0]
+
+
+def project_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: nn.Module, p: float
+) -> Tensor:
+    """What :func:`project_add_norm` norms, where nobody reads the sum."""
+    return project_add_norm(x, weight, bias, residual, norm, p, return_sum=False)

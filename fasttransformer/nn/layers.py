@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._blocks import DECODER, ENCODER, dropout_p, hidden, why_not_fused
 from ._fallback import record
-from ._project import project_add, project_add_norm
+from ._project import project_add, project_add_norm, project_norm
 from .attention import MultiheadAttention, heads_output, why_not
 from .linear import Linear
 from .norms import LayerNorm
@@ -100,8 +100,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if self.norm_first:
             y, x = project_add_norm(context, out_proj.weight, out_proj.bias, src, norm2, p1)
             return project_add(hidden(y, self), linear2.weight, linear2.bias, x, p2)
-        x, _ = project_add_norm(context, out_proj.weight, out_proj.bias, src, norm1, p1)
-        return project_add_norm(hidden(x, self), linear2.weight, linear2.bias, x, norm2, p2)[0]
+        x = project_norm(context, out_proj.weight, out_proj.bias, src, norm1, p1)
+        return project_norm(hidden(x, self), linear2.weight, linear2.bias, x, norm2, p2)
 
     def _one_by_one(self, x, mask, padding, is_causal) -> Tensor:
         """torch's training path: every submodule is called, so hooks fire and replacements run."""
@@ -188,27 +188,27 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         p3 = dropout_p(m["dropout3"])
         pre = self.norm_first
 
+        def project(context: Tensor, out: nn.Linear, residual: Tensor, norm: nn.Module, p: float):
+            found = project_add_norm(
+                context, out.weight, out.bias, residual, norm, p, return_sum=pre
+            )
+            return found if pre else (found, found)
+
         # `normed` is what the next block reads, `x` the residual that runs past it.
         normed = norm1(tgt) if pre else tgt
         context, _ = heads_output(
             self_attn, normed, normed, normed, tgt_key_padding_mask, tgt_mask, tgt_is_causal
         )
-        out = self_attn.out_proj
-        normed, x = project_add_norm(
-            context, out.weight, out.bias, tgt, norm2 if pre else norm1, p1
-        )
+        normed, x = project(context, self_attn.out_proj, tgt, norm2 if pre else norm1, p1)
         context, _ = heads_output(
             cross_attn, normed, memory, memory, memory_key_padding_mask, memory_mask,
             memory_is_causal,
         )  # fmt: skip
-        out = cross_attn.out_proj
-        normed, x = project_add_norm(
-            context, out.weight, out.bias, x if pre else normed, norm3 if pre else norm2, p2
-        )
+        normed, x = project(context, cross_attn.out_proj, x, norm3 if pre else norm2, p2)
         h = hidden(normed, self)
         if pre:
             return project_add(h, linear2.weight, linear2.bias, x, p3)
-        return project_add_norm(h, linear2.weight, linear2.bias, normed, norm3, p3)[0]
+        return project_norm(h, linear2.weight, linear2.bias, normed, norm3, p3)
 
     def _one_by_one(
         self, x, memory, mask, memory_mask, padding, memory_padding, is_causal, memory_is_causal

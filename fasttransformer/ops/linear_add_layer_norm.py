@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,9 @@ def linear_add_layer_norm(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    return_sum: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     r"""``summed = input @ weight.T + bias + residual`` and ``normed = layer_norm(summed)``.
 
     .. math:: S = X W^\top + b + R, \qquad
@@ -38,6 +41,9 @@ def linear_add_layer_norm(
     with mean and variance over the last dimension. Arguments are those of
     :func:`~fasttransformer.linear_add`; ``norm_weight`` and ``norm_bias`` are (out_features,) of
     any float dtype.
+
+    Args:
+        return_sum: False returns normed alone; without gradients the sum is then never written.
 
     Returns:
         (normed, summed), both (\*, out_features) in ``input``'s dtype; the statistics are those of
@@ -66,16 +72,17 @@ def linear_add_layer_norm(
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None:
         return reference.linear_add_layer_norm(
-            input, weight, bias, residual, norm_weight, norm_bias, eps
+            input, weight, bias, residual, norm_weight, norm_bias, eps, return_sum=return_sum
         )
     x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
     if grad:
         normed, summed = _linear_add_layer_norm(x, weight, bias, rows, w, b, eps, kernel)
     else:
-        normed, summed, _, _ = kernel.forward(x, weight, bias, rows, w, b, eps)
-    if normed.dim() == len(out_shape):
-        return normed, summed
-    return normed.view(out_shape), summed.view(out_shape)
+        normed, summed, _, _ = kernel.forward(x, weight, bias, rows, w, b, eps, return_sum)
+    if normed.dim() != len(out_shape):
+        normed = normed.view(out_shape)
+        summed = summed.view(out_shape) if return_sum else summed
+    return (normed, summed) if return_sum else normed
 
 
 def norm_vector(
@@ -89,7 +96,7 @@ class _LinearAddLayerNorm:
     # (add_layer_norm's), then the linear layer's.
     @staticmethod
     def forward(x, weight, bias, residual, norm_weight, norm_bias, eps, kernel):
-        return kernel.forward(x, weight, bias, residual, norm_weight, norm_bias, eps)
+        return kernel.forward(x, weight, bias, residual, norm_weight, norm_bias, eps, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -125,11 +132,11 @@ _linear_add_layer_norm = differentiable(_LinearAddLayerNorm, tensors=6, outputs=
 
 
 @fake("linear_add_layer_norm")
-def _(input, weight, bias, residual, norm_weight, norm_bias, eps):
+def _(input, weight, bias, residual, norm_weight, norm_bias, eps, return_sum):
     normed = fake_output(input, weight)
     return (
         normed,
-        torch.empty_like(normed),
+        torch.empty_like(normed) if return_sum else normed.new_empty(0),
         fake_statistic(normed),
         fake_statistic(normed),
     )

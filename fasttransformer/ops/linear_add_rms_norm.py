@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,9 @@ def linear_add_rms_norm(
     norm_weight: Tensor | None = None,
     eps: float | None = None,
     *,
+    return_sum: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     r"""``summed = input @ weight.T + bias + residual`` and ``normed = rms_norm(summed)``.
 
     .. math:: S = X W^\top + b + R, \qquad
@@ -32,6 +35,9 @@ def linear_add_rms_norm(
     Arguments are those of :func:`~fasttransformer.linear_add`; ``norm_weight`` is (out_features,)
     of any float dtype. ``eps=None`` is torch's rule, the machine epsilon of the dtype that is
     computed in: float32's for 16-bit inputs.
+
+    Args:
+        return_sum: False returns normed alone; without gradients the sum is then never written.
 
     Returns:
         (normed, summed), both (\*, out_features) in ``input``'s dtype.
@@ -56,21 +62,24 @@ def linear_add_rms_norm(
     options = GRAD if grad else NO_OPTIONS
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None:
-        return reference.linear_add_rms_norm(input, weight, bias, residual, norm_weight, eps)
+        return reference.linear_add_rms_norm(
+            input, weight, bias, residual, norm_weight, eps, return_sum=return_sum
+        )
     x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
     if grad:
         normed, summed = _linear_add_rms_norm(x, weight, bias, rows, w, eps, kernel)
     else:
-        normed, summed, _ = kernel.forward(x, weight, bias, rows, w, eps)
-    if normed.dim() == len(out_shape):
-        return normed, summed
-    return normed.view(out_shape), summed.view(out_shape)
+        normed, summed, _ = kernel.forward(x, weight, bias, rows, w, eps, return_sum)
+    if normed.dim() != len(out_shape):
+        normed = normed.view(out_shape)
+        summed = summed.view(out_shape) if return_sum else summed
+    return (normed, summed) if return_sum else normed
 
 
 class _LinearAddRMSNorm:
     @staticmethod
     def forward(x, weight, bias, residual, norm_weight, eps, kernel):
-        return kernel.forward(x, weight, bias, residual, norm_weight, eps)
+        return kernel.forward(x, weight, bias, residual, norm_weight, eps, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -105,11 +114,11 @@ _linear_add_rms_norm = differentiable(_LinearAddRMSNorm, tensors=5, outputs=2)
 
 
 @fake("linear_add_rms_norm")
-def _(input, weight, bias, residual, norm_weight, eps):
+def _(input, weight, bias, residual, norm_weight, eps, return_sum):
     normed = fake_output(input, weight)
     return (
         normed,
-        torch.empty_like(normed),
+        torch.empty_like(normed) if return_sum else normed.new_empty(0),
         fake_statistic(normed),
     )
 

@@ -31,7 +31,10 @@ def linear_add_layer_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """(normed, summed)."""
+    *,
+    return_sum: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(normed, summed), or normed alone."""
     summed = linear_add(input, weight, bias, residual)
-    return layer_norm(summed, summed.shape[-1:], norm_weight, norm_bias, eps), summed
+    normed = layer_norm(summed, summed.shape[-1:], norm_weight, norm_bias, eps)
+    return (normed, summed) if return_sum else normed

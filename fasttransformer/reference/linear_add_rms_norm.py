@@ -30,7 +30,10 @@ def linear_add_rms_norm(
     residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(normed, summed)."""
+    *,
+    return_sum: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(normed, summed), or normed alone."""
     summed = linear_add(input, weight, bias, residual)
-    return rms_norm(summed, summed.shape[-1:], norm_weight, eps), summed
+    normed = rms_norm(summed, summed.shape[-1:], norm_weight, eps)
+    return (normed, summed) if return_sum else normed

@@ -28,9 +28,13 @@ from ._attention_checks import (
     scores_shape,
 )
 from ._front import (
+    alike,
     autocast_dtype,
+    autocast_enabled,
+    device_type_of,
     fake,
     is_float,
+    last_stride_one,
     needs_grad,
     new_seed,
     probability,
@@ -120,8 +124,7 @@ def attention(
     torch.Size([2, 8, 5, 16])
     """
     op = "attention"
-    is_float(op, query=query, key=key, value=value)
-    same_device(op, query, key=key, value=value)
+    check_tensors(op, query, key, value)
     check_shapes(op, query, key, value)
     if mask is not None:
         mask = check_mask(op, "mask", mask, query, key)
@@ -191,8 +194,7 @@ def scaled_dot_product_attention(
     True
     """
     op = "scaled_dot_product_attention"
-    is_float(op, query=query, key=key, value=value)
-    same_device(op, query, key=key, value=value)
+    check_tensors(op, query, key, value)
     if attn_mask is not None and is_causal:
         raise ValueError(f"{op}: attn_mask and is_causal exclude each other")
     probability(op, dropout_p)
@@ -226,6 +228,15 @@ def scaled_dot_product_attention(
 # ---- running ----------------------------------------------------------------------------------
 
 
+def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Floating point, one device and, but for autocast, one dtype."""
+    if isinstance(query, Tensor) and autocast_enabled(device_type_of(query)):
+        is_float(op, query=query, key=key, value=value)
+        same_device(op, query, key=key, value=value)
+    else:
+        alike(op, ("query", "key", "value"), (query, key, value))
+
+
 def _attend(
     op: str,
     query: Tensor,
@@ -247,12 +258,12 @@ def _attend(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Checked arguments in; picks the backend and runs it. lse is None where nobody asked."""
-    device = query.device
-    autocast = autocast_dtype(device.type)
+    device_type = device_type_of(query)
+    autocast = autocast_dtype(device_type)
     if autocast is not None:
         query, key, value = (x if x.dtype == torch.float64 else x.to(autocast)
                              for x in (query, key, value))  # fmt: skip
-    same_dtype(op, query, key=key, value=value)
+        same_dtype(op, query, key=key, value=value)
     head_dim = query.shape[3]
     scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
     flags = (
@@ -267,11 +278,11 @@ def _attend(
         options = frozenset(name for name, used in zip(_OPTION_NAMES, flags) if used)
         _options[flags] = options
     sizes = (("head_dim", max(head_dim, value.shape[3])),)
-    kernel = choose(op, device.type, query.dtype, options, sizes, backend)
-    seed = new_seed(device) if dropout_p > 0.0 else None
+    kernel = choose(op, device_type, query.dtype, options, sizes, backend)
+    seed = new_seed(query.device) if dropout_p > 0.0 else None
     dtype = query.dtype
     if kernel.forward is None:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             result = reference.attention(
                 query, key, value, mask=mask, bias=bias, is_causal=is_causal,
                 causal_alignment=ALIGNMENTS[bottom_right],
@@ -303,7 +314,7 @@ def _attend(
     if key_lengths is not None:
         key_lengths = key_lengths.clamp(0, key.shape[2]).to(torch.int32).contiguous()
     arguments = (
-        _last_stride_one(query), _last_stride_one(key), _last_stride_one(value), mask, bias,
+        last_stride_one(query), last_stride_one(key), last_stride_one(value), mask, bias,
         is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes, sinks,
         key_lengths, scale, dropout_p, seed,
     )  # fmt: skip
@@ -312,10 +323,6 @@ def _attend(
         out, lse = _differentiable(*arguments, kernel)
         return out.to(dtype), lse
     return _Attention.forward(*arguments, kernel)
-
-
-def _last_stride_one(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _expanded(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
@@ -354,7 +361,7 @@ class _Attention:
             grad_out = torch.zeros_like(out)
         bias_grad, sinks_grad = ctx.needs_input_grad[4], ctx.needs_input_grad[11]
         d_query, d_key, d_value, d_bias, d_sinks = ctx.kernel.backward(
-            _last_stride_one(grad_out), None if grad_lse is None else grad_lse.contiguous(),
+            last_stride_one(grad_out), None if grad_lse is None else grad_lse.contiguous(),
             query, key, value, out, lse, mask, _expanded(bias, query, key), is_causal, bottom_right,
             window_left, window_right, softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p,
             seed, bias_grad, sinks_grad,

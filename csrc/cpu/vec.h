@@ -14,6 +14,8 @@
 #endif
 #if defined(__AVX2__)
 #  include <immintrin.h>
+#elif defined(__SSE2__)
+#  include <emmintrin.h>
 #endif
 
 #define FT_INLINE inline __attribute__((always_inline))
@@ -291,27 +293,83 @@ FT_INLINE vf scale_by_power(vf x, vf n) {
   return (vf)_mm256_mul_ps((__m256)x, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 }
 
-#else  // portable: plain loops over the vector extension; the compiler maps them to NEON or SSE2
+#else  // portable: the vector extension alone; the compiler maps it to NEON or SSE2
+
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(W * 2)));
+
+// Four 16-bit words as 32-bit lanes and back. SSE2 has one instruction each, which the compiler
+// does not find.
+FT_INLINE vu spread(const void* p) {
+#  if defined(__SSE2__)
+  return (vu)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
+#  else
+  vhalf half;
+  std::memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, vu);
+#  endif
+}
+FT_INLINE void gather(void* p, vu x) {
+#  if defined(__SSE2__)
+  const __m128i signed_words = _mm_srai_epi32(_mm_slli_epi32((__m128i)x, 16), 16);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(signed_words, signed_words));
+#  else
+  const vhalf half = __builtin_convertvector(x, vhalf);
+  std::memcpy(p, &half, sizeof(half));
+#  endif
+}
+
+FT_INLINE vf widen(vu x, bf16) { return (vf)(x << 16); }
+FT_INLINE vf widen(vu x, f16) {  // as to_float(f16)
+  const vu rest = x & 0x7fffu;   // compared as signed, which SSE2 can
+  const vf number = (vf)(rest << 13) * splat(0x1p112f);
+  const vu special = 0x7f800000u | (rest << 13);
+  return (vf)(((x & 0x8000u) << 16) | ((vi)rest >= 0x7c00 ? special : (vu)number));
+}
+FT_INLINE vu narrow(vf x, bf16) {  // as from_float<bf16>
+  const vu bits = (vu)x;
+  return (x != x ? (bits | 0x400000u) : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+FT_INLINE vu narrow(vf x, f16) {  // as from_float<f16>
+  const vu bits = (vu)x, rest = bits & 0x7fffffffu;
+  const vu normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  const vu subnormal = (vu)((vf)rest + splat(0.5f)) - 0x3f000000u;
+  const vu infinite = vu{} + 0x7c00u, nan = vu{} + 0x7e00u;
+  vu out = (vi)rest < 0x38800000 ? subnormal : normal;
+  out = (vi)rest >= 0x477ff000 ? infinite : out;
+  out = (vi)rest > 0x7f800000 ? nan : out;
+  return ((bits >> 16) & 0x8000u) | out;
+}
 
 template <class T>
 FT_INLINE vf load(const T* p) {
-  vf out;
-  for (int i = 0; i < W; ++i) out[i] = to_float(p[i]);
-  return out;
-}
-template <class T>
-FT_INLINE vf load(const T* p, int n) {
-  vf out = zero();
-  for (int i = 0; i < n; ++i) out[i] = to_float(p[i]);
-  return out;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    vf out;
+    std::memcpy(&out, p, sizeof(out));
+    return out;
+  } else {
+    return widen(spread(p), T{});
+  }
 }
 template <class T>
 FT_INLINE void store(T* p, vf x) {
-  for (int i = 0; i < W; ++i) p[i] = from_float<T>(x[i]);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    std::memcpy(p, &x, sizeof(x));
+  } else {
+    gather(p, narrow(x, T{}));
+  }
+}
+template <class T>
+FT_INLINE vf load(const T* p, int n) {
+  T lane[W] = {};
+  std::memcpy(lane, p, static_cast<size_t>(n) * sizeof(T));
+  return load(lane);
 }
 template <class T>
 FT_INLINE void store(T* p, vf x, int n) {
-  for (int i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
+  T lane[W];
+  store(lane, x);
+  std::memcpy(p, lane, static_cast<size_t>(n) * sizeof(T));
 }
 FT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 FT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }

@@ -534,7 +534,9 @@ def test_linear_add_backward_splits_long_sums(monkeypatch):
 def test_linear_add_norm(op, dtype, N):
     x, weight, residual = (rand(*s, dtype=dtype) for s in ((37, 50), (N, 50), (37, N)))
     norm = [rand(N, dtype=dtype)] + ([rand(N, dtype=dtype)] if op.endswith("layer_norm") else [])
-    outs = getattr(T, op)(x, weight, norm[0], residual, *norm, 1e-5)
+    outs = getattr(T, op)(x, weight, norm[0], residual, *norm, 1e-5, True)
+    alone, nothing, *_ = getattr(T, op)(x, weight, norm[0], residual, *norm, 1e-5, False)
+    assert torch.equal(alone, outs[0]) and nothing.numel() == 0
     hold(
         outs[:2], [None] * 3 + [None] * len(norm),
         lambda x, w, r, *n: getattr(reference, op)(x, w, n[0], r, *n, 1e-5),

@@ -57,7 +57,7 @@ def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
     if backward:
         linear_add.linear_add_backward(r, x, w, True, True, True)
     elif norm:
-        linear_add.linear_add_norm(x, w, b, r, b, b, 1e-5, rms=False)
+        linear_add.linear_add_norm(x, w, b, r, b, b, 1e-5, True, rms=False)
     else:
         linear_add.linear_add(x, w, b, r, activation)
 

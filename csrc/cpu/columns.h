@@ -176,7 +176,7 @@ FT_INLINE void back_over_columns(int64_t n, const F& f) {
 }
 
 // `vector` as floats in the order of a walk over a row of T: itself, or a copy in `room`; `absent`
-// everywhere if there is none. A copy's NaN is the plain one.
+// everywhere if there is none. No NaN of a paired walk's has anything in its lower half.
 template <class T>
 const float* float_vector(const VectorArg& vector, int64_t n, float absent, float* room) {
   if (vector.data == nullptr) {
@@ -185,9 +185,16 @@ const float* float_vector(const VectorArg& vector, int64_t n, float absent, floa
     });
     return room;
   }
-  if (!kPaired<T> && vector.dtype == DType::f32) return static_cast<const float*>(vector.data);
-  widen_vector(vector, n, room);
-  if constexpr (kPaired<T>) {
+  if constexpr (!kPaired<T>) {
+    if (vector.dtype == DType::f32) return static_cast<const float*>(vector.data);
+    widen_vector(vector, n, room);
+  } else if (vector.dtype == DType::bf16) {
+    const bf16* p = static_cast<const bf16*>(vector.data);
+    over_columns<1, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
+      store(room + j, load(p + j, part), part);
+    });
+  } else {
+    widen_vector(vector, n, room);
     for (int64_t j = 0; j < n; ++j) room[j] = room[j] == room[j] ? room[j] : NAN;
     for (int64_t j = 0; j + 2 * W <= n; j += 2 * W) {
       float pair[2 * W];

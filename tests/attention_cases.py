@@ -50,11 +50,10 @@ def compare(on, tensors, grads=True, bias=None, sinks=None, **options):
             [*tensors, bias, sinks],
             grads=grads,
             on=on,
-            op="attention",
             redraw=lambda: [*other_signs(tensors), bias, sinks],
         )
 
 
 def other_signs(tensors):
     """New draws of the same kind: every number keeps its magnitude, so that extremes stay."""
-    return [torch.where(torch.rand(t.shape) < 0.5, t, -t) for t in tensors]
+    return [torch.where(torch.rand_like(t, dtype=torch.float32) < 0.5, t, -t) for t in tensors]

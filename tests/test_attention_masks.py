@@ -64,7 +64,6 @@ def compare_out(on, tensors, sinks=None, **options):
 
     with skip_if_unsupported():
         check(call(ft.attention), call(reference.attention), [*tensors, sinks], on=on,
-              op="attention",
               redraw=lambda: [*other_signs(tensors[:3]), tensors[3], sinks])  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-// The vector layer: everything in csrc/cpu that depends on the instruction set stands here and in
-// tile.h. A `vf` holds W floats (GCC/Clang vector extension, so + - * and comparisons are native;
-// a*b+c contracts to a fused multiply-add). Loads widen bf16 and f16 to float, stores round to
-// nearest even. `exp` is a base-2 range reduction with a minimax polynomial (our own fit,
-// relative error 2e-9 before rounding); every function lets NaN through.
+// The vector layer: everything in csrc/cpu that depends on the instruction set stands here, in
+// columns.h and in tile.h. A `vf` holds W floats (GCC/Clang vector extension, so + - * and
+// comparisons are native; a*b+c contracts to a fused multiply-add). Loads widen bf16 and f16 to
+// float, stores round to nearest even. `exp` is a base-2 range reduction with a minimax polynomial
+// (our own fit, relative error 2e-9 before rounding); every function lets NaN through.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -134,6 +134,21 @@ def compare_gradients(ours: Tensor | None, ref64: Tensor | None, peer: Tensor | 
     return compare(ours, ref64, peer)
 
 
+#: The outputs of a run, and its gradients: what :func:`outputs_and_gradients` returns.
+Run = tuple[Sequence[Tensor], Sequence[Tensor | None]]
+
+
+def compare_runs(ours: Run, exact: Run, peer: Run) -> dict[str, Comparison]:
+    """Each output and gradient of a run by name; without gradients of ours, the outputs alone."""
+    triples = enumerate(zip(ours[0], exact[0], peer[0], strict=True))
+    found = {f"output {i}": compare(*tensors) for i, tensors in triples}
+    if ours[1]:
+        gradients = enumerate(zip(ours[1], exact[1], peer[1], strict=True))
+        for i, three in gradients:
+            found[f"gradient of input {i}"] = compare_gradients(*three)
+    return found
+
+
 def outputs_and_gradients(
     function: Callable[..., Any],
     inputs: Sequence[Tensor | None],

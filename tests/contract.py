@@ -21,7 +21,7 @@ from fasttransformer._contract import (
     ISAS,
     Comparison,
     compare,
-    compare_gradients,
+    compare_runs,
     device_of,
     fairly,
     outputs_and_gradients,
@@ -100,13 +100,8 @@ def check(
 
     def compared(given: Sequence[Tensor | None]) -> dict[str, Comparison]:
         with running_on(on):
-            ours, our_grads = run(function, given, device=device_of(on))
-        wants, want_grads = run(reference, given, dtype=torch.float64)
-        peers, peer_grads = run(peer, given)
-        triples = enumerate(zip(ours, wants, peers, strict=True))
-        found = {f"output {i}": compare(*tensors) for i, tensors in triples}
-        gradients = enumerate(zip(our_grads, want_grads, peer_grads, strict=True))
-        return found | {f"gradient {i}": compare_gradients(*tensors) for i, tensors in gradients}
+            ours = run(function, given, device=device_of(on))
+        return compare_runs(ours, run(reference, given, dtype=torch.float64), run(peer, given))
 
     first = compared(inputs)
     if redraw is None or all(f.problem is None for f in first.values()):

@@ -141,6 +141,30 @@ def check_nan_of_any_bits_in_weights(norm: Norm, on: str) -> None:
             assert out.isnan().any(0).nonzero().flatten().tolist() == [3, 38]
 
 
+def check_without_the_sum(op: str, problem: Callable[..., tuple[Tensor, ...]], on: str) -> None:
+    """normed is the same, where the sum is never written and where gradients need it.
+
+    ``problem`` makes the inputs of a linear layer with a norm for (rows, in, out).
+    """
+    function = getattr(ft, op)
+    for shape in ((3, 5, 17), (17, 40, 1100), (300, 24, 33), (200, 3, 4100), (0, 9, 8)):
+        if on == "triton" and shape[2] > 1000:
+            continue
+        inputs = problem(*shape)
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        with running_on(on):
+            normed, _ = function(*inputs)
+            alone = function(*inputs, return_sum=False)
+            trained = function(*leaves, return_sum=False)
+        assert torch.equal(alone, normed) and torch.equal(trained, normed)
+        if on == "torch":
+            continue
+        with running_on(on):
+            gradients = torch.autograd.grad(trained.sum(), leaves)
+            both, _ = function(*leaves)
+            assert all(map(torch.equal, gradients, torch.autograd.grad(both.sum(), leaves)))
+
+
 def check_deterministic_gradients(norm: Norm) -> None:
     """The same bits on any number of threads, and whatever rows stand beside a row."""
     inputs = norm.inputs((1037, 100), 1, torch.float32)

@@ -3,6 +3,7 @@ norms them; gradients, mixed dtypes, compilation, transforms, bad input."""
 
 import itertools
 
+import norm_checks
 import pytest
 import torch
 
@@ -49,23 +50,7 @@ def test_contract(on, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("on", BACKENDS)
 def test_without_the_sum(on, dtype):
-    """normed is the same, where the sum is never written and where gradients need it."""
-    for shape in ((3, 5, 17), (17, 40, 1100), (300, 24, 33), (200, 3, 4100), (0, 9, 8)):
-        if on == "triton" and shape[2] > 1000:
-            continue
-        inputs = problem(*shape, dtype)
-        with running_on(on):
-            normed, _ = ft.linear_add_rms_norm(*inputs)
-            alone = ft.linear_add_rms_norm(*inputs, return_sum=False)
-            leaves = [t.clone().requires_grad_() for t in inputs]
-            trained = ft.linear_add_rms_norm(*leaves, return_sum=False)
-        assert torch.equal(alone, normed) and torch.equal(trained, normed)
-        if on == "torch":
-            continue
-        with running_on(on):
-            gradients = torch.autograd.grad(trained.sum(), leaves)
-            both = ft.linear_add_rms_norm(*leaves)
-            assert all(map(torch.equal, gradients, torch.autograd.grad(both[0].sum(), leaves)))
+    norm_checks.check_without_the_sum(OP, lambda *shape: problem(*shape, dtype), on)
 
 
 @pytest.mark.parametrize("given", [*itertools.product([False, True], repeat=3)], ids=str)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from contract import assert_close, assert_fair
 from fasttransformer import reference
-from fasttransformer._contract import compare
+from fasttransformer._contract import compare_runs
 from fasttransformer.backends import backends
 
 if backends()["triton"] is not None:
@@ -58,13 +58,8 @@ def compared(outs, grads, function, inputs, cotangents):
         loss = sum((r * c.cpu().to(r.dtype)).sum() for r, c in zip(results, cotangents))
         return results, torch.autograd.grad(loss, wanted)
 
-    want, want_grads = run(torch.float64)
-    peer, peer_grads = run(None)
-    triples = enumerate(zip(outs, want, peer, strict=True))
-    found = {f"output {i}": compare(*tensors) for i, tensors in triples}
     given = [g for g in grads if g is not None]
-    triples = enumerate(zip(given, want_grads, peer_grads, strict=True))
-    return found | {f"gradient {i}": compare(*tensors) for i, tensors in triples}
+    return compare_runs((outs, given), run(torch.float64), run(None))
 
 
 def hold(*arguments):

@@ -74,48 +74,25 @@ FT_INLINE void store(float* p, vf2 x, Pair) {
 FT_INLINE vf2 keep(vf2 x, Pair) { return x; }
 
 #if defined(__AVX2__) && !defined(__AVX512BF16__)
+// The upper halves of `upper` beside the lower halves of `lower`.
+FT_INLINE vu join_halves(vu upper, vu lower) {
 #  if defined(__AVX512F__)
-typedef __m512i halves;  // 2W elements of 16 bits
-FT_INLINE halves load_halves(const bf16* p) { return _mm512_loadu_si512(p); }
-FT_INLINE void store_halves(bf16* p, halves x) { _mm512_storeu_si512(p, x); }
-FT_INLINE halves splat_word(int32_t x) { return _mm512_set1_epi32(x); }
-FT_INLINE halves upper_to_lower(halves x) { return _mm512_srli_epi32(x, 16); }
-FT_INLINE halves lower_to_upper(halves x) { return _mm512_slli_epi32(x, 16); }
-FT_INLINE halves and_halves(halves a, halves b) { return _mm512_and_si512(a, b); }
-FT_INLINE halves upper_of(halves upper, halves lower) {  // … and the lower half of `lower`
-  return _mm512_ternarylogic_epi32(splat_word(-0x10000), upper, lower, 0xca);
-}
-FT_INLINE halves rounded(vf x) {
-  const halves bits = (halves)x;
-  const halves up = _mm512_add_epi32(bits, splat_word(0x7fff));
-  const __mmask16 odd = _mm512_test_epi32_mask(bits, splat_word(0x10000));
-  return _mm512_mask_sub_epi32(up, odd, up, splat_word(-1));
-}
+  const __m512i mask = _mm512_set1_epi32(-0x10000);
+  return (vu)_mm512_ternarylogic_epi32(mask, (__m512i)upper, (__m512i)lower, 0xca);
 #  else
-typedef __m256i halves;
-FT_INLINE halves load_halves(const bf16* p) { return _mm256_loadu_si256((const __m256i*)p); }
-FT_INLINE void store_halves(bf16* p, halves x) { _mm256_storeu_si256((__m256i*)p, x); }
-FT_INLINE halves splat_word(int32_t x) { return _mm256_set1_epi32(x); }
-FT_INLINE halves upper_to_lower(halves x) { return _mm256_srli_epi32(x, 16); }
-FT_INLINE halves lower_to_upper(halves x) { return _mm256_slli_epi32(x, 16); }
-FT_INLINE halves and_halves(halves a, halves b) { return _mm256_and_si256(a, b); }
-FT_INLINE halves upper_of(halves upper, halves lower) {
-  return _mm256_blend_epi16(lower, upper, 0xaa);
-}
-FT_INLINE halves rounded(vf x) {
-  const halves bits = (halves)x, one = splat_word(0x10000);
-  const halves odd = _mm256_cmpeq_epi32(_mm256_and_si256(bits, one), one);
-  return _mm256_sub_epi32(_mm256_add_epi32(bits, splat_word(0x7fff)), odd);
-}
+  return (vu)_mm256_blend_epi16((__m256i)lower, (__m256i)upper, 0xaa);
 #  endif
+}
 FT_INLINE vf2 load(const bf16* p, Pair) {
-  const halves x = load_halves(p);
-  return {(vf)lower_to_upper(x), (vf)and_halves(x, splat_word(-0x10000))};
+  vu x;
+  std::memcpy(&x, p, sizeof(x));
+  return {(vf)(x << 16), (vf)(x & 0xffff0000u)};
 }
 // `x` must come from arithmetic on bf16 values and on float_vectors: a NaN then has nothing in its
 // lower bits, which rounding would carry into the sign.
 FT_INLINE void store(bf16* p, vf2 x, Pair) {
-  store_halves(p, upper_of(rounded(x.odd), upper_to_lower(rounded(x.even))));
+  const vu joined = join_halves(rounded(x.odd), rounded(x.even) >> 16);
+  std::memcpy(p, &joined, sizeof(joined));
 }
 #endif
 

@@ -9,7 +9,6 @@
 namespace ft::FT_ISA {
 
 typedef uint64_t vu64 __attribute__((vector_size(W * 4)));  // W / 2 lanes
-typedef uint32_t vu32 __attribute__((vector_size(W * 4)));
 
 constexpr int kPhiloxWords = 2 * W;  // words that one call of philox_words makes
 
@@ -71,7 +70,7 @@ FT_INLINE const uint32_t* random_words(uint64_t seed, uint64_t position, int64_t
 
 // x · scale where the position's word is `threshold` or more, else 0 (of a NaN, too).
 FT_INLINE vf dropped(vf x, const uint32_t* words, uint32_t threshold, float scale) {
-  vu32 word;
+  vu word;
   std::memcpy(&word, words, sizeof(word));
   return select((vi)(word >= threshold), x * splat(scale), zero());
 }

@@ -157,11 +157,7 @@ void norm_forward(const RowNormParams& p) {
     const int64_t n = p.features;
     parallel_for(p.rows, kNormGrain / (n + 1) + 1, [&](int64_t begin, int64_t end) {
       const int64_t room = (n + W - 1) / W * W;
-      float* vectors = nullptr;
-      if (kPaired<T> || p.weight.data == nullptr || p.weight.dtype != DType::f32 ||
-          (Center && (p.bias.data == nullptr || p.bias.dtype != DType::f32))) {
-        vectors = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * 2 * room));
-      }
+      float* vectors = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * 2 * room));
       uint32_t* random = nullptr;
       if constexpr (A == Add::dropped) {
         random = static_cast<uint32_t*>(

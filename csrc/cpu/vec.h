@@ -32,6 +32,7 @@ constexpr int W = 4;
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 
 struct bf16 {
   uint16_t bits;
@@ -145,15 +146,20 @@ FT_INLINE vf load(const f16* p, int n) {
   return widen(_mm256_maskz_loadu_epi16(first(n), p), f16{});
 }
 
+// x rounded to bf16, which is the upper half of each lane; of a NaN with bits in its lower half the
+// carry may make anything.
+FT_INLINE vu rounded(vf x) {
+  const __m512i bits = (__m512i)x, up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  return (vu)_mm512_mask_sub_epi32(up, odd, up, _mm512_set1_epi32(-1));
+}
 FT_INLINE __m256i narrow(vf x, bf16) {
 #  if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh((__m512)x);
 #  else
-  const __m512i bits = _mm512_castps_si512((__m512)x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i out = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
-  out = _mm512_mask_or_epi32(out, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i quiet = _mm512_set1_epi32(0x400000);
+  const __m512i out = _mm512_mask_or_epi32((__m512i)rounded(x), nan, (__m512i)x, quiet);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16));
 #  endif
 }
@@ -229,13 +235,15 @@ FT_INLINE vf load(const T* p, int n) {
   return load(lane);
 }
 
-FT_INLINE __m128i narrow(vf x, bf16) {
-  const __m256i bits = _mm256_castps_si256((__m256)x);
-  const __m256i bit = _mm256_set1_epi32(0x10000);
+// As with AVX-512.
+FT_INLINE vu rounded(vf x) {
+  const __m256i bits = (__m256i)x, bit = _mm256_set1_epi32(0x10000);
   const __m256i odd = _mm256_cmpeq_epi32(_mm256_and_si256(bits, bit), bit);
-  __m256i out = _mm256_sub_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  return (vu)_mm256_sub_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+FT_INLINE __m128i narrow(vf x, bf16) {
   const __m256 nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);  // all bits set: a NaN too
-  out = _mm256_or_si256(out, _mm256_castps_si256(nan));
+  __m256i out = _mm256_or_si256((__m256i)rounded(x), _mm256_castps_si256(nan));
   const __m256i upper =
       _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
                        2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -295,7 +303,6 @@ FT_INLINE vf scale_by_power(vf x, vf n) {
 
 #else  // portable: the vector extension alone; the compiler maps it to NEON or SSE2
 
-typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vhalf __attribute__((vector_size(W * 2)));
 
 // Four 16-bit words as 32-bit lanes and back. SSE2 has one instruction each, which the compiler

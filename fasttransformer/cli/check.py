@@ -22,8 +22,7 @@ from .. import reference
 from .._contract import (
     DRAWS,
     Comparison,
-    compare,
-    compare_gradients,
+    compare_runs,
     device_of,
     fairly,
     outputs_and_gradients,
@@ -67,15 +66,6 @@ class _Yardstick:
         self.exact = outputs_and_gradients(call, self.inputs, dtype=torch.float64)
         self.peer = outputs_and_gradients(call, self.inputs)
 
-    def compared(self, outs: list[Tensor], grads: list[Tensor | None]) -> dict[str, Comparison]:
-        found = {}
-        for i, three in enumerate(zip(outs, self.exact[0], self.peer[0], strict=True)):
-            found[f"output {i}"] = compare(*three)
-        # A kernel without a backward gives no gradients at all.
-        for i, grads3 in enumerate(zip(grads, self.exact[1], self.peer[1])):
-            found[f"gradient of input {i}"] = compare_gradients(*grads3)
-        return found
-
 
 def _check_on(
     backend: str, case: Check, dtype: torch.dtype, yardstick: _Yardstick, grads: bool = True
@@ -93,7 +83,7 @@ def _check_on(
             got = outputs_and_gradients(
                 call, held_to.inputs, device=device_of(backend), grads=grads
             )
-        return held_to.compared(*got)
+        return compare_runs(got, held_to.exact, held_to.peer)
 
     others = (_Yardstick(case, dtype, draw) for draw in range(1, DRAWS + 1))
     try:

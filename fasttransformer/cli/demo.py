@@ -295,7 +295,7 @@ def add_parser(commands: Any) -> None:
         commands, "demo",
         "a real model before and after the swap: error, time, memory, the same search result",
         "  fasttransformer demo\n"
-        "  fasttransformer demo --quick --out /tmp/report; echo $?   # 1 if verification fails\n",
+        "  fasttransformer demo --quick --out report; echo $?   # 1 if verification fails\n",
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true", help="the two smaller sizes, less time each"

@@ -83,7 +83,12 @@ def linear_add(
     else:  # the activation's derivative needs its input, so it is kept and not fused
         out = activate(_linear_add(x, weight, bias, None, kernel), activation)
         out = out if rows is None else out + rows
-    return out if out.dim() == len(out_shape) else out.view(out_shape)
+    return viewed(out, out_shape)
+
+
+def viewed(out: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An operator's output in the shape that is returned; it has that already or is 2-D."""
+    return out if out.dim() == len(shape) else out.view(shape)
 
 
 def autocast_linear(input: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:

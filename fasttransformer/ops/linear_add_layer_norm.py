@@ -18,6 +18,7 @@ from .linear_add import (
     fake_output,
     kernel_inputs,
     linear_gradients,
+    viewed,
 )
 
 
@@ -79,10 +80,8 @@ def linear_add_layer_norm(
         normed, summed = _linear_add_layer_norm(x, weight, bias, rows, w, b, eps, kernel)
     else:
         normed, summed, _, _ = kernel.forward(x, weight, bias, rows, w, b, eps, return_sum)
-    if normed.dim() != len(out_shape):
-        normed = normed.view(out_shape)
-        summed = summed.view(out_shape) if return_sum else summed
-    return (normed, summed) if return_sum else normed
+    normed = viewed(normed, out_shape)
+    return (normed, viewed(summed, out_shape)) if return_sum else normed
 
 
 def norm_vector(

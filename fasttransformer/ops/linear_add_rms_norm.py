@@ -12,7 +12,14 @@ from ..backends import TABLE, choose
 from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
 from ._norm import GRAD, NO_OPTIONS, default_eps, fake_statistic, fold_rows
-from .linear_add import autocast_linear, check_linear, fake_output, kernel_inputs, linear_gradients
+from .linear_add import (
+    autocast_linear,
+    check_linear,
+    fake_output,
+    kernel_inputs,
+    linear_gradients,
+    viewed,
+)
 from .linear_add_layer_norm import norm_vector
 
 
@@ -70,10 +77,8 @@ def linear_add_rms_norm(
         normed, summed = _linear_add_rms_norm(x, weight, bias, rows, w, eps, kernel)
     else:
         normed, summed, _ = kernel.forward(x, weight, bias, rows, w, eps, return_sum)
-    if normed.dim() != len(out_shape):
-        normed = normed.view(out_shape)
-        summed = summed.view(out_shape) if return_sum else summed
-    return (normed, summed) if return_sum else normed
+    normed = viewed(normed, out_shape)
+    return (normed, viewed(summed, out_shape)) if return_sum else normed
 
 
 class _LinearAddRMSNorm:

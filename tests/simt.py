@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 TORCH_INCLUDE = Path(torch.__file__).resolve().parent / "include"
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DFT_SIMT", f"-I{CSRC}",
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ftls-model=initial-exec", "-DFT_SIMT", f"-I{CSRC}",
          "-isystem", str(TORCH_INCLUDE), "-DTORCH_TARGET_VERSION=0x020a000000000000",
          "-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # fmt: skip
 if " fma " in Path("/proc/cpuinfo").read_text():
-    FLAGS.append("-mfma")  # a·b + c is rounded once, as nvcc compiles it
+    FLAGS += ["-mfma", "-mavx2"]  # a·b + c is rounded once, as nvcc compiles it
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 GRID, SHARED = 2147483647, 99 * 1024  # an sm_86's shared memory, the least of sm_80 and later
 
@@ -46,7 +46,7 @@ def missing() -> str | None:
 
 def compile_library(extra_sources: tuple[Path, ...] = ()) -> Path:
     """The path of the shared library of simt, all CUDA kernels and their bindings."""
-    sources = [CSRC / "simt/runtime.cpp", *extra_sources]
+    sources = [*sorted((CSRC / "simt").glob("*.cpp")), *extra_sources]
     if not extra_sources:
         sources += [CSRC / f"cuda/{op}.cu" for op in OPS]
         sources += [CSRC / f"bindings/{op}.cpp" for op in OPS]

@@ -16,26 +16,25 @@ struct Args {
 
 // out[i] = Σ in over the block, through shared memory.
 FT_GLOBAL void sound(const Args a) {
-  FT_SHARED float scratch[kWarp];
+  FT_SHARED_ARRAY(float, scratch, kWarp);
   const float sum = group_sum(load_scalar(a.in + threadIdx.x), 64, scratch);
   store_scalar(a.out + threadIdx.x, sum);
 }
 
 FT_GLOBAL void missing_barrier(const Args a) {
-  FT_SHARED float row[64];
-  row[threadIdx.x] = load_scalar(a.in + threadIdx.x);
-  store_scalar(a.out + threadIdx.x, row[63 - threadIdx.x]);  // the neighbour may not have written
+  FT_SHARED_ARRAY(float, row, 64);
+  shared_store(row + threadIdx.x, load_scalar(a.in + threadIdx.x));
+  store_scalar(a.out + threadIdx.x,
+               shared_load(row + 63 - threadIdx.x));  // the neighbour may not have written
   block_barrier();
-  row[threadIdx.x] = -1.f;
+  shared_store(row + threadIdx.x, -1.f);
 }
 
 FT_GLOBAL void load_outside(const Args a) {
   store_scalar(a.out + threadIdx.x, load_scalar(a.in + threadIdx.x + 1));
 }
 
-FT_GLOBAL void store_outside(const Args a) {
-  store_scalar(a.out + threadIdx.x - 1, 0.f);
-}
+FT_GLOBAL void store_outside(const Args a) { store_scalar(a.out + threadIdx.x - 1, 0.f); }
 
 FT_GLOBAL void store_to_input(const Args a) {
   store_scalar(const_cast<float*>(a.in) + threadIdx.x, 0.f);
@@ -62,7 +61,7 @@ FT_GLOBAL void barrier_against_shuffle(const Args) {
 }
 
 FT_GLOBAL void never_written(const Args a) {
-  store_scalar(a.out + threadIdx.x, dynamic_shared<float>()[threadIdx.x]);
+  store_scalar(a.out + threadIdx.x, shared_load(dynamic_shared<float>() + threadIdx.x));
 }
 
 struct Case {
@@ -95,9 +94,7 @@ extern "C" __attribute__((visibility("default"))) int ft_simt_bug(const char* na
     if (std::string(c.name) != name) continue;
     try {
       cuda::launch(c.name, c.kernel, 2, 64, 256, nullptr, {in, out});
-    } catch (const std::exception& error) {
-      std::snprintf(message, 512, "%s", error.what());
-    }
+    } catch (const std::exception& error) { std::snprintf(message, 512, "%s", error.what()); }
     return 0;
   }
   return 1;

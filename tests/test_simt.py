@@ -279,21 +279,19 @@ def test_simt_runs_a_sound_kernel(planted):
         ("store_outside", "block 0, thread 0: store outside the call's tensors"),
         ("store_to_input", "block 0, thread 0: store to an input"),
         ("misaligned", "block 0, thread 0: misaligned store of 16 bytes"),
-        ("barrier_left", "deadlock: 63 threads wait at a barrier, 0 at a shuffle, 1 have ended"),
-        ("shuffle_left", "deadlock: 0 threads wait at a barrier, 62 at a shuffle, 2 have ended"),
-        ("barrier_against_shuffle", "deadlock: 16 threads wait at a barrier, 16 at a shuffle"),
+        ("barrier_left", "deadlock: 63 threads wait at barrier 0, 1 have ended"),
+        ("shuffle_left", "deadlock: 62 threads wait at a shuffle, 2 have ended"),
+        (
+            "barrier_against_shuffle",
+            "comes to a shuffle while thread 0 of its warp waits at barrier 0",
+        ),
+        (
+            "missing_barrier",
+            "race: load of row + 252, which thread 63 wrote with no barrier between",
+        ),
+        ("never_written", "load of dynamic shared memory + 0, which nobody has written"),
     ),
 )
 def test_simt_reports_a_planted_bug(planted, bug, reported):
     _, message = planted(bug)
     assert message.startswith(f"simt: kernel {bug}, ") and reported in message
-
-
-def test_simt_shows_a_missing_barrier_as_wrong_numbers(planted):
-    out, _ = planted("missing_barrier")
-    assert not torch.equal(out, torch.arange(64.0).flip(0))
-
-
-def test_simt_shows_shared_memory_that_nobody_wrote_as_nan(planted):
-    out, _ = planted("never_written")
-    assert out.isnan().all()

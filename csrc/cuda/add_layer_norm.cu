@@ -102,7 +102,7 @@ FT_DEVICE Chunk norm_chunk(const Chunk& summed, float mean, float rstd, const Ro
 template <class T, int kHeld>
 FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks)
     add_layer_norm_held(const ForwardArgs a) {
-  FT_SHARED float scratch[kWarp];
+  FT_SHARED_ARRAY(float, scratch, kWarp);
   const RowNormParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = blockDim.x / a.group;
@@ -175,7 +175,7 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks)
 
 template <class T>
 FT_GLOBAL void __launch_bounds__(kWideBlock, 2) add_layer_norm_wide(const ForwardArgs a) {
-  FT_SHARED Moments scratch[kWarp];
+  FT_SHARED_ARRAY(Moments, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();
   const RowNormParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
@@ -201,7 +201,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) add_layer_norm_wide(const Forwar
                                    load_chunk(residual, column, p.features, residual_aligned),
                                    p.dropout, seed, begin + column);
       store_chunk(summed, column, p.features, summed_aligned, x);
-      if (c < a.cached) cache[c] = x;  // read back by this thread only
+      if (c < a.cached) shared_store(cache + c, x);  // read back by this thread only
       const uint32_t bits = inside<T>(column, p.features);
       float value[kLanes<T>];
       unpack<T>(x, value);
@@ -230,8 +230,8 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) add_layer_norm_wide(const Forwar
 #pragma unroll 2
     for (int64_t c = threadIdx.x; c < chunks; c += kWideBlock) {
       const int64_t column = c * kCount - shift;
-      const Chunk x =
-          c < a.cached ? cache[c] : load_chunk<T>(summed, column, p.features, summed_aligned);
+      const Chunk x = c < a.cached ? shared_load(cache + c)
+                                   : load_chunk<T>(summed, column, p.features, summed_aligned);
       store_chunk(normed, column, p.features, normed_aligned,
                   norm_chunk<T>(x, mean, rstd, p, column, p.features));
     }
@@ -320,7 +320,7 @@ FT_DEVICE void store_partial(float* row, Index column, Index end, const float (&
 template <class T, int kHeld>
 FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1)
     add_layer_norm_backward_held(const BackwardArgs a) {
-  FT_SHARED Pair scratch[kWarp];
+  FT_SHARED_ARRAY(Pair, scratch, kWarp);
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
@@ -402,7 +402,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1)
 
 template <class T>
 FT_GLOBAL void __launch_bounds__(kWideBlock, 2) add_layer_norm_backward_wide(const BackwardArgs a) {
-  FT_SHARED Pair scratch[kWarp];
+  FT_SHARED_ARRAY(Pair, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();  // grad and summed in turn
   const RowNormBackwardParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
@@ -418,8 +418,8 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) add_layer_norm_backward_wide(con
       const Chunk g = load_chunk(r.grad, c * kCount, p.features, grad_aligned);
       const Chunk x = load_chunk(r.summed, c * kCount, p.features, summed_aligned);
       if (c < a.cached) {
-        cache[2 * c] = g;
-        cache[2 * c + 1] = x;
+        shared_store(cache + 2 * c, g);
+        shared_store(cache + 2 * c + 1, x);
       }
       backward_sums<T>(g, x, r, p.weight, c * kCount, p.features, sums);
     }
@@ -429,8 +429,8 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) add_layer_norm_backward_wide(con
     for (int64_t c = threadIdx.x; c < chunks; c += kWideBlock) {
       Chunk g, x, gs = {};
       if (c < a.cached) {
-        g = cache[2 * c];
-        x = cache[2 * c + 1];
+        g = shared_load(cache + 2 * c);
+        x = shared_load(cache + 2 * c + 1);
       } else {
         g = load_chunk(r.grad, c * kCount, p.features, grad_aligned);
         x = load_chunk(r.summed, c * kCount, p.features, summed_aligned);
@@ -472,7 +472,7 @@ FT_GLOBAL void __launch_bounds__(kColumnBlock) add_layer_norm_columns(const Back
 // Second stage: 32 columns a block, 32 threads a column, each over every 32nd partial sum.
 FT_GLOBAL void __launch_bounds__(kReduceColumns* kReduceRows)
     add_layer_norm_weights(const BackwardArgs a) {
-  FT_SHARED Pair scratch[kReduceRows][kReduceColumns];
+  FT_SHARED_ARRAY(Pair, scratch, kReduceRows * kReduceColumns);
   const RowNormBackwardParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % kReduceColumns;
   const int slice = static_cast<int>(threadIdx.x) / kReduceColumns;
@@ -486,12 +486,13 @@ FT_GLOBAL void __launch_bounds__(kReduceColumns* kReduceRows)
       sum.b += load_scalar(at + i * 2 * p.features + p.features);
     }
   }
-  scratch[slice][lane] = sum;
+  shared_store(scratch + slice * kReduceColumns + lane, sum);
   block_barrier();
   if (slice != 0 || column >= p.features) return;
   for (int i = 1; i < kReduceRows; ++i) {
-    sum.a += scratch[i][lane].a;
-    sum.b += scratch[i][lane].b;
+    const Pair other = shared_load(scratch + i * kReduceColumns + lane);
+    sum.a += other.a;
+    sum.b += other.b;
   }
   if (p.d_weight != nullptr) store_as(p.d_weight, p.weight_dtype, column, sum.a);
   if (p.d_bias != nullptr) store_as(p.d_bias, p.weight_dtype, column, sum.b);

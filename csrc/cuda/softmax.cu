@@ -159,7 +159,7 @@ FT_DEVICE Chunk finish_chunk(const Chunk& raw, const ForwardArgs& a, uint32_t bi
 
 template <class T, int kHeld>
 FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const ForwardArgs a) {
-  FT_SHARED float scratch[kWarp];
+  FT_SHARED_ARRAY(float, scratch, kWarp);
   const SoftmaxParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = blockDim.x / a.group;
@@ -232,7 +232,7 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks) softmax_held(const For
 
 template <class T>
 FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a) {
-  FT_SHARED float scratch[kWarp];
+  FT_SHARED_ARRAY(float, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();
   const SoftmaxParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
@@ -248,7 +248,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
     for (int64_t c = threadIdx.x; c * kCount - shift < r.end; c += kWideBlock) {
       const int64_t column = c * kCount - shift;
       const Chunk raw = load_chunk(r.input, column, r.end, aligned);
-      if (c < a.cached) cache[c] = raw;  // read back by this thread only
+      if (c < a.cached) shared_store(cache + c, raw);  // read back by this thread only
       const uint32_t bits = allowed_bits<T>(r, p.mask_column_stride, column, r.end);
       any |= bits;
       float x[kLanes<T>];
@@ -287,7 +287,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_wide(const ForwardArgs a
       Chunk raw = {};
       uint32_t bits = 0;
       if (column < r.end) {
-        raw = c < a.cached ? cache[c] : load_chunk(r.input, column, r.end, aligned);
+        raw = c < a.cached ? shared_load(cache + c) : load_chunk(r.input, column, r.end, aligned);
         bits = allowed_bits<T>(r, p.mask_column_stride, column, r.end);
       }
       store_chunk(out, column, p.columns, out_aligned, finish_chunk<T>(raw, a, bits, f));
@@ -341,7 +341,7 @@ FT_DEVICE float backward_sum(const Chunk& grad, const Chunk& output, bool log) {
 template <class T, int kHeld>
 FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks)
     softmax_backward_held(const BackwardArgs a) {
-  FT_SHARED float scratch[kWarp];
+  FT_SHARED_ARRAY(float, scratch, kWarp);
   const SoftmaxBackwardParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = blockDim.x / a.group;
@@ -383,7 +383,7 @@ FT_GLOBAL void __launch_bounds__(kHeldBlock, kHeldBlocks)
 
 template <class T>
 FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_backward_wide(const BackwardArgs a) {
-  FT_SHARED float scratch[kWarp];
+  FT_SHARED_ARRAY(float, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();  // grad and output in turn
   const SoftmaxBackwardParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
@@ -403,8 +403,8 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_backward_wide(const Back
       const Chunk g = load_chunk(grad, column, p.columns, grad_aligned);
       const Chunk y = load_chunk(output, column, p.columns, output_aligned);
       if (c < a.cached) {
-        cache[2 * c] = g;
-        cache[2 * c + 1] = y;
+        shared_store(cache + 2 * c, g);
+        shared_store(cache + 2 * c + 1, y);
       }
       sum += backward_sum<T>(g, y, p.log);
     }
@@ -415,8 +415,8 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) softmax_backward_wide(const Back
       const int64_t column = c * kCount - shift;
       Chunk g, y;
       if (c < a.cached) {
-        g = cache[2 * c];
-        y = cache[2 * c + 1];
+        g = shared_load(cache + 2 * c);
+        y = shared_load(cache + 2 * c + 1);
       } else {
         g = load_chunk(grad, column, p.columns, grad_aligned);
         y = load_chunk(output, column, p.columns, output_aligned);

@@ -1,122 +1,18 @@
 #include "simt/runtime.h"
 
-#include <sys/mman.h>
-
-#include <exception>
-#include <memory>
+#include <atomic>
+#include <mutex>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
-#if !defined(__x86_64__)
-#  include <ucontext.h>
-#endif
+#include "simt/block.h"
 
 namespace ft::simt {
 
-Place place;
+thread_local Place place;
 
 namespace {
-
-constexpr int kWarp = 32;
-constexpr size_t kStack = 64 * 1024;
-
-// ---- fibers -------------------------------------------------------------------------------------
-// A switch saves the registers that a call preserves and exchanges stacks. ucontext would make a
-// system call for the signal mask each time, some ten times slower; it serves other processors.
-
-#if defined(__x86_64__)
-struct Context {
-  void* stack_pointer = nullptr;
-};
-
-extern "C" void ft_simt_switch(void** save, void* load);
-asm(R"(
-.text
-.type ft_simt_switch, @function
-ft_simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size ft_simt_switch, .-ft_simt_switch
-)");
-
-void switch_to(Context& from, Context& to) {
-  ft_simt_switch(&from.stack_pointer, to.stack_pointer);
-}
-
-void prepare(Context& c, char* stack, void (*entry)()) {
-  // As if `entry` had been called from address 0: the stack pointer is ≡ 8 modulo 16 on entry.
-  void** top = reinterpret_cast<void**>(stack + kStack - 8);
-  *top = nullptr;
-  *--top = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  c.stack_pointer = top;
-}
-#else
-struct Context {
-  ucontext_t context;
-};
-void switch_to(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
-void prepare(Context& c, char* stack, void (*entry)()) {
-  getcontext(&c.context);
-  c.context.uc_stack.ss_sp = stack;
-  c.context.uc_stack.ss_size = kStack;
-  c.context.uc_link = nullptr;
-  makecontext(&c.context, entry, 0);
-}
-#endif
-
-enum class State { running, at_barrier, at_shuffle, done };
-
-struct Warp {
-  uint32_t slot[2][kWarp];  // values of the shuffle under way and of the one before
-  int arrived = 0;
-  int64_t generation = 0;
-};
-
-struct Fiber {
-  Context context;
-  State state = State::done;
-  int64_t waits_for = 0;  // generation of its barrier or shuffle
-};
-
-struct Block {
-  std::string kernel;
-  const std::function<void()>* body = nullptr;
-  Context scheduler;
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  int size = 0, arrived = 0, now = 0;
-  int64_t generation = 0;  // of the block's barrier
-  std::exception_ptr error;
-  char* stacks = nullptr;
-  std::vector<char> shared;
-
-  Block() {
-    void* memory = mmap(nullptr, kStack * 1024, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    stacks = static_cast<char*>(memory);
-  }
-  ~Block() { munmap(stacks, kStack * 1024); }
-};
-
-Block& block() {
-  static Block b;
-  return b;
-}
 
 struct Range {
   uintptr_t begin, end;
@@ -124,110 +20,295 @@ struct Range {
 };
 std::vector<Range> ranges;
 int64_t grid_limit = 2147483647, shared_limit = 99 * 1024;
+int worker_limit = 0;  // 0: as many as there are cores
 
-[[noreturn]] void report(const std::string& what) {
-  throw std::runtime_error("simt: kernel " + block().kernel + ", block " +
-                           std::to_string(place.block.x) + ", thread " +
-                           std::to_string(place.thread.x) + ": " + what);
-}
-
-void yield() {
-  Block& b = block();
-  switch_to(b.fibers[static_cast<size_t>(b.now)].context, b.scheduler);
-}
-
-void fiber_main() {
-  Block& b = block();
-  try {
-    (*b.body)();
-  } catch (...) { b.error = std::current_exception(); }
-  b.fibers[static_cast<size_t>(b.now)].state = State::done;
-  yield();
-}
-
-bool can_run(const Block& b, int i) {
-  const Fiber& f = b.fibers[static_cast<size_t>(i)];
-  switch (f.state) {
-    case State::running: return true;
-    case State::at_barrier: return b.generation > f.waits_for;
-    case State::at_shuffle: return b.warps[static_cast<size_t>(i / kWarp)].generation > f.waits_for;
-    case State::done: return false;
+const char* name_of(Meeting what) {
+  switch (what) {
+    case Meeting::none: break;
+    case Meeting::shuffle: return "a shuffle";
+    case Meeting::vote: return "a vote";
+    case Meeting::matrix_load: return "an ldmatrix";
+    case Meeting::mma: return "an mma";
+    case Meeting::warp_barrier: return "a warp barrier";
+    case Meeting::block_barrier: return "barrier";
   }
-  return false;
+  return "nothing";
 }
 
-std::string who_waits(const Block& b) {
-  int barrier = 0, shuffle = 0, done = 0, first = -1;
-  for (int i = 0; i < b.size; ++i) {
-    const State s = b.fibers[static_cast<size_t>(i)].state;
-    barrier += s == State::at_barrier;
-    shuffle += s == State::at_shuffle;
-    done += s == State::done;
-    if (first < 0 && s != State::done) first = i;
-  }
-  place.thread.x = static_cast<unsigned>(first);
-  return "deadlock: " + std::to_string(barrier) + " threads wait at a barrier, " +
-         std::to_string(shuffle) + " at a shuffle, " + std::to_string(done) + " have ended";
-}
-
-void run_block(Block& b, int64_t index) {
-  place.block = {static_cast<unsigned>(index), 0, 0};
-  b.arrived = 0;
-  b.generation = 0;
-  for (Warp& w : b.warps) w = Warp{};
-  std::memset(b.shared.data(), 0xff, b.shared.size());
-  for (int i = 0; i < b.size; ++i) {
-    Fiber& f = b.fibers[static_cast<size_t>(i)];
-    f.state = State::running;
-    prepare(f.context, b.stacks + static_cast<size_t>(i) * kStack, fiber_main);
-  }
-  int left = b.size;
-  while (left > 0) {
-    bool moved = false;
-    for (int k = 0; k < b.size; ++k) {
-      const int i = index % 2 == 0 ? k : b.size - 1 - k;
-      if (!can_run(b, i)) continue;
-      moved = true;
-      b.now = i;
-      place.thread = {static_cast<unsigned>(i), 0, 0};
-      b.fibers[static_cast<size_t>(i)].state = State::running;
-      switch_to(b.scheduler, b.fibers[static_cast<size_t>(i)].context);
-      if (b.error) {
-        std::exception_ptr error = b.error;
-        b.error = nullptr;
-        std::rethrow_exception(error);
-      }
-      left -= b.fibers[static_cast<size_t>(i)].state == State::done;
-    }
-    if (!moved) report(who_waits(b));
-  }
+std::string describe(Meeting what, int detail) {
+  std::string out = name_of(what);
+  if (what == Meeting::block_barrier) out += " " + std::to_string(detail);
+  return out;
 }
 
 }  // namespace
 
+namespace {
+thread_local std::unique_ptr<Block> current;  // a pointer, as such storage is dear in a library
+}
+
+Block& block() {
+  if (!current) current = std::make_unique<Block>();
+  return *current;
+}
+
+void report(const std::string& what) {
+  throw std::runtime_error("simt: kernel " + block().kernel() + ", block " +
+                           std::to_string(place.block.x) + ", thread " +
+                           std::to_string(place.thread.x) + ": " + what);
+}
+
+// ---- fibers of a block --------------------------------------------------------------------------
+
+Block::Block() : threads_(kMaxThreads), warps_(kMaxWarps), stacks_(kMaxThreads) {}
+
+void fiber_main() {
+  Block& b = block();
+  try {
+    (*b.body_)();
+  } catch (...) { b.error_ = std::current_exception(); }
+  b.threads_[static_cast<size_t>(b.now_)].state = State::done;
+  --b.left_;
+  b.leave_running();
+}
+
+void Block::start(const std::string& kernel, const std::function<void()>& body, int size,
+                  int64_t dynamic_bytes, const Place& where) {
+  kernel_ = kernel;
+  body_ = &body;
+  size_ = left_ = size;
+  place = where;
+  reverse_ = where.block.x % 2 != 0;
+  error_ = nullptr;
+  shared.start(size, dynamic_bytes);
+  for (Barrier& b : barriers_) b = Barrier{};
+  for (int w = 0; w < size / kLanes; ++w) warps_[static_cast<size_t>(w)] = Warp{};
+  for (int i = 0; i < size; ++i) {
+    Thread& t = threads_[static_cast<size_t>(i)];
+    t.state = State::running;
+    t.what = Meeting::none;
+    prepare(t.fiber.context, stacks_.of(i), fiber_main);
+  }
+}
+
+bool Block::can_run(int i) const {
+  const Thread& t = threads_[static_cast<size_t>(i)];
+  if (t.state == State::running) return true;
+  if (t.state == State::done) return false;
+  const Warp& w = warps_[static_cast<size_t>(i / kLanes)];
+  if (w.meetings < t.meeting) return false;
+  return w.barrier < 0 || barriers_[w.barrier].rounds >= w.barrier_round;
+}
+
+void Block::enter(int i, Context& from) {
+  Thread& t = threads_[static_cast<size_t>(i)];
+  t.state = State::running;
+  now_ = i;
+  place.thread = {static_cast<unsigned>(i), 0, 0};
+  switch_to(from, t.fiber.context);
+}
+
+// Gives the CPU to another lane of the warp, or to the scheduler; comes back when this thread may
+// go on.
+void Block::leave_running() {
+  const int me = now_, first = me / kLanes * kLanes;
+  Context& from = threads_[static_cast<size_t>(me)].fiber.context;
+  if (error_ == nullptr) {
+    for (int k = 1; k < kLanes; ++k) {
+      const int next = first + (reverse_ ? me - first + kLanes - k : me - first + k) % kLanes;
+      if (next < size_ && can_run(next)) return enter(next, from);
+    }
+  }
+  switch_to(from, scheduler_);
+}
+
+void Block::run() {
+  const int warps = size_ / kLanes;
+  while (left_ > 0) {
+    bool moved = false;
+    for (int k = 0; k < warps; ++k) {
+      const int w = reverse_ ? warps - 1 - k : k;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int i = w * kLanes + (reverse_ ? kLanes - 1 - lane : lane);
+        if (!can_run(i)) continue;
+        moved = true;
+        enter(i, scheduler_);
+        if (error_ != nullptr) std::rethrow_exception(error_);
+        lane = -1;  // whoever ran may have let lanes go on that were passed
+      }
+    }
+    if (!moved) report_deadlock();
+  }
+}
+
+void Block::report_deadlock() {
+  std::vector<std::pair<std::string, int>> who;
+  int done = 0, first = -1;
+  for (int i = 0; i < size_; ++i) {
+    const Thread& t = threads_[static_cast<size_t>(i)];
+    if (t.state == State::done) {
+      ++done;
+      continue;
+    }
+    if (first < 0) first = i;
+    const std::string what = describe(t.what, t.detail);
+    bool known = false;
+    for (auto& [name, count] : who) {
+      if (name == what) {
+        ++count;
+        known = true;
+      }
+    }
+    if (!known) who.emplace_back(what, 1);
+  }
+  place.thread.x = static_cast<unsigned>(first);
+  std::string text = "deadlock: ";
+  for (const auto& [name, count] : who) {
+    text += std::to_string(count) + " threads wait at " + name + ", ";
+  }
+  report(text + std::to_string(done) + " have ended");
+}
+
+void Block::meet(Meeting what, int detail, void* brought, void (*act)(void* const*)) {
+  const int me = now_;
+  Thread& t = threads_[static_cast<size_t>(me)];
+  Warp& w = warps_[static_cast<size_t>(me / kLanes)];
+  t.what = what;
+  t.detail = detail;
+  if (w.arrived == 0) {
+    w.first = me;
+  } else {
+    const Thread& other = threads_[static_cast<size_t>(w.first)];
+    if (other.what != what || other.detail != detail) {
+      report("comes to " + describe(what, detail) + " while thread " + std::to_string(w.first) +
+             " of its warp waits at " + describe(other.what, other.detail));
+    }
+  }
+  w.brought[me % kLanes] = brought;
+  if (++w.arrived == kLanes) {
+    w.arrived = 0;
+    ++w.meetings;
+    if (act != nullptr) act(w.brought);
+    return;
+  }
+  t.meeting = w.meetings + 1;
+  t.state = State::meeting;
+  leave_running();
+}
+
+void Block::barrier(int id, int threads, bool wait) {
+  if (id < 0 || id >= kBarriers) report("there is no barrier " + std::to_string(id));
+  if (threads % kLanes != 0 || threads < kLanes || threads > size_) {
+    report("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
+  }
+  struct Arrival {
+    int id, threads;
+    bool wait;
+  } arrival{id, threads, wait};
+  // The last lane arrives for the whole warp, since barriers count warps.
+  meet(Meeting::block_barrier, id, &arrival, [](void* const* all) {
+    const Arrival& a = *static_cast<Arrival*>(all[0]);
+    for (int lane = 1; lane < kLanes; ++lane) {
+      const Arrival& b = *static_cast<Arrival*>(all[lane]);
+      if (b.threads != a.threads || b.wait != a.wait) {
+        report("lanes of a warp use barrier " + std::to_string(a.id) + " differently");
+      }
+    }
+    block().arrive(block().now() / kLanes, a.id, a.threads, a.wait);
+  });
+  // The lane that arrived for all was not stopped by the meeting; it waits here like the others.
+  const Warp& w = warps_[static_cast<size_t>(now_ / kLanes)];
+  if (w.barrier >= 0 && barriers_[w.barrier].rounds < w.barrier_round) {
+    Thread& t = threads_[static_cast<size_t>(now_)];
+    t.meeting = w.meetings;
+    t.state = State::meeting;
+    leave_running();
+  }
+}
+
+void Block::arrive(int warp, int id, int threads, bool wait) {
+  Barrier& b = barriers_[id];
+  Warp& w = warps_[static_cast<size_t>(warp)];
+  if (b.arrived == 0) {
+    b.expected = threads;
+    b.clock = Clock{};
+  } else if (b.expected != threads) {
+    report("barrier " + std::to_string(id) + " of " + std::to_string(threads) +
+           " threads, which others use with " + std::to_string(b.expected));
+  }
+  b.clock.join(shared.clock(warp));
+  b.arrived += kLanes;
+  if (wait) {
+    b.waiting |= 1u << warp;
+    w.barrier = id;
+    w.barrier_round = b.rounds + 1;
+  } else {
+    shared.tick(warp);
+  }
+  if (b.arrived < b.expected) return;
+  for (int i = 0; i < kMaxWarps; ++i) {
+    if (!(b.waiting >> i & 1)) continue;
+    shared.clock(i).join(b.clock);
+    shared.tick(i);
+  }
+  b.arrived = 0;
+  b.waiting = 0;
+  ++b.rounds;
+}
+
+// ---- launching ----------------------------------------------------------------------------------
+
 void launch(const std::string& name, int64_t grid, int size, int64_t shared,
             const std::function<void()>& kernel) {
-  Block& b = block();
-  b.kernel = name;
-  if (grid < 1 || grid > grid_limit) report("grid of " + std::to_string(grid) + " blocks");
-  if (size < 1 || size > 1024) report("block of " + std::to_string(size) + " threads");
-  if (shared > shared_limit) report(std::to_string(shared) + " bytes of shared memory");
-  b.body = &kernel;
-  b.size = size;
-  b.fibers.resize(1024);
-  b.warps.resize(1024 / kWarp);
-  b.shared.resize(static_cast<size_t>(shared) + 16);
-  place.block_size = {static_cast<unsigned>(size), 1, 1};
-  place.grid_size = {static_cast<unsigned>(grid), 1, 1};
-  for (int64_t i = 0; i < grid; ++i) run_block(b, i);
+  Place where{{0, 0, 0},
+              {0, 0, 0},
+              {static_cast<unsigned>(size), 1, 1},
+              {static_cast<unsigned>(grid), 1, 1}};
+  const std::string start = "simt: kernel " + name + ": ";
+  if (grid < 1 || grid > grid_limit) {
+    throw std::runtime_error(start + "grid of " + std::to_string(grid) + " blocks");
+  }
+  if (size < 1 || size > kMaxThreads || size % kLanes != 0) {
+    throw std::runtime_error(start + "block of " + std::to_string(size) +
+                             " threads (whole warps, at most 1024)");
+  }
+  if (shared > shared_limit) {
+    throw std::runtime_error(start + std::to_string(shared) + " bytes of shared memory, of " +
+                             std::to_string(shared_limit));
+  }
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr error;
+  const auto work = [&] {
+    Block& b = block();
+    for (int64_t i = next++; i < grid; i = next++) {
+      where.block.x = 0;
+      Place here = where;
+      here.block.x = static_cast<unsigned>(i);
+      try {
+        b.start(name, kernel, size, shared, here);
+        b.run();
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+        next = grid;
+      }
+    }
+  };
+  int workers =
+      worker_limit > 0 ? worker_limit : static_cast<int>(std::thread::hardware_concurrency());
+  if (workers > grid) workers = static_cast<int>(grid);
+  std::vector<std::thread> others;
+  for (int i = 1; i < workers; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& t : others) t.join();
+  if (error) std::rethrow_exception(error);
 }
 
 int64_t max_grid() { return grid_limit; }
 int64_t max_shared_memory() { return shared_limit; }
-void set_limits(int64_t grid, int64_t shared_memory) {
-  grid_limit = grid;
-  shared_limit = shared_memory;
-}
+
+// ---- what kernels call --------------------------------------------------------------------------
 
 void allow(const void* begin, int64_t bytes, bool writable) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(begin);
@@ -235,13 +316,10 @@ void allow(const void* begin, int64_t bytes, bool writable) {
 }
 AllowedUntilHere::~AllowedUntilHere() { ranges.clear(); }
 
-void check_access(const void* p, int64_t bytes, bool write) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
-  const char* kind = write ? "store" : "load";
-  if (at % static_cast<uintptr_t>(bytes) != 0) {
-    report(std::string("misaligned ") + kind + " of " + std::to_string(bytes) + " bytes");
-  }
+namespace {
+void check_range(const void* p, int64_t bytes, bool write, const char* kind) {
   if (ranges.empty()) return;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   bool readable = false;
   for (const Range& r : ranges) {
     if (at < r.begin || at + static_cast<uintptr_t>(bytes) > r.end) continue;
@@ -251,71 +329,87 @@ void check_access(const void* p, int64_t bytes, bool write) {
   report(readable ? "store to an input" : std::string(kind) + " outside the call's tensors");
 }
 
-void* dynamic_shared_memory() {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(block().shared.data());
-  return reinterpret_cast<void*>((at + 15) / 16 * 16);
+void check_alignment(const void* p, int64_t bytes, const char* kind) {
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0) return;
+  report(std::string("misaligned ") + kind + " of " + std::to_string(bytes) + " bytes");
+}
+}  // namespace
+
+void check_access(const void* p, int64_t bytes, bool write) {
+  const char* kind = write ? "store" : "load";
+  check_alignment(p, bytes, kind);
+  check_range(p, bytes, write, kind);
 }
 
-void block_barrier() {
-  Block& b = block();
-  Fiber& f = b.fibers[static_cast<size_t>(b.now)];
-  if (++b.arrived == b.size) {
-    b.arrived = 0;
-    ++b.generation;
-    return;
-  }
-  f.waits_for = b.generation;
-  f.state = State::at_barrier;
-  yield();
+void meet(Meeting what, int detail, void* brought, void (*act)(void* const*)) {
+  block().meet(what, detail, brought, act);
 }
 
-uint32_t shuffle_xor_bits(uint32_t value, int offset) {
-  Block& b = block();
-  const int me = b.now;
-  Warp& w = b.warps[static_cast<size_t>(me / kWarp)];
-  const int64_t generation = w.generation;
-  w.slot[generation & 1][me % kWarp] = value;
-  const int lanes = b.size - me / kWarp * kWarp < kWarp ? b.size % kWarp : kWarp;
-  if (lanes != kWarp) report("shuffle in a warp with lanes that don't exist");
-  if (++w.arrived == lanes) {
-    w.arrived = 0;
-    ++w.generation;
-  } else {
-    Fiber& f = b.fibers[static_cast<size_t>(me)];
-    f.waits_for = generation;
-    f.state = State::at_shuffle;
-    yield();
-  }
-  return w.slot[generation & 1][(me % kWarp) ^ offset];
+void warp_barrier() {
+  meet(Meeting::warp_barrier, 0, nullptr,
+       [](void* const*) { block().shared.tick(block().now() / kLanes); });
+}
+void barrier_sync(int id, int threads) { block().barrier(id, threads, true); }
+void barrier_arrive(int id, int threads) { block().barrier(id, threads, false); }
+void block_barrier() { block().barrier(0, block().size(), true); }
+
+uint32_t shuffle_bits(uint32_t value, int from_lane) {
+  struct Lane {
+    uint32_t value, result;
+    int from;
+  } mine{value, 0, from_lane};
+  meet(Meeting::shuffle, 0, &mine, [](void* const* all) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      Lane& l = *static_cast<Lane*>(all[lane]);
+      if (l.from < 0 || l.from >= kLanes) report("shuffle from lane " + std::to_string(l.from));
+      l.result = static_cast<Lane*>(all[l.from])->value;
+    }
+  });
+  return mine.result;
 }
 
-uint16_t float_to_half(float x) {
-  const uint32_t bits = float_to_bits(x);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  if (x != x) return 0x7fff;
-  const float size = std::fabs(x);
-  if (size >= 65520.f) return static_cast<uint16_t>(sign | 0x7c00);
-  if (size < 6.103515625e-05f) {  // subnormal: a multiple of 2^-24
-    return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(size * 16777216.f)));
-  }
-  const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
-  return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+uint32_t ballot(bool vote) {
+  struct Lane {
+    bool vote;
+    uint32_t result;
+  } mine{vote, 0};
+  meet(Meeting::vote, 0, &mine, [](void* const* all) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      bits |= static_cast<uint32_t>(static_cast<Lane*>(all[lane])->vote) << lane;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) static_cast<Lane*>(all[lane])->result = bits;
+  });
+  return mine.result;
 }
 
-float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t exponent = half >> 10 & 31, fraction = half & 0x3ff;
-  if (exponent == 31) return bits_to_float(sign | 0x7f800000 | fraction << 13);
-  if (exponent == 0) {
-    const float size = static_cast<float>(fraction) / 16777216.f;
-    return sign ? -size : size;
-  }
-  return bits_to_float(sign | (exponent + 112) << 23 | fraction << 13);
+void* static_shared(const void* key, const char* name, int64_t bytes) {
+  return block().shared.named(key, name, bytes);
 }
+void* dynamic_shared_memory() { return block().shared.dynamic(); }
+void shared_read(const void* at, int64_t bytes) { block().shared.read(block().now(), at, bytes); }
+void shared_write(const void* at, int64_t bytes) { block().shared.write(block().now(), at, bytes); }
+
+void copy_async(void* shared, const void* global, int bytes, int valid) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) {
+    report("cp.async of " + std::to_string(bytes) + " bytes");
+  }
+  if (valid > 0) {
+    check_alignment(global, bytes, "cp.async");
+    check_range(global, valid, false, "cp.async");
+  }
+  block().shared.copy(block().now(), shared, global, bytes, valid);
+}
+void copy_async_commit() { block().shared.commit(block().now()); }
+void copy_async_wait(int groups_left) { block().shared.wait(block().now(), groups_left); }
 
 }  // namespace ft::simt
 
 extern "C" __attribute__((visibility("default"))) void ft_simt_set_limits(int64_t grid,
                                                                           int64_t shared_memory) {
-  ft::simt::set_limits(grid, shared_memory);
+  ft::simt::grid_limit = grid;
+  ft::simt::shared_limit = shared_memory;
+}
+extern "C" __attribute__((visibility("default"))) void ft_simt_set_workers(int workers) {
+  ft::simt::worker_limit = workers;
 }

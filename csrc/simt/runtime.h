@@ -1,12 +1,14 @@
 // Runs a CUDA kernel's own source on the CPU, for tests on machines without a GPU. The threads of a
-// block are fibers; one runs until it meets a barrier, a shuffle or its end, then the next has its
-// turn. csrc/cuda/device/ takes its host twins from here. Reported, with kernel, block and thread:
-//   a global access outside the call's tensors, a store to an input, a misaligned access,
-//   a barrier or shuffle that some thread of the block or warp has left for good, a deadlock.
-// Odd blocks run their threads in reverse order, so that a missing barrier shows as a wrong number;
-// dynamic shared memory starts as NaN, so that a read of what nobody wrote does too.
-// Not here yet: warp votes, cp.async, mma, atomics, clusters (they come with the kernels that need
-// them).
+// block are fibers; the blocks of a grid are shared out over the machine's cores. csrc/cuda/device/
+// takes its host twins from here. Reported, with kernel, block and thread:
+//   global memory   an access outside the call's tensors, a store to an input, a misaligned access
+//   shared memory   an access outside the block's arrays, a read of what nobody wrote, a read of a
+//                   cp.async destination before its wait, a race between two barriers (shared.cpp)
+//   synchronization a barrier, shuffle or mma that a thread has left for good or meets elsewhere, a
+//                   deadlock, with who waits for what
+// Odd blocks run their warps and lanes in reverse order, so that what depends on the order shows.
+// A Hopper kernel's clusters, mbarriers, TMA and wgmma come with those kernels: an mbarrier is one
+// more Meeting whose clock (shared.h) is taken at arrival, TMA a copy that completes at its wait.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,7 +17,6 @@
 #include <string>
 
 #define FT_GLOBAL
-#define FT_SHARED static
 #define FT_DEVICE inline
 #define __launch_bounds__(...)
 
@@ -27,15 +28,18 @@ struct Index {
 struct Place {
   Index thread, block, block_size, grid_size;
 };
-extern Place place;  // of the thread that runs now
+extern thread_local Place place;  // of the CUDA thread that this CPU thread runs now
 
-// Runs `kernel` for every block of the grid, one after the other.
+[[noreturn]] void report(const std::string& what);
+
+// Runs `kernel` for every block of the grid.
 void launch(const std::string& name, int64_t grid, int block, int64_t shared,
             const std::function<void()>& kernel);
 
 int64_t max_grid();           // small when a test says so, that kernels' loops over rows run
 int64_t max_shared_memory();  // likewise, that rows don't fit
-void set_limits(int64_t grid, int64_t shared_memory);
+
+// ---- global memory ------------------------------------------------------------------------------
 
 // Bytes that kernels may read, or write; with none allowed, accesses are not checked.
 void allow(const void* begin, int64_t bytes, bool writable);
@@ -43,32 +47,6 @@ struct AllowedUntilHere {
   ~AllowedUntilHere();
 };
 void check_access(const void* at, int64_t bytes, bool write);
-
-void block_barrier();
-uint32_t shuffle_xor_bits(uint32_t value, int offset);
-void* dynamic_shared_memory();
-
-inline uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-inline float shuffle_xor(float v, int offset) {
-  return bits_to_float(shuffle_xor_bits(float_to_bits(v), offset));
-}
-inline int shuffle_xor(int v, int offset) {
-  return static_cast<int>(shuffle_xor_bits(static_cast<uint32_t>(v), offset));
-}
-template <class U>
-U* dynamic_shared() {
-  return static_cast<U*>(dynamic_shared_memory());
-}
 
 template <class U>
 U load(const void* p) {
@@ -83,6 +61,58 @@ void store(void* p, const U& value) {
   std::memcpy(p, &value, sizeof(U));
 }
 
+// ---- where threads meet -------------------------------------------------------------------------
+
+enum class Meeting : uint8_t { none, shuffle, vote, matrix_load, mma, warp_barrier, block_barrier };
+
+constexpr int kLanes = 32;
+
+// Waits until all lanes of the warp are at the same meeting; the last to come runs `act` on what
+// they brought, by lane. `detail` must be the same for all, too.
+void meet(Meeting what, int detail, void* brought, void (*act)(void* const*));
+
+void warp_barrier();
+// The hardware's barriers 0 … 15, among `threads` threads (whole warps). arrive does not wait.
+void barrier_sync(int id, int threads);
+void barrier_arrive(int id, int threads);
+void block_barrier();
+
+uint32_t shuffle_bits(uint32_t value, int from_lane);
+uint32_t ballot(bool vote);
+
+// ---- shared memory ------------------------------------------------------------------------------
+
+// The array that `key` stands for, one for each block; all threads that ask get the same.
+void* static_shared(const void* key, const char* name, int64_t bytes);
+void* dynamic_shared_memory();
+void shared_read(const void* at, int64_t bytes);
+void shared_write(const void* at, int64_t bytes);
+
+// cp.async of `bytes`, of which the first `valid` come from `global` and the others are 0. The
+// bytes arrive when the thread waits, and not before.
+void copy_async(void* shared, const void* global, int bytes, int valid);
+void copy_async_commit();
+void copy_async_wait(int groups_left);
+
+// ---- tensor cores (matrix.cpp) ------------------------------------------------------------------
+
+void load_matrices(uint32_t* registers, int count, bool transposed, const void* row);
+
+enum class Element : uint8_t { f16, bf16, tf32 };
+void mma(Element type, float* d, const uint32_t* a, const uint32_t* b);
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 // Round to nearest even, NaN stays NaN (as the device's conversions do).
 inline uint16_t float_to_bfloat(float x) {
   const uint32_t bits = float_to_bits(x);

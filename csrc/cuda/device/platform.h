@@ -15,7 +15,6 @@
 #  include <cmath>
 
 #  define FT_GLOBAL __global__
-#  define FT_SHARED __shared__
 #  define FT_DEVICE __device__ __forceinline__
 #endif
 

@@ -1,24 +1,9 @@
 // Reductions over a group of threads: 2, 4, … 32 lanes of a warp, or the whole block.
 #pragma once
-#include "cuda/device/platform.h"
+#include "cuda/device/shared.h"
+#include "cuda/device/warp.h"
 
 namespace ft::cuda {
-
-#if defined(FT_SIMT)
-using simt::block_barrier;
-using simt::dynamic_shared;
-FT_DEVICE float shuffle_xor(float v, int offset) { return simt::shuffle_xor(v, offset); }
-FT_DEVICE int shuffle_xor(int v, int offset) { return simt::shuffle_xor(v, offset); }
-#else
-FT_DEVICE void block_barrier() { __syncthreads(); }
-FT_DEVICE float shuffle_xor(float v, int offset) { return __shfl_xor_sync(0xffffffffu, v, offset); }
-FT_DEVICE int shuffle_xor(int v, int offset) { return __shfl_xor_sync(0xffffffffu, v, offset); }
-template <class U>
-FT_DEVICE U* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char ft_dynamic_shared[];
-  return reinterpret_cast<U*>(ft_dynamic_shared);
-}
-#endif
 
 struct Pair {
   float a, b;
@@ -56,10 +41,10 @@ FT_DEVICE V group_reduce(V value, int group, V identity, V* scratch, const Op& o
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   block_barrier();  // the scratch of the reduction before may still be in use
-  if (lane == 0) scratch[warp] = value;
+  if (lane == 0) shared_store(scratch + warp, value);
   block_barrier();
   const int warps = group / kWarp;
-  value = lane < warps ? scratch[lane] : identity;
+  value = lane < warps ? shared_load(scratch + lane) : identity;
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     value = op(value, shuffle_xor(value, offset));
   }

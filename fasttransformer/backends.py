@@ -185,6 +185,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+#: GPU backends that are made to run on CPU tensors beside Triton's interpreter, for tests.
+EMULATED: set[str] = set()
+
+
 def _load_triton() -> str | None:
     try:
         importlib.import_module("triton")
@@ -283,7 +287,7 @@ def _device_reason(backend: str, device_type: str) -> str | None:
         return None
     if backend in _unavailable:
         return _unavailable[backend]
-    if device_type == "cpu" and backend == "triton" and interpreted():
+    if device_type == "cpu" and (backend in EMULATED or (backend == "triton" and interpreted())):
         return None
     if backend not in ORDER.get(device_type, ()):
         return f"it does not run on {device_type} tensors"

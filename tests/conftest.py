@@ -50,6 +50,14 @@ def full_size(request):
         pytest.skip("7 to 95 s on two cores, up to 6 GB; --full-size runs it")
 
 
+def pytest_configure(config):
+    """Builds simt before xdist's workers want it."""
+    import simt
+
+    if "PYTEST_XDIST_WORKER" not in os.environ and not simt.missing():
+        simt.build()
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--all-interpreted") or os.environ.get("TRITON_INTERPRET") != "1":
         return

@@ -8,11 +8,13 @@ PyTorch and the output's own dtype. The comparison itself is the package's (``_c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import simt
 import torch
 from torch import Tensor
 
@@ -27,8 +29,8 @@ from fasttransformer._contract import (
     outputs_and_gradients,
     rounding_step,
     runnable,
-    running_on,
 )
+from fasttransformer._contract import running_on as running_on_device
 from fasttransformer.backends import TABLE
 
 __all__ = [
@@ -44,14 +46,28 @@ __all__ = [
     "running_on",
 ]
 
-RUNNABLE = runnable()
+#: What runs here: the package's backends, and "simt": the CUDA kernels' source on the CPU.
+RUNNABLE = [*runnable(), *([] if simt.missing() else ["simt"])]
 
 
 def backends_of(op: str) -> list[str]:
     """The entries of :data:`RUNNABLE` that have a kernel for ``op``."""
     row = TABLE[op]
     kernels = {name for name, kernel in row.items() if name == "torch" or kernel.forward}
+    if "cuda" in row:
+        kernels.add("simt")
     return [name for name in RUNNABLE if name.split(":")[0] in kernels]
+
+
+@contextlib.contextmanager
+def running_on(name: str) -> Iterator[str]:
+    """Forces an entry of :data:`RUNNABLE`; gives the name of its backend."""
+    if name == "simt":
+        with simt.running():
+            yield "cuda"
+        return
+    with running_on_device(name) as backend:
+        yield backend
 
 
 def assert_close(out: Tensor, ref64: Tensor, peer: Tensor, what: str = "out") -> None:

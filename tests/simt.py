@@ -2,33 +2,37 @@
 
 The kernels of csrc/cuda and their bindings are compiled by the C++ compiler with FT_SIMT; their
 operators come into the namespace ``fasttransformer_simt`` with the schemas of ``fasttransformer``.
-The build is kept under build/simt, by a hash of the sources.
+ninja builds them under build/simt, what changed only.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import ctypes
+import fcntl
 import functools
-import hashlib
+import importlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from fasttransformer.backends import TABLE, Kernel, _chosen, _unavailable, use_backend
+# The module: `fasttransformer.backends` is a function of that name.
+backends = importlib.import_module("fasttransformer.backends")
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-TORCH_INCLUDE = Path(torch.__file__).resolve().parent / "include"
+BUILD = ROOT / "build/simt"
+TORCH = Path(torch.__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ftls-model=initial-exec", "-DFT_SIMT", f"-I{CSRC}",
-         "-isystem", str(TORCH_INCLUDE), "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         "-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # fmt: skip
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ftls-model=initial-exec",
+         "-DFT_SIMT", f"-I{CSRC}", "-isystem", str(TORCH / "include"),
+         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall", "-Wextra",
+         "-Wno-unknown-pragmas"]  # fmt: skip
 if " fma " in Path("/proc/cpuinfo").read_text():
     FLAGS += ["-mfma", "-mavx2"]  # a·b + c is rounded once, as nvcc compiles it
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
@@ -39,80 +43,98 @@ def missing() -> str | None:
     """Why the simt library can't be built here, or None."""
     if shutil.which(CXX) is None:
         return f"no C++ compiler ({CXX})"
-    if "cpu" in _unavailable:
-        return f"it needs the operators' schemas: {_unavailable['cpu']}"
+    if "cpu" in backends._unavailable:
+        return f"it needs the operators' schemas: {backends._unavailable['cpu']}"
     return None
 
 
-def compile_library(extra_sources: tuple[Path, ...] = ()) -> Path:
-    """The path of the shared library of simt, all CUDA kernels and their bindings."""
-    sources = [*sorted((CSRC / "simt").glob("*.cpp")), *extra_sources]
-    if not extra_sources:
-        sources += [CSRC / f"cuda/{op}.cu" for op in OPS]
-        sources += [CSRC / f"bindings/{op}.cpp" for op in OPS]
-    digest = hashlib.sha256(" ".join([CXX, torch.__version__, *FLAGS]).encode())
-    for folder in ("simt", "cuda", "params", "bindings"):
-        for path in sorted((CSRC / folder).rglob("*.*")):
-            digest.update(path.read_bytes())
-    for path in extra_sources:
-        digest.update(path.read_bytes())
-    folder = ROOT / "build/simt" / digest.hexdigest()[:16]
-    library = folder / "libft_simt.so"
-    if library.exists():
-        return library
+def build(name: str = "simt", kernels: tuple[Path, ...] = ()) -> Path:
+    """The path of a library of simt with ``kernels``, or with all CUDA kernels and bindings."""
+    sources = [*sorted((CSRC / "simt").glob("*.cpp")), *kernels]
+    if not kernels:
+        for op in OPS:
+            sources += [CSRC / f"cuda/{op}.cu", CSRC / f"bindings/{op}.cpp"]
+    folder = BUILD / name
     folder.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> str:
-        target = f"{folder}/{source.parent.name}.{source.stem}.{os.getpid()}.o"
-        command = [CXX, *FLAGS, "-x", "c++", "-c", str(source), "-o", target]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{source}:\n{done.stderr}"
-        return target
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    link = [CXX, "-shared", *objects, "-o", f"{library}.{os.getpid()}",
-            f"-L{TORCH_INCLUDE.parent / 'lib'}", "-ltorch_cpu"]  # fmt: skip
-    subprocess.run(link, check=True)
-    os.replace(f"{library}.{os.getpid()}", library)  # whole, with other processes side by side
-    for path in objects:
-        os.unlink(path)
+    library = folder / "libft_simt.so"
+    lines = [
+        "rule compile",
+        f"  command = {CXX} {' '.join(FLAGS)} -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {CXX} -shared -o $out $in -L{TORCH / 'lib'} -ltorch_cpu -pthread",
+    ]
+    objects = [f"{source.parent.name}.{source.stem}.o" for source in sources]
+    lines += [f"build {out}: compile {source}" for out, source in zip(objects, sources)]
+    lines += [f"build libft_simt.so: link {' '.join(objects)}", ""]
+    with open(folder / "lock", "w") as lock:  # one process builds, the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)],
+                              capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
     return library
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Compiles (once) and loads the library; its operators are torch.ops.fasttransformer_simt."""
-    library = compile_library()
+    """Builds and loads the library; its operators are torch.ops.fasttransformer_simt."""
+    path = build()
     definitions = torch.library.Library("fasttransformer_simt", "DEF")
     load.definitions = definitions  # type: ignore[attr-defined]  # alive as long as the operators
-    for op in OPS:
-        for name in (op, f"{op}_backward"):
-            schema = str(getattr(torch.ops.fasttransformer, name).default._schema)
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, op = name.partition("::")
+        if namespace == "fasttransformer":
+            schema = str(getattr(torch.ops.fasttransformer, op).default._schema)
             definitions.define(schema.removeprefix("fasttransformer::"))
-    torch.ops.load_library(library)
-    return ctypes.CDLL(str(library))
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(str(path))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    library.ft_simt_set_workers(max(1, (os.cpu_count() or 1) // workers))
+    return library
+
+
+def operator(name: str) -> object | None:
+    """The operator of that name, if the CUDA sources implement it."""
+    load()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttransformer_simt::{name}", "CPU"):
+        return None
+    return getattr(torch.ops.fasttransformer_simt, name).default
 
 
 @contextlib.contextmanager
-def running(op: str, *, grid: int = GRID, shared: int = SHARED) -> Iterator[None]:
-    """Within it, ``backend="cpu"`` of ``op`` is the CUDA kernel in simt.
-
-    ``grid`` limits the blocks of a launch, ``shared`` the bytes of shared memory of a block.
-    """
+def limits(*, grid: int = GRID, shared: int = SHARED) -> Iterator[None]:
+    """Limits the blocks of a launch and the bytes of shared memory of a block."""
     library = load()
-    operators = torch.ops.fasttransformer_simt
-    kernel = Kernel("cpu", forward=getattr(operators, op).default,
-                    backward=getattr(operators, f"{op}_backward").default)  # fmt: skip
-    row = TABLE[op]
-    before = row["cpu"]
-    row["cpu"] = kernel
-    _chosen.clear()
     library.ft_simt_set_limits(ctypes.c_int64(grid), ctypes.c_int64(shared))
     try:
-        with use_backend("cpu"):
+        yield
+    finally:
+        library.ft_simt_set_limits(ctypes.c_int64(GRID), ctypes.c_int64(SHARED))
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Within it, the backend "cuda" is forced, runs on CPU tensors, and is simt."""
+    load()
+    rows = [(op, row["cuda"]) for op, row in backends.TABLE.items() if "cuda" in row]
+    before = [(kernel, kernel.forward, kernel.backward) for _, kernel in rows]
+    reason = backends._unavailable.pop("cuda", None)
+    for op, kernel in rows:
+        op = backends.COMPOSED.get(op, op)
+        object.__setattr__(kernel, "forward", operator(op))
+        object.__setattr__(kernel, "backward", operator(f"{op}_backward"))
+    backends.EMULATED.add("cuda")
+    backends._chosen.clear()
+    try:
+        with backends.use_backend("cuda"):
             yield
     finally:
-        row["cpu"] = before
-        _chosen.clear()
-        library.ft_simt_set_limits(ctypes.c_int64(GRID), ctypes.c_int64(SHARED))
+        for kernel, forward, backward in before:
+            object.__setattr__(kernel, "forward", forward)
+            object.__setattr__(kernel, "backward", backward)
+        if reason is not None:
+            backends._unavailable["cuda"] = reason
+        backends.EMULATED.discard("cuda")
+        backends._chosen.clear()

@@ -25,7 +25,7 @@ FT_GLOBAL void missing_barrier(const Args a) {
   FT_SHARED_ARRAY(float, row, 64);
   shared_store(row + threadIdx.x, load_scalar(a.in + threadIdx.x));
   store_scalar(a.out + threadIdx.x,
-               shared_load(row + 63 - threadIdx.x));  // the neighbour may not have written
+               shared_load(row + threadIdx.x / 2));  // a neighbour may not have written
   block_barrier();
   shared_store(row + threadIdx.x, -1.f);
 }

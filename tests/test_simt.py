@@ -25,12 +25,12 @@ COLUMNS = (1, 7, 8, 9, 64, 77, 250, 257, 1000, 2049, 8193, 16389)
 
 def softmax_check(inputs, *, log=False, limits=None, grads=True, **options):
     name = "log_softmax" if log else "softmax"
-    with simt.running("softmax", **(limits or {})):
+    with simt.limits(**(limits or {})):
         contract.check(
             lambda x: getattr(ft, name)(x, **options),
             lambda x: getattr(reference, name)(x, **options),
             [inputs],
-            on="cpu",
+            on="simt",
             grads=grads,
         )
 
@@ -132,12 +132,12 @@ def norm_check(shape, dtype, *, affine=True, limits=None, weight_dtype=None, wid
     residual = (torch.randn(*shape) + 1).to(dtype)
     weights = [torch.randn(features).to(weight_dtype or dtype) for _ in range(2)]
     inputs = [x, residual, *(weights if affine else [None, None])]
-    with simt.running("add_layer_norm", **(limits or {})):
+    with simt.limits(**(limits or {})):
         contract.check(
             lambda a, b, w, c: ft.add_layer_norm(a, b, (features,), w, c),
             lambda a, b, w, c: reference.add_layer_norm(a, b, (features,), w, c),
             inputs,
-            on="cpu",
+            on="simt",
         )
 
 
@@ -232,14 +232,14 @@ def test_add_layer_norm_no_rows_gives_zero_weight_gradients():
 def test_add_layer_norm_nan_stays_in_its_row(features):
     x = torch.randn(4, features)
     x[1, features // 2] = math.nan
-    with simt.running("add_layer_norm"):
+    with simt.running():
         normed, summed = ft.add_layer_norm(x, torch.zeros_like(x), (features,))
     assert normed[1].isnan().all() and summed.isnan().sum() == 1
     assert normed[[0, 2, 3]].isfinite().all()
 
 
 def test_add_layer_norm_b51_one_feature():
-    with simt.running("add_layer_norm"):
+    with simt.running():
         x = torch.tensor([[1e6]], requires_grad=True)
         weight = torch.tensor([2.0], requires_grad=True)
         zero = torch.zeros(1, 1)
@@ -253,8 +253,7 @@ def test_add_layer_norm_b51_one_feature():
 
 @pytest.fixture(scope="module")
 def planted():
-    source = simt.ROOT / "tests/simt_bugs.cpp"
-    library = ctypes.CDLL(str(simt.compile_library((source,))))
+    library = ctypes.CDLL(str(simt.build("bugs", (simt.ROOT / "tests/simt_bugs.cpp",))))
 
     def run(name: str) -> tuple[torch.Tensor, str]:
         memory = torch.full((64 + 64 + 64,), 7.0)  # rooms on both sides of the output
@@ -287,7 +286,7 @@ def test_simt_runs_a_sound_kernel(planted):
         ),
         (
             "missing_barrier",
-            "race: load of row + 252, which thread 63 wrote with no barrier between",
+            "race: load of row + 0, which thread 0 wrote with no barrier between",
         ),
         ("never_written", "load of dynamic shared memory + 0, which nobody has written"),
     ),

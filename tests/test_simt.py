@@ -294,3 +294,50 @@ def test_simt_runs_a_sound_kernel(planted):
 def test_simt_reports_a_planted_bug(planted, bug, reported):
     _, message = planted(bug)
     assert message.startswith(f"simt: kernel {bug}, ") and reported in message
+
+
+@pytest.fixture(scope="module")
+def product():
+    library = ctypes.CDLL(str(simt.build("matrix", (simt.ROOT / "tests/simt_matrix.cpp",))))
+
+    def run(a, b, a_transposed=False, b_transposed=False, squared=False):
+        m, k = a.shape[::-1] if a_transposed else a.shape
+        n = b.shape[0] if b_transposed else b.shape[1]
+        d = torch.full((m, n), math.nan)
+        message = ctypes.create_string_buffer(512)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, d))
+        library.ft_simt_product(
+            DTYPES.index(a.dtype), *pointers, m, n, k, a_transposed, b_transposed, squared, message
+        )
+        assert message.value == b""
+        return d
+
+    return run
+
+
+@dtypes
+@pytest.mark.parametrize("a_transposed", (False, True), ids=("", "a_transposed"))
+@pytest.mark.parametrize("b_transposed", (False, True), ids=("", "b_transposed"))
+@pytest.mark.parametrize("m, n, k", ((16, 16, 16), (16, 16, 64), (9, 5, 24), (3, 16, 7)), ids=str)
+def test_simt_mma_equals_a_plain_matmul(product, dtype, a_transposed, b_transposed, m, n, k):
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    got = product(
+        a.T.contiguous() if a_transposed else a,
+        b.T.contiguous() if b_transposed else b,
+        a_transposed,
+        b_transposed,
+    )
+    want = a.double() @ b.double()
+    # 16-bit products are exact; sums are cut to 24 bits. float is split into two tf32: 2^-22 each.
+    allowed = 2**-20 * (a.double().abs() @ b.double().abs())
+    assert ((got - want).abs() <= allowed).all()
+
+
+@dtypes
+def test_simt_products_in_registers_are_a_left_factor(product, dtype):
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype)
+    got = product(a, b, squared=True)
+    first = (a.double() @ b.double()).to(dtype)
+    want = first.double() @ b.double()
+    step = 2**-20 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    assert ((got - want).abs() <= step * (first.double().abs() @ b.double().abs())).all()

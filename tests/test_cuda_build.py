@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build/cuda_gates"
 TABLE = ROOT / "tests/cuda_resources.json"
 NVCC = os.environ.get("NVCC", "nvcc")
-SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+SOURCES = sorted(s for s in (ROOT / "csrc/cuda").rglob("*.cu") if s.parent.name != "device")
 OPS = sorted(source.stem for source in (ROOT / "csrc/cuda").glob("*.cu"))
 SLACK = 8  # registers that another nvcc may give or take; the table's own nvcc is held to 0
 
@@ -216,6 +216,56 @@ def test_bindings_compile_for_cuda(op, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_cuda(tmp_path, monkeypatch):
+    """Loads a stand-in for the CUDA library on a made-up GPU: what _load_cuda() answers."""
+    backends = importlib.import_module("fasttransformer.backends")
+
+    def call(capability: tuple[int, int], problem: str = "", broken: bool = False) -> str | None:
+        source = tmp_path / "library.cpp"
+        library = tmp_path / f"library{len(list(tmp_path.iterdir()))}.so"  # a name is loaded once
+        marker = "fasttransformer CUDA library: archs 80 90a; nvcc 13.0;"
+        source.write_text(
+            f'extern "C" const char* ft_cuda_problem(int) {{ return "{problem}"; }}\n'
+            f'const char* volatile marker = "{marker}";\n'
+        )
+        compiler = os.environ.get("CXX", "g++")
+        subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+        if broken:
+            library.write_text("no library")
+        monkeypatch.setattr(backends, "_library", lambda name: library)
+        monkeypatch.setattr(backends, "_unavailable", {})
+        for name, value in (
+            ("is_available", True),
+            ("device_count", 1),
+            ("get_device_capability", capability),
+            ("get_device_name", "GPU Z"),
+        ):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        return backends._load_cuda()
+
+    return call
+
+
+def test_a_gpu_that_the_cuda_library_can_run_on(load_cuda):
+    assert load_cuda((9, 0)) is None
+    found = importlib.import_module("fasttransformer.backends").cuda_library()
+    assert found["archs"] == "80 90a" and found["nvcc"] == "13.0" and found["bytes"] > 0
+
+
+def test_a_gpu_that_it_can_not_run_on_has_a_reason(load_cuda):
+    reason = load_cuda((7, 5))
+    assert reason == (
+        "GPU 0 (GPU Z) is of compute capability 7.5; the CUDA kernels need 8.0 or later"
+    )
+    problem = "the CUDA library holds code for 90a: no kernel image is available"
+    assert load_cuda((8, 6), problem) == f"GPU 0 (GPU Z): {problem}"
+    assert load_cuda((9, 0), broken=True).startswith("the CUDA library does not load: ")
 
 
 # ---- setup.py's choice --------------------------------------------------------------------------

@@ -27,7 +27,7 @@ constexpr int kForwardBlock = 256,
 constexpr int kWideBlock = 512;    // block size of the wide kernels, two on an SM where rows fit
 // Wide: chunks that a thread asks for before it waits, 64 bytes of one array or of two together.
 template <bool kAdd>
-constexpr int kAhead = kAdd ? 2 : 4;
+constexpr int kForwardAhead = kAdd ? 2 : 4;
 
 struct ForwardArgs {
   RowNormParams p;
@@ -231,7 +231,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) row_norm_wide(const ForwardArgs 
   Chunk* cache = dynamic_shared<Chunk>();
   const RowNormParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
-  constexpr int kTaken = kAhead<kAdd>;
+  constexpr int kTaken = kForwardAhead<kAdd>;
   const uint64_t seed = kAdd ? seed_of(p.dropout) : 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const ForwardRow<T, kAdd> at = forward_row<T, kAdd>(p, row);

@@ -26,10 +26,14 @@ constexpr Plan kBackward[] = {{8, 2, 4},     {16, 2, 8},     {32, 2, 16},
                               {512, 2, 256}, {1024, 2, 512}, {2048, 4, 512}};
 constexpr int kBackwardSmallBlock = 128;  // block size of groups within a warp
 constexpr int kBackwardBlock = 512;       // the largest, and the wide kernel's
-// Threads in all, 512 for each of an H100's 132 SMs. It fixes the number of partial sums, and makes
+// Blocks make up this many threads, 512 for each of an H100's 132 SMs, and so do up to 4 rounds of
+// blocks where each gets 64 rows: then the last round counts for little on GPUs with fewer SMs, and
+// the blocks' sums for less than 5 % of the traffic. The numbers fix the order of sums, and make
 // the result the same on every GPU.
-constexpr int64_t kBackwardThreads = 132 * 512;
-constexpr int kColumnBlock = 128;      // wide rows' weight gradients: one chunk a thread
+constexpr int64_t kBackwardThreads = 132 * 512, kMostRounds = 4, kRowsOfBlock = 64;
+constexpr int kAhead = 2;              // wide: chunks of each array that a thread asks for at once
+constexpr int kColumnBlock = 128;      // wide rows' weight gradients: one chunk a thread …
+constexpr int kColumnRows = 4;         // … of so many rows at once
 constexpr int64_t kColumnSplits = 64;  // and the partial sums per column that it leaves
 constexpr int kReduceColumns = 32, kReduceRows = 32;  // block of the second stage
 
@@ -268,22 +272,30 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) row_norm_backward_wide(const
     const Statistics s = load_statistics<kRms>(p, row);
     const int64_t chunks = (p.features + shift + kCount - 1) / kCount;
     Pair sums = {0.f, 0.f};
-#pragma unroll 2
-    for (int64_t c = threadIdx.x; c < chunks; c += kBackwardBlock) {
-      const int64_t column = c * kCount - shift;
-      const Chunk raw_grad = load_chunk(grad, column, p.features, grad_aligned);
-      const Chunk raw_summed = load_chunk(summed, column, p.features, summed_aligned);
-      if (c < a.cached) {  // read back by this thread only
-        shared_store(cache + 2 * c, raw_grad);
-        shared_store(cache + 2 * c + 1, raw_summed);
-      }
-      float g[kCount], x[kCount], weight[kCount];
-      unpack<T>(raw_grad, g);
-      unpack<T>(raw_summed, x);
-      load_vector(p.weight, column, p.features, 1.f, weight);
+    for (int64_t c = threadIdx.x; c < chunks; c += kAhead * kBackwardBlock) {
+      Chunk grads[kAhead], values[kAhead];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] = normalized<kRms>(x[i], s);
-      add_sums<T, kRms>(g, x, weight, sums);
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t column = (c + k * kBackwardBlock) * kCount - shift;
+        grads[k] = load_chunk(grad, column, p.features, grad_aligned);
+        values[k] = load_chunk(summed, column, p.features, summed_aligned);
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t own = c + k * kBackwardBlock;
+        if (own >= chunks) continue;
+        if (own < a.cached) {  // read back by this thread only
+          shared_store(cache + 2 * own, grads[k]);
+          shared_store(cache + 2 * own + 1, values[k]);
+        }
+        float g[kCount], x[kCount], weight[kCount];
+        unpack<T>(grads[k], g);
+        unpack<T>(values[k], x);
+        load_vector(p.weight, own * kCount - shift, p.features, 1.f, weight);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) x[i] = normalized<kRms>(x[i], s);
+        add_sums<T, kRms>(g, x, weight, sums);
+      }
     }
     const Pair means = group_means<kRms>(sums, kBackwardBlock, p.features, scratch);
     for (int64_t c = threadIdx.x; c < chunks; c += kBackwardBlock) {
@@ -318,18 +330,30 @@ FT_GLOBAL void __launch_bounds__(kColumnBlock) row_norm_columns(const BackwardAr
     const int shift = chunk_shift<T>(split, p.features);
     const int64_t column = (block % blocks * kColumnBlock + threadIdx.x) * kCount - shift;
     float d_weight[kCount] = {}, d_bias[kCount] = {};
-#pragma unroll 2
-    for (int64_t row = split; row < p.rows; row += a.partials) {
-      const T* grad = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;
-      const T* summed = static_cast<const T*>(p.summed) + row * p.summed_stride;
-      const Statistics s = load_statistics<kRms>(p, row);
-      float g[kCount], x[kCount];
-      unpack<T>(load_chunk(grad, column, p.features, chunks_aligned(grad, shift)), g);
-      unpack<T>(load_chunk(summed, column, p.features, chunks_aligned(summed, shift)), x);
+    for (int64_t first = split; first < p.rows; first += kColumnRows * a.partials) {
+      Chunk grads[kColumnRows], values[kColumnRows];
+      Statistics s[kColumnRows];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        d_weight[i] += g[i] * normalized<kRms>(x[i], s);
-        if constexpr (!kRms) d_bias[i] += g[i];
+      for (int k = 0; k < kColumnRows; ++k) {
+        const int64_t row = first + k * a.partials;
+        const int64_t end = row < p.rows ? p.features : -kCount;  // no chunk begins below that
+        const T* grad = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;
+        const T* summed = static_cast<const T*>(p.summed) + row * p.summed_stride;
+        grads[k] = load_chunk<T>(grad, column, end, chunks_aligned(grad, shift));
+        values[k] = load_chunk<T>(summed, column, end, chunks_aligned(summed, shift));
+        s[k] = load_statistics<kRms>(p, row < p.rows ? row : split);
+      }
+#pragma unroll
+      for (int k = 0; k < kColumnRows; ++k) {
+        if (first + k * a.partials >= p.rows) continue;
+        float g[kCount], x[kCount];
+        unpack<T>(grads[k], g);
+        unpack<T>(values[k], x);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          d_weight[i] += g[i] * normalized<kRms>(x[i], s[k]);
+          if constexpr (!kRms) d_bias[i] += g[i];
+        }
       }
     }
     float* partial = p.workspace + split * p.features;
@@ -398,8 +422,10 @@ inline BackwardPlan backward_plan(const RowNormBackwardParams& p) {
   const int block = block_of(plan.group, kBackwardSmallBlock);
   const int64_t per_block = block / plan.group;
   int64_t partials = (p.rows + per_block - 1) / per_block;
-  if (partials > kBackwardThreads / block) {
-    partials = kBackwardThreads / block;
+  const int64_t round = kBackwardThreads / block;
+  if (partials > round) {
+    const int64_t rounds = p.rows / (round * kRowsOfBlock);
+    partials = round * (rounds < 1 ? 1 : rounds > kMostRounds ? kMostRounds : rounds);
     // The rows of a group must begin at the same place of a chunk.
     if (p.features % lanes != 0) partials -= partials % lanes;
   }

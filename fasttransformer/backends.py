@@ -12,8 +12,11 @@ text that a user can act on: it is what :func:`explain` prints and what a forced
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
+import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,11 +176,38 @@ def _load_cuda() -> str | None:
         return f"it needs the C++ library's schemas: {_unavailable['cpu']}"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
+    devices = range(torch.cuda.device_count())
+    for device in devices:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"{_gpu(device)} is of compute capability {major}.{minor}; the CUDA kernels need 8.0 or later"  # noqa: E501
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the CUDA library does not load: {error.__cause__ or error}"
+    problem_of = ctypes.CDLL(str(path)).ft_cuda_problem
+    problem_of.restype = ctypes.c_char_p
+    for device in devices:
+        problem = problem_of(device).decode()
+        if problem:
+            return f"{_gpu(device)}: {problem}"
     return None
+
+
+def cuda_library() -> dict[str, Any] | None:
+    """What the CUDA library on disk was built for, whether or not it can be loaded here."""
+    path = _library("cuda")
+    if not path.exists():
+        return None
+    marker = rb"fasttransformer CUDA library: archs ([^;]*); nvcc ([^;]*);"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(marker, content)
+        archs, nvcc = (group.decode() for group in found.groups()) if found else ("unknown",) * 2
+    return {"archs": archs, "nvcc": nvcc, "bytes": path.stat().st_size}
+
+
+def _gpu(device: int) -> str:
+    return f"GPU {device} ({torch.cuda.get_device_name(device)})"
 
 
 def interpreted() -> bool:

@@ -141,9 +141,18 @@ def planted():
     return run
 
 
-def test_simt_runs_a_sound_kernel(planted):
-    out, message = planted("sound")
-    assert message == "" and torch.equal(out, torch.full((64,), 63.0 * 32))
+@pytest.mark.parametrize(
+    ("kernel", "want"),
+    (
+        ("sound", torch.full((64,), 63.0 * 32)),
+        ("warp_barrier_there", torch.arange(64.0).view(-1, 2).flip(1).flatten()),
+        ("atomic_sum", torch.full((64,), 63.0 * 32)),
+        ("named_barriers", torch.cat([torch.full((32,), 2.0), torch.full((32,), 7.0)])),
+    ),
+)
+def test_simt_runs_a_sound_kernel(planted, kernel, want):
+    out, message = planted(kernel)
+    assert message == "" and torch.equal(out, want)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +172,80 @@ def test_simt_runs_a_sound_kernel(planted):
             "missing_barrier",
             "race: load of row + 0, which thread 0 wrote with no barrier between",
         ),
+        ("load_between", "block 0, thread 3: load outside the call's tensors"),
+        ("shared_outside", "thread 63: store outside the block's shared memory, 4 bytes past row"),
+        ("shared_misaligned", "thread 0: misaligned store of 16 bytes in shared memory"),
+        ("two_stores", "thread 1: race: store to row + 0, which thread 0 wrote"),
+        ("store_after_load", "race: load of row + 128, which thread 32 wrote with no barrier"),
+        ("warp_barrier_missing", "race: load of row + 120, which thread 30 wrote with no barrier"),
+        ("atomic_against_load", "race: store to sum + 0, which thread 63 read"),
+        ("copy_not_waited", "load of row + 0, where a cp.async of thread 0 has not been waited"),
+        ("copy_group_not_waited", "load of row + 256, where a cp.async of thread 0"),
+        ("copy_without_barrier", "thread 1: race: load of row + 0, which thread 0 wrote"),
+        (
+            "copy_over_what_is_read",
+            "race: store to row + 132, which thread 32 read with no barrier",
+        ),
+        ("copy_outside", "thread 16: cp.async outside the call's tensors"),
+        ("copy_misaligned", "thread 0: misaligned cp.async of 16 bytes"),
+        ("named_barrier_forgotten", "race: load of slot + 0, which thread 0 wrote"),
+        (
+            "two_barriers",
+            "deadlock: 32 threads wait at barrier 1, 32 threads wait at barrier 2, 0 have ended",
+        ),
+        ("barrier_counts", "barrier 1 of 32 threads, which others use with 64"),
+        ("vote_left", "deadlock: 31 threads wait at a vote, 33 have ended"),
+        ("mma_left", "deadlock: 62 threads wait at an mma, 2 have ended"),
         ("never_written", "load of dynamic shared memory + 0, which nobody has written"),
     ),
 )
 def test_simt_reports_a_planted_bug(planted, bug, reported):
     _, message = planted(bug)
     assert message.startswith(f"simt: kernel {bug}, ") and reported in message
+
+
+@pytest.fixture(scope="module")
+def product():
+    library = ctypes.CDLL(str(simt.build("matrix", (simt.ROOT / "tests/simt_matrix.cpp",))))
+
+    def run(a, b, a_transposed=False, b_transposed=False, squared=False):
+        m, k = a.shape[::-1] if a_transposed else a.shape
+        n = b.shape[0] if b_transposed else b.shape[1]
+        d = torch.full((m, n), math.nan)
+        message = ctypes.create_string_buffer(512)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, d))
+        library.ft_simt_product(
+            DTYPES.index(a.dtype), *pointers, m, n, k, a_transposed, b_transposed, squared, message
+        )
+        assert message.value == b""
+        return d
+
+    return run
+
+
+@dtypes
+@pytest.mark.parametrize("a_transposed", (False, True), ids=("", "a_transposed"))
+@pytest.mark.parametrize("b_transposed", (False, True), ids=("", "b_transposed"))
+@pytest.mark.parametrize("m, n, k", ((16, 16, 16), (16, 16, 64), (9, 5, 24), (3, 16, 7)), ids=str)
+def test_simt_mma_equals_a_plain_matmul(product, dtype, a_transposed, b_transposed, m, n, k):
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    got = product(
+        a.T.contiguous() if a_transposed else a,
+        b.T.contiguous() if b_transposed else b,
+        a_transposed,
+        b_transposed,
+    )
+    want = a.double() @ b.double()
+    # 16-bit products are exact; sums are cut to 24 bits. float is split into two tf32: 2^-22 each.
+    allowed = 2**-20 * (a.double().abs() @ b.double().abs())
+    assert ((got - want).abs() <= allowed).all()
+
+
+@dtypes
+def test_simt_products_in_registers_are_a_left_factor(product, dtype):
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype)
+    got = product(a, b, squared=True)
+    first = (a.double() @ b.double()).to(dtype)
+    want = first.double() @ b.double()
+    step = 2**-20 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    assert ((got - want).abs() <= step * (first.double().abs() @ b.double().abs())).all()

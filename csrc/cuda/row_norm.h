@@ -104,7 +104,7 @@ FT_DEVICE void store_statistics(const RowNormParams& p, int64_t row, float mean,
 }
 
 template <class T, bool kRms, bool kAdd, int kHeld>
-FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) row_norm_held(const ForwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(const ForwardArgs a) {
   FT_SHARED_ARRAY(Pair, scratch, kWarp);
   const RowNormParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
@@ -226,7 +226,7 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
 }
 
 template <class T, bool kRms, bool kAdd>
-FT_GLOBAL void __launch_bounds__(kWideBlock, 2) row_norm_wide(const ForwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kWideBlock, 2) forward_wide(const ForwardArgs a) {
   FT_SHARED_ARRAY(Moments, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();
   const RowNormParams& p = a.p;
@@ -293,12 +293,12 @@ void forward(const char* name, const RowNormParams& params, void* stream) {
     const Plan plan = choose(kForward, chunks);
     if (plan.held == 0) {
       a.cached = cached_chunks(name, chunks, 1);
-      return launch(name, row_norm_wide<T, kRms, kAdd>, grid_for(params.rows, 1), kWideBlock,
+      return launch(name, forward_wide<T, kRms, kAdd>, grid_for(params.rows, 1), kWideBlock,
                     a.cached * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }
     a.group = plan.group;
     const int block = block_of(plan.group, kSmallBlock);
-    launch(name, plan.held == 2 ? row_norm_held<T, kRms, kAdd, 2> : row_norm_held<T, kRms, kAdd, 4>,
+    launch(name, plan.held == 2 ? forward_held<T, kRms, kAdd, 2> : forward_held<T, kRms, kAdd, 4>,
            grid_for(params.rows, block / plan.group), block, 0, stream, a);
   });
 }

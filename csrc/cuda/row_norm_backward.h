@@ -162,7 +162,7 @@ FT_DEVICE void leave_partial(float* out, const float (&sums)[kHeld][kLanes<T>], 
 }
 
 template <class T, bool kRms, int kHeld>
-FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const BackwardArgs a) {
   FT_SHARED_ARRAY(Pair, scratch, kWarp);
   // (stages, {grad, summed, grad_summed}, kHeld, threads)
   Chunk* staged = dynamic_shared<Chunk>();
@@ -257,7 +257,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const
 }
 
 template <class T, bool kRms>
-FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) row_norm_backward_wide(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) backward_wide(const BackwardArgs a) {
   FT_SHARED_ARRAY(Pair, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();  // grad and summed in turn
   const RowNormBackwardParams& p = a.p;
@@ -320,7 +320,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) row_norm_backward_wide(const
 // Wide rows' weight gradients: a thread owns a chunk of columns and walks down every splits-th row.
 // All of them begin at the same place of a chunk: there are 64 splits, or as many as rows.
 template <class T, bool kRms>
-FT_GLOBAL void __launch_bounds__(kColumnBlock) row_norm_columns(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kColumnBlock) backward_columns(const BackwardArgs a) {
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
   const int64_t blocks = (p.features + kCount + kColumnBlock * kCount - 1) /
@@ -374,7 +374,7 @@ FT_GLOBAL void __launch_bounds__(kColumnBlock) row_norm_columns(const BackwardAr
 // Second stage: 32 columns of a vector a block, 32 threads a column, each over every 32nd partial
 // sum; their sums are added in pairs.
 static FT_GLOBAL void __launch_bounds__(kReduceColumns* kReduceRows)
-    row_norm_weights(const BackwardArgs a) {
+    sum_partials(const BackwardArgs a) {
   FT_SHARED_ARRAY(float, sums, kReduceRows* kReduceColumns);
   const RowNormBackwardParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % kReduceColumns;
@@ -453,23 +453,22 @@ void backward(const char* name, const RowNormBackwardParams& params, void* strea
       const int64_t stage = kChunk * arrays * plan.plan.held * plan.block;
       a.stages = 2 * stage <= max_shared_memory(name) - 1024 ? 2 : 1;
       return launch(name,
-                    plan.plan.held == 2 ? row_norm_backward_held<T, kRms, 2>
-                                        : row_norm_backward_held<T, kRms, 4>,
+                    plan.plan.held == 2 ? backward_held<T, kRms, 2> : backward_held<T, kRms, 4>,
                     grid_for(plan.partials, 1), plan.block, a.stages * stage, stream, a);
     }
     a.cached = cached_chunks(name, plan.plan.chunks, 2);
-    launch(name, row_norm_backward_wide<T, kRms>, grid_for(params.rows, 1), kBackwardBlock,
+    launch(name, backward_wide<T, kRms>, grid_for(params.rows, 1), kBackwardBlock,
            a.cached * 2 * kChunk, stream, a);
     if (plan.vectors == 0) return;
     constexpr int64_t kPerBlock = static_cast<int64_t>(kColumnBlock) * kLanes<T>;
     const int64_t blocks = (params.features + kLanes<T> + kPerBlock - 1) / kPerBlock;
-    launch(name, row_norm_columns<T, kRms>, grid_for(blocks * plan.partials, 1), kColumnBlock, 0,
+    launch(name, backward_columns<T, kRms>, grid_for(blocks * plan.partials, 1), kColumnBlock, 0,
            stream, a);
   });
   if (plan.vectors == 0) return;
   const int64_t blocks = (params.features + kReduceColumns - 1) / kReduceColumns;
-  launch(name, row_norm_weights, grid_for(blocks * plan.vectors, 1), kReduceColumns * kReduceRows,
-         0, stream, a);
+  launch(name, sum_partials, grid_for(blocks * plan.vectors, 1), kReduceColumns * kReduceRows, 0,
+         stream, a);
 }
 
 }  // namespace ft::cuda::row_norm

@@ -173,6 +173,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = threads / a.group;
   const int64_t row_step = a.partials * per_block;
+  const int64_t ahead = a.stages == 2 ? row_step : 0;  // how far copies run ahead of their use
   const int features = static_cast<int>(p.features);
   const int step = a.group * kCount;
   const uint64_t seed = backward_seed(p);
@@ -182,7 +183,6 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
     const int shift = chunk_shift<T>(own, p.features);              // and that of its others
     const int start = lane * kCount - shift;
     const auto ask = [&](int64_t row, int stage) {
-      Statistics s = {0.f, 0.f};
       if (row < p.rows) {
         Chunk* to = staged + stage * stage_size + threadIdx.x;
         copy_row<T, kHeld>(to, threads, p.grad_normed, row * p.grad_normed_stride, start, step,
@@ -193,27 +193,30 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
           copy_row<T, kHeld>(to + 2 * array, threads, p.grad_summed, row * p.grad_summed_stride,
                              start, step, features, shift);
         }
-        s = load_statistics<kRms>(p, row);
       }
       copy_async_commit();
-      return s;
+    };
+    const auto statistics = [&](int64_t row) {
+      return row < p.rows ? load_statistics<kRms>(p, row) : Statistics{0.f, 0.f};
     };
 
     float d_weight[kHeld][kCount] = {}, d_bias[kHeld][kCount] = {};
+    Statistics next = statistics(own);
     int stage = 0;
-    Statistics next = ask(own, stage);
-    for (int64_t base = 0; block * per_block + base < p.rows; base += row_step) {
-      const int64_t row = own + base;
-      const int width = row < p.rows ? features : -kCount;  // no chunk begins below that
-      const Statistics s = next;
-      const Chunk* held = staged + stage * stage_size + threadIdx.x;
-      if (a.stages == 2) {
-        stage ^= 1;
-        next = ask(row + row_step, stage);
-        copy_async_wait<1>();
-      } else {
+    for (int64_t base = -ahead; block * per_block + base < p.rows; base += row_step) {
+      ask(own + base + ahead, stage);
+      if (ahead == 0) {
         copy_async_wait<0>();
+      } else {
+        stage ^= 1;  // where the row before is
+        if (base < 0) continue;
+        copy_async_wait<1>();
       }
+      const int64_t row = own + base;
+      const Statistics s = next;
+      next = statistics(row + row_step);
+      const int width = row < p.rows ? features : -kCount;  // no chunk begins below that
+      const Chunk* held = staged + stage * stage_size + threadIdx.x;
       Pair sums = {0.f, 0.f};
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -240,7 +243,6 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
         write_gradients<T, kRms>(p, row, start + k * step, width, shift, shared_load(own_chunk),
                                  shared_load(own_chunk + array), grad_summed, s, means, seed);
       }
-      if (a.stages == 1) next = ask(row + row_step, 0);
     }
     copy_async_wait<0>();
     float* sums = reinterpret_cast<float*>(staged);

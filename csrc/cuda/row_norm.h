@@ -21,7 +21,6 @@ namespace ft::cuda::row_norm {
 // at what registers hold; not measured here: no GPU was at hand.
 constexpr Plan kForward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},   {64, 2, 32},
                              {128, 4, 32}, {256, 4, 64}, {512, 4, 128}, {1024, 4, 256}};
-constexpr int kSmallBlock = 128;  // block size of groups within a warp
 constexpr int kForwardBlock = 256,
               kForwardBlocks = 3;  // largest block, and how many an SM has room for
 constexpr int kWideBlock = 512;    // block size of the wide kernels, two on an SM where rows fit
@@ -297,7 +296,7 @@ void forward(const char* name, const RowNormParams& params, void* stream) {
                     a.cached * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }
     a.group = plan.group;
-    const int block = block_of(plan.group, kSmallBlock);
+    const int block = block_of(plan.group);
     launch(name, plan.held == 2 ? forward_held<T, kRms, kAdd, 2> : forward_held<T, kRms, kAdd, 4>,
            grid_for(params.rows, block / plan.group), block, 0, stream, a);
   });

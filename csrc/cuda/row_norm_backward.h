@@ -24,8 +24,7 @@ namespace ft::cuda::row_norm {
 constexpr Plan kBackward[] = {{8, 2, 4},     {16, 2, 8},     {32, 2, 16},
                               {64, 2, 32},   {128, 2, 64},   {256, 2, 128},
                               {512, 2, 256}, {1024, 2, 512}, {2048, 4, 512}};
-constexpr int kBackwardSmallBlock = 128;  // block size of groups within a warp
-constexpr int kBackwardBlock = 512;       // the largest, and the wide kernel's
+constexpr int kBackwardBlock = 512;  // the largest, and the wide kernel's
 // Blocks make up this many threads, 512 for each of an H100's 132 SMs, and so do up to 4 rounds of
 // blocks where each gets 64 rows: then the last round counts for little on GPUs with fewer SMs, and
 // the blocks' sums for less than 5 % of the traffic. The numbers fix the order of sums, and make
@@ -421,7 +420,7 @@ inline BackwardPlan backward_plan(const RowNormBackwardParams& p) {
   if (plan.held == 0) {
     return {plan, kBackwardBlock, vectors, p.rows < kColumnSplits ? p.rows : kColumnSplits};
   }
-  const int block = block_of(plan.group, kBackwardSmallBlock);
+  const int block = block_of(plan.group);
   const int64_t per_block = block / plan.group;
   int64_t partials = (p.rows + per_block - 1) / per_block;
   const int64_t round = kBackwardThreads / block;

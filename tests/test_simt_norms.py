@@ -146,7 +146,9 @@ def test_no_weights(norm, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("shape", ((7, 30), (9, 77), (5, 64), (3, 1001), (2, 17001)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((7, 30), (9, 77), (5, 64), (3, 1001), (2, 9001), (2, 17001)), ids=str
+)
 @pytest.mark.parametrize("with_sum", (False, True), ids=("", "grad_summed"))
 @pytest.mark.parametrize("norm", ADDING, ids=lambda n: n.op)
 def test_dropout(norm, shape, dtype, with_sum):
@@ -233,3 +235,28 @@ def test_nan_stays_in_its_row(norm, features):
     for t in (out, d_x):
         assert t.isnan().all(-1).tolist() == [False, True, False, False]
         assert t.isnan().any(-1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("features", (40, 77, 9001, 17001))
+@pytest.mark.parametrize("norm", ADDING, ids=lambda n: n.op)
+def test_gradients_that_lie_anywhere(norm, features):
+    """Strided and misaligned gradients and sums give the bits of contiguous ones."""
+    simt.load()
+    backward = getattr(torch.ops.fasttransformer_simt, f"{norm.op}_backward")
+    arrays = [torch.randn(9, features).bfloat16() for _ in range(3)]
+    weight = torch.randn(features).bfloat16()
+    statistics = [torch.rand(9) + 0.5 for _ in range(1 + norm.has_bias)]
+
+    def run(grad: Tensor, grad_summed: Tensor, summed: Tensor) -> Any:
+        flags = [True] * (1 + norm.has_bias)
+        return backward(grad, grad_summed, summed, weight, *statistics, 0.0, None, *flags)
+
+    def anywhere(rows: Tensor, at: int) -> Tensor:
+        wide = torch.full((9, features + 7 + at), float("nan")).bfloat16()
+        wide[:, at : at + features] = rows
+        return wide[:, at : at + features]
+
+    want = run(*arrays)
+    for places in ((1, 0, 0), (0, 3, 0), (0, 0, 8), (5, 2, 1)):
+        got = run(*(anywhere(*pair) for pair in zip(arrays, places)))
+        assert all(torch.equal(a, b) for a, b in zip(got, want))

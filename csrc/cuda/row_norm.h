@@ -55,6 +55,24 @@ FT_DEVICE Chunk add_chunk(const Chunk& input, const Chunk& residual, const Dropo
   return pack<T>(r);
 }
 
+// Puts `value` in the place of the elements outside [0, end) of the chunk at `column`.
+template <class T, class Index>
+FT_DEVICE void fill_outside(float (&x)[kLanes<T>], Index column, Index end, float value) {
+  if (column >= 0 && column + kLanes<T> <= end) return;
+  const uint32_t bits = inside<T>(column, end);
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((bits >> i & 1) == 0) x[i] = value;
+  }
+}
+
+template <class T, class Index>
+FT_DEVICE float count_inside(Index column, Index end) {
+  const Index low = column < 0 ? 0 : column;
+  const Index high = column + kLanes<T> < end ? column + kLanes<T> : end;
+  return high > low ? static_cast<float>(high - low) : 0.f;
+}
+
 template <class T, bool kRms, class Index>
 FT_DEVICE Chunk norm_chunk(const Chunk& summed, float mean, float rstd, const RowNormParams& p,
                            Index column, Index end) {
@@ -155,12 +173,12 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(con
       for (int k = 0; k < kHeld; ++k) {
         const int column = start + k * step;
         if (column >= width) continue;
-        const uint32_t bits = inside<T>(column, width);
         float value[kLanes<T>];
         unpack<T>(x[k], value);
+        fill_outside<T>(value, column, width, about);
 #pragma unroll
         for (int i = 0; i < kLanes<T>; ++i) {
-          const float apart = (bits >> i & 1) ? value[i] - about : 0.f;
+          const float apart = value[i] - about;
           sums.a += apart;
           sums.b += apart * apart;
         }
@@ -194,13 +212,12 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
   for (int k = 0; k < kHeld; ++k) {
     float value[kLanes<T>];
     unpack<T>(held[k], value);
-    const uint32_t bits = inside<T>(first + k * step, features);
+    if constexpr (!kRms) own.count += count_inside<T>(first + k * step, features);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) {  // 0 outside the row
       if constexpr (kRms) {
         own.m2 += value[i] * value[i];
       } else {
-        own.count += static_cast<float>(bits >> i & 1);
         own.mean += value[i];
       }
     }
@@ -213,10 +230,10 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
     for (int k = 0; k < kHeld; ++k) {
       float value[kLanes<T>];
       unpack<T>(held[k], value);
-      const uint32_t bits = inside<T>(first + k * step, features);
+      fill_outside<T>(value, first + k * step, features, own.mean);
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) {
-        const float apart = (bits >> i & 1) ? value[i] - own.mean : 0.f;
+        const float apart = value[i] - own.mean;
         own.m2 += apart * apart;
       }
     }

@@ -158,10 +158,11 @@ FT_DEVICE uint32_t inside(Index column, Index end) {
   return low >= high ? 0u : ((1u << high) - 1u) & ~((1u << low) - 1u);
 }
 
-// Lanes floats of a vector of any float type from `column` on (weights of a norm), `otherwise`
+// kCount floats of a vector of any float type from `column` on (weights of a norm), `otherwise`
 // where there is no vector or no element.
 template <class T, int kCount, class Index>
-FT_DEVICE void load_as(const void* data, Index column, Index end, float (&out)[kCount]) {
+FT_DEVICE void load_as(const void* data, Index column, Index end, float otherwise,
+                       float (&out)[kCount]) {
   const T* row = static_cast<const T*>(data);
   constexpr int kStep = kLanes<T> < kCount ? kLanes<T> : kCount;
   const bool fast = kStep == kLanes<T> && column >= 0 && column + kCount <= end &&
@@ -178,6 +179,7 @@ FT_DEVICE void load_as(const void* data, Index column, Index end, float (&out)[k
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+    out[i] = otherwise;
     if (column + i >= 0 && column + i < end) out[i] = widen(load_scalar(row + column + i));
   }
 }
@@ -185,12 +187,14 @@ FT_DEVICE void load_as(const void* data, Index column, Index end, float (&out)[k
 template <int kCount, class Index>
 FT_DEVICE void load_vector(const VectorArg& v, Index column, Index end, float otherwise,
                            float (&out)[kCount]) {
+  if (v.data == nullptr) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = otherwise;
-  if (v.data == nullptr) return;
-  if (v.dtype == DType::f32) return load_as<float>(v.data, column, end, out);
-  if (v.dtype == DType::f16) return load_as<f16>(v.data, column, end, out);
-  return load_as<bf16>(v.data, column, end, out);
+    for (int i = 0; i < kCount; ++i) out[i] = otherwise;
+    return;
+  }
+  if (v.dtype == DType::f32) return load_as<float>(v.data, column, end, otherwise, out);
+  if (v.dtype == DType::f16) return load_as<f16>(v.data, column, end, otherwise, out);
+  return load_as<bf16>(v.data, column, end, otherwise, out);
 }
 
 FT_DEVICE void store_as(void* data, DType dtype, int64_t at, float value) {

@@ -39,6 +39,7 @@ constexpr int kReduceColumns = 32, kReduceRows = 32;  // block of the second sta
 struct BackwardArgs {
   RowNormBackwardParams p;
   int group = 0;
+  int stage_chunks = 0;  // that a row takes up in shared memory
   int stages = 1;        // rows that shared memory holds: 2, the next one on its way, or 1
   int64_t cached = 0;    // wide: chunks that shared memory holds
   int64_t partials = 0;  // partial sums of a vector; the workspace is (vectors, partials, features)
@@ -75,11 +76,10 @@ FT_DEVICE void add_sums(const float (&grad)[kLanes<T>], const float (&normed)[kL
 
 // The group's means of g and g · x̂ from its threads' sums.
 template <bool kRms>
-FT_DEVICE Pair group_means(const Pair& sums, int group, int64_t features, Pair* scratch) {
-  const float count = static_cast<float>(features);
-  if constexpr (kRms) return {0.f, group_sum(sums.b, group, &scratch->a) / count};
+FT_DEVICE Pair group_means(const Pair& sums, int group, float share, Pair* scratch) {
+  if constexpr (kRms) return {0.f, group_sum(sums.b, group, &scratch->a) * share};
   const Pair all = group_sum(sums, group, scratch);
-  return {all.a / count, all.b / count};
+  return {all.a * share, all.b * share};
 }
 
 // Writes d_residual and d_input of the chunk at `column`.
@@ -92,11 +92,12 @@ FT_DEVICE void write_gradients(const RowNormBackwardParams& p, int64_t row, Inde
   unpack<T>(grad, d);
   unpack<T>(summed, x);
   load_vector(p.weight, column, end, 1.f, weight);
+  // rstd · (g − mean(g) − x̂ · mean(g · x̂)), with what a row's elements have in common first.
+  const float across = -means.b * s.rstd * s.rstd, level = -means.a * s.rstd;
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
-    d[i] = d[i] * weight[i] - normalized<kRms>(x[i], s) * means.b;
-    if constexpr (!kRms) d[i] -= means.a;
-    d[i] *= s.rstd;
+    const float rest = kRms ? x[i] * across : (x[i] - s.mean) * across + level;
+    d[i] = d[i] * s.rstd * weight[i] + rest;
   }
   if (p.grad_summed != nullptr) {
     unpack<T>(grad_summed, x);
@@ -168,13 +169,13 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
   const int threads = static_cast<int>(blockDim.x), array = kHeld * threads;
-  const int stage_size = (p.grad_summed == nullptr ? 2 : 3) * array;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = threads / a.group;
   const int64_t row_step = a.partials * per_block;
   const int64_t ahead = a.stages == 2 ? row_step : 0;  // how far copies run ahead of their use
   const int features = static_cast<int>(p.features);
   const int step = a.group * kCount;
+  const float share = 1.f / static_cast<float>(features);
   const uint64_t seed = backward_seed(p);
 
   for (int64_t block = blockIdx.x; block < a.partials; block += gridDim.x) {
@@ -183,7 +184,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
     const int start = lane * kCount - shift;
     const auto ask = [&](int64_t row, int stage) {
       if (row < p.rows) {
-        Chunk* to = staged + stage * stage_size + threadIdx.x;
+        Chunk* to = staged + stage * a.stage_chunks + threadIdx.x;
         copy_row<T, kHeld>(to, threads, p.grad_normed, row * p.grad_normed_stride, start, step,
                            features, shift);
         copy_row<T, kHeld>(to + array, threads, p.summed, row * p.summed_stride, start, step,
@@ -215,7 +216,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
       const Statistics s = next;
       next = statistics(row + row_step);
       const int width = row < p.rows ? features : -kCount;  // no chunk begins below that
-      const Chunk* held = staged + stage * stage_size + threadIdx.x;
+      const Chunk* held = staged + stage * a.stage_chunks + threadIdx.x;
       Pair sums = {0.f, 0.f};
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -232,7 +233,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
         }
         add_sums<T, kRms>(g, x, weight, sums);
       }
-      const Pair means = group_means<kRms>(sums, a.group, p.features, scratch);
+      const Pair means = group_means<kRms>(sums, a.group, share, scratch);
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (start + k * step >= width) continue;
@@ -263,6 +264,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) backward_wide(const Backward
   Chunk* cache = dynamic_shared<Chunk>();  // grad and summed in turn
   const RowNormBackwardParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
+  const float share = 1.f / static_cast<float>(p.features);
   const uint64_t seed = backward_seed(p);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* grad = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;
@@ -298,7 +300,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) backward_wide(const Backward
         add_sums<T, kRms>(g, x, weight, sums);
       }
     }
-    const Pair means = group_means<kRms>(sums, kBackwardBlock, p.features, scratch);
+    const Pair means = group_means<kRms>(sums, kBackwardBlock, share, scratch);
     for (int64_t c = threadIdx.x; c < chunks; c += kBackwardBlock) {
       const int64_t column = c * kCount - shift;
       Chunk g, x, gs = {};
@@ -451,7 +453,8 @@ void backward(const char* name, const RowNormBackwardParams& params, void* strea
     if (params.rows == 0) return;
     if (plan.plan.held != 0) {
       const int arrays = params.grad_summed == nullptr ? 2 : 3;
-      const int64_t stage = kChunk * arrays * plan.plan.held * plan.block;
+      a.stage_chunks = arrays * plan.plan.held * plan.block;
+      const int64_t stage = kChunk * a.stage_chunks;
       a.stages = 2 * stage <= max_shared_memory(name) - 1024 ? 2 : 1;
       return launch(name,
                     plan.plan.held == 2 ? backward_held<T, kRms, 2> : backward_held<T, kRms, 4>,

@@ -6,7 +6,7 @@
 // in groups of row tiles, so that the operands of a group stay in L2.
 //   The epilogue turns 16 rows at a time over shared memory into whole chunks of 16 bytes: bias,
 // activation and residual are then read, and the result is written, by full sectors.
-//   Bound: tensor cores, or for few rows the weight's way from memory. Float is three tf32 products
+//   Bound: tensor cores, or for few rows the weight's way from memory. Float is four tf32 products
 // (fragment.h); they make NaN of infinities, so a NaN is summed again, plainly.
 // Sources: NVIDIA, CUTLASS, "Efficient GEMM in CUDA"; Kerr et al. 2017.
 #pragma once
@@ -17,6 +17,9 @@
 namespace ft::cuda {
 
 constexpr int kGroupTiles = 8;  // row tiles of a group
+// Sums of so few floats are taken term by term: two tf32 hold 23 of a float's 24 bits, and a short
+// sum has no rounding errors of its own to hide that.
+constexpr int kPlainDepth = 16;
 
 template <class T_, int kM_, int kN_, int kBytes, int kWarpsM_, int kWarpsN_, int kWarpsK_,
           int kBlocks_>
@@ -247,9 +250,11 @@ FT_DEVICE void staged_sums(const MatmulArgs& p, const WorkItem& w, const float* 
   }
   if constexpr (sizeof(T) == 4) {
     if (row >= p.m) return;
+    const bool short_sum = w.k_end - w.k <= kPlainDepth;
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) {
-      if (x[i] != x[i] && i < seat.count) x[i] = plain_sum<T, kForm>(p, w, row, seat.column + i);
+      if ((x[i] != x[i] || short_sum) && i < seat.count)
+        x[i] = plain_sum<T, kForm>(p, w, row, seat.column + i);
     }
   }
 }

@@ -122,6 +122,7 @@ void run_product(const char* name, DType dtype, Form form, const Plan& plan, Mat
   float* moments = norm && !plan.norms_rows() ? workspace + plan.sum_floats(args.m) : nullptr;
   args.stages = plan.stages;
   args.splits = plan.splits;
+  args.items = plan.tiles * plan.splits;
   args.per_split = plan.per_split;
   args.sum_stride = plan.sum_stride;
   args.split_sums = workspace;

@@ -64,6 +64,7 @@ struct RowNorm {
 struct MatmulArgs {
   Matrix a, b;
   int64_t m = 0, n = 0, k = 0;
+  int64_t items = 0;  // tiles · splits
   Epilogue epilogue;
   RowNorm norm;
   // K in parts of per_split, whose float sums go to split_sums[split][m][sum_stride].

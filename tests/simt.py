@@ -53,8 +53,13 @@ def build(name: str = "simt", kernels: tuple[Path, ...] = ()) -> Path:
     """The path of a library of simt with ``kernels``, or with all CUDA kernels and bindings."""
     sources = [*sorted((CSRC / "simt").glob("*.cpp")), *kernels]
     if not kernels:
-        # An operation's instances may lie in a folder of its name; cuda/sm90 is Hopper's own.
-        sources += [s for s in sorted((CSRC / "cuda").rglob("*.cu")) if s.parent.name != "sm90"]
+        # An operation's instances may lie in a folder of its name; sm90 is Hopper's own, and
+        # device/library.cu asks the CUDA driver.
+        sources += [
+            s
+            for s in sorted((CSRC / "cuda").rglob("*.cu"))
+            if s.parent.name not in ("sm90", "device")
+        ]
         sources += [CSRC / f"bindings/{op}.cpp" for op in OPS]
     folder = BUILD / name
     folder.mkdir(parents=True, exist_ok=True)

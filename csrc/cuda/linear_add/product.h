@@ -7,7 +7,8 @@
 //   The epilogue turns 16 rows at a time over shared memory into whole chunks of 16 bytes: bias,
 // activation and residual are then read, and the result is written, by full sectors.
 //   Bound: tensor cores, or for few rows the weight's way from memory. Float is four tf32 products
-// (fragment.h); they make NaN of infinities, so a NaN is summed again, plainly.
+// (fragment.h); they make NaN of infinities, so a NaN is summed again, plainly. Or it is multiplied
+// as such (`plain`), where tf32 is no faster or sums are short.
 // Sources: NVIDIA, CUTLASS, "Efficient GEMM in CUDA"; Kerr et al. 2017.
 #pragma once
 #include "cuda/device/fragment.h"
@@ -17,9 +18,6 @@
 namespace ft::cuda {
 
 constexpr int kGroupTiles = 8;  // row tiles of a group
-// Sums of so few floats are taken term by term: two tf32 hold 23 of a float's 24 bits, and a short
-// sum has no rounding errors of its own to hide that.
-constexpr int kPlainDepth = 16;
 
 template <class T_, int kM_, int kN_, int kBytes, int kWarpsM_, int kWarpsN_, int kWarpsK_,
           int kBlocks_>
@@ -109,6 +107,12 @@ struct Stage {
     }
   }
 
+  FT_DEVICE T a_at(int m, int k) const {
+    return shared_load(kATransposed ? a.at(k, m) : a.at(m, k));
+  }
+  FT_DEVICE T b_at(int k, int n) const {
+    return shared_load(kBTransposed ? b.at(k, n) : b.at(n, k));
+  }
   FT_DEVICE void read_a(FragmentA<T>& f, int m, int k) const {
     if constexpr (kATransposed) {
       load_a_transposed(f, a, m, k);
@@ -132,6 +136,55 @@ struct Stage {
 template <class S>
 using Sums = float[S::kWarpM / 16][S::kWarpN / 8][4];
 
+// Float: fragments are twice as large, and go straight to their products. Or to no tensor core,
+// each lane multiplying the elements that it has of mma's sums.
+template <class S, Form kForm, class Load>
+FT_DEVICE void multiply_float(const MatmulArgs& p, int steps, const Load& load, Sums<S>& sums,
+                              int m, int n, int k) {
+  using At = Stage<S, kForm>;
+  constexpr int kRows = S::kWarpM / 8, kColumns = S::kWarpN / 4;
+  int reading = 0, writing = p.stages - 1;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait(p.stages - 2);
+    block_barrier();
+    load(writing, step + p.stages - 1);
+    writing = writing + 1 == p.stages ? 0 : writing + 1;
+    const At tile(dynamic_shared<float>() + reading * S::kStage);
+    reading = reading + 1 == p.stages ? 0 : reading + 1;
+    if (p.plain) {
+      const int row = m + lane_index() / 4, column = n + lane_index() % 4 * 2;
+#pragma unroll 2
+      for (int kk = k; kk < k + S::kK / S::kWarpsK; ++kk) {
+        float a[kRows], b[kColumns];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) a[i] = tile.a_at(row + i * 8, kk);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) b[j] = tile.b_at(kk, column + j / 2 * 8 + j % 2);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            sums[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i] * b[j];
+          }
+        }
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (int kk = k; kk < k + S::kK / S::kWarpsK; kk += kDepth<float>) {
+      FragmentB<float> b[S::kWarpN / 8];
+      tile.read_b(b, n, kk);
+#pragma unroll
+      for (int r = 0; r < S::kWarpM / 16; ++r) {
+        FragmentA<float> a;
+        tile.read_a(a, m + r * 16, kk);
+        mma(sums[r], a, b);
+      }
+    }
+  }
+}
+
 // sums += A · B over the item's K. Ends with nothing on its way; shared memory may still be read.
 template <class S, Form kForm>
 FT_DEVICE void multiply(const MatmulArgs& p, const WorkItem* item, Sums<S>& sums, int warp_m,
@@ -154,39 +207,43 @@ FT_DEVICE void multiply(const MatmulArgs& p, const WorkItem* item, Sums<S>& sums
   };
   for (int s = 0; s + 1 < p.stages; ++s) load(s, s);
   if (steps == 0) return;
-  copy_async_wait(p.stages - 2);
-  block_barrier();
   const int m = warp_m * S::kWarpM, n = warp_n * S::kWarpN, k = warp_k * (S::kK / S::kWarpsK);
-  int reading = 0, writing = p.stages - 1;
-  // B of the next 16 of K has registers of its own; A's are free, 16 rows at a time, when those
-  // rows are multiplied, a whole step before they are needed again.
-  constexpr int kRows = S::kWarpM / 16;
-  FragmentA<T> a[kRows];
-  FragmentB<T> b[2][S::kWarpN / 8];
-  At(memory).read_b(b[0], n, k);
+  if constexpr (sizeof(T) == 4) {
+    multiply_float<S, kForm>(p, steps, load, sums, m, n, k);
+  } else {
+    copy_async_wait(p.stages - 2);
+    block_barrier();
+    int reading = 0, writing = p.stages - 1;
+    // B of the next 16 of K has registers of its own; A's are free, 16 rows at a time, when those
+    // rows are multiplied, a whole step before they are needed again.
+    constexpr int kRows = S::kWarpM / 16;
+    FragmentA<T> a[kRows];
+    FragmentB<T> b[2][S::kWarpN / 8];
+    At(memory).read_b(b[0], n, k);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) At(memory).read_a(a[r], m + r * 16, k);
+    for (int r = 0; r < kRows; ++r) At(memory).read_a(a[r], m + r * 16, k);
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
 #pragma unroll
-    for (int i = 0; i < S::kSteps; ++i) {
-      if (i + 1 == S::kSteps) {
-        copy_async_wait(p.stages - 2);
-        block_barrier();
-        reading = reading + 1 == p.stages ? 0 : reading + 1;
-      }
-      const At next(memory + reading * S::kStage);
-      const int next_k = k + (i + 1) % S::kSteps * kDepth<T>;
-      const bool more = i + 1 < S::kSteps || step + 1 < steps;
-      if (more) next.read_b(b[(i + 1) % 2], n, next_k);
-      if (i == 0) {
-        load(writing, step + p.stages - 1);
-        writing = writing + 1 == p.stages ? 0 : writing + 1;
-      }
+      for (int i = 0; i < S::kSteps; ++i) {
+        if (i + 1 == S::kSteps) {
+          copy_async_wait(p.stages - 2);
+          block_barrier();
+          reading = reading + 1 == p.stages ? 0 : reading + 1;
+        }
+        const At next(memory + reading * S::kStage);
+        const int next_k = k + (i + 1) % S::kSteps * kDepth<T>;
+        const bool more = i + 1 < S::kSteps || step + 1 < steps;
+        if (more) next.read_b(b[(i + 1) % 2], n, next_k);
+        if (i == 0) {
+          load(writing, step + p.stages - 1);
+          writing = writing + 1 == p.stages ? 0 : writing + 1;
+        }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        mma(sums[r], a[r], b[i % 2]);
-        if (more) next.read_a(a[r], m + r * 16, next_k);
+        for (int r = 0; r < kRows; ++r) {
+          mma(sums[r], a[r], b[i % 2]);
+          if (more) next.read_a(a[r], m + r * 16, next_k);
+        }
       }
     }
   }
@@ -261,12 +318,10 @@ FT_DEVICE void staged_sums(const MatmulArgs& p, const WorkItem& w, const float* 
     for (int j = 0; j < 4; ++j) x[i + j] = sum[j];
   }
   if constexpr (sizeof(T) == 4) {
-    if (row >= p.m) return;
-    const bool short_sum = w.k_end - w.k <= kPlainDepth;
+    if (row >= p.m || p.plain) return;
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) {
-      if ((x[i] != x[i] || short_sum) && i < seat.count)
-        x[i] = plain_sum<T, kForm>(p, w, row, seat.column + i);
+      if (x[i] != x[i] && i < seat.count) x[i] = plain_sum<T, kForm>(p, w, row, seat.column + i);
     }
   }
 }

@@ -37,6 +37,7 @@ if " fma " in Path("/proc/cpuinfo").read_text():
     FLAGS += ["-mfma", "-mavx2"]  # a·b + c is rounded once, as nvcc compiles it
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 GRID, SHARED = 2147483647, 99 * 1024  # an sm_86's shared memory, the least of sm_80 and later
+MULTIPROCESSORS = 108  # an A100's
 
 
 def missing() -> str | None:
@@ -110,14 +111,23 @@ def operator(name: str) -> object | None:
 
 
 @contextlib.contextmanager
-def limits(*, grid: int = GRID, shared: int = SHARED) -> Iterator[None]:
-    """Limits the blocks of a launch and the bytes of shared memory of a block."""
+def limits(
+    *, grid: int = GRID, shared: int = SHARED, multiprocessors: int = MULTIPROCESSORS
+) -> Iterator[None]:
+    """Limits the blocks of a launch and the bytes of shared memory of a block, and says how many
+    multiprocessors a kernel's rules shall reckon with."""
     library = load()
-    library.ft_simt_set_limits(ctypes.c_int64(grid), ctypes.c_int64(shared))
+
+    def set_limits(grid: int, shared: int, multiprocessors: int) -> None:
+        library.ft_simt_set_limits(
+            ctypes.c_int64(grid), ctypes.c_int64(shared), ctypes.c_int(multiprocessors)
+        )
+
+    set_limits(grid, shared, multiprocessors)
     try:
         yield
     finally:
-        library.ft_simt_set_limits(ctypes.c_int64(GRID), ctypes.c_int64(SHARED))
+        set_limits(GRID, SHARED, MULTIPROCESSORS)
 
 
 @contextlib.contextmanager

@@ -98,10 +98,10 @@ _LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
     "softmax": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "layer_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "layer_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "rms_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "add_layer_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "add_rms_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "linear_add": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "linear_add_layer_norm": {
         "triton": Kernel("triton", backward_from=_LINEAR_LAYER_NORM),

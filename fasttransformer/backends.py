@@ -115,12 +115,12 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
+    "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
     **{
         op: {}
         for op in (
             "attention_varlen",
             "merge_attention",
-            "cross_entropy",
             "linear_cross_entropy",
             "linear_softmax",
             "linear_topk",

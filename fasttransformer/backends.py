@@ -116,6 +116,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
     "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
+    "embedding": {"cuda": Kernel("cuda")},
     **{
         op: {}
         for op in (
@@ -124,7 +125,6 @@ TABLE: dict[str, dict[str, Kernel]] = {
             "linear_cross_entropy",
             "linear_softmax",
             "linear_topk",
-            "embedding",
             "rotary_embedding",
         )
     },

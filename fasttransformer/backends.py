@@ -117,6 +117,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
     },
     "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
     "embedding": {"cuda": Kernel("cuda")},
+    "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
     **{
         op: {}
         for op in (
@@ -125,7 +126,6 @@ TABLE: dict[str, dict[str, Kernel]] = {
             "linear_cross_entropy",
             "linear_softmax",
             "linear_topk",
-            "rotary_embedding",
         )
     },
 }

@@ -60,11 +60,6 @@ FT_DEVICE Where locate(const Layout& l, int64_t block_item) {
           (part * l.width + lane) * kLanes<T>};
 }
 
-template <class T>
-FT_DEVICE bool is_aligned(const T* row) {
-  return (reinterpret_cast<uintptr_t>(row) & 15) == 0;
-}
-
 // ---- forward ------------------------------------------------------------------------------------
 
 struct ForwardArgs {

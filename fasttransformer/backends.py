@@ -129,6 +129,9 @@ TABLE: dict[str, dict[str, Kernel]] = {
         )
     },
 }
+#: Steps that composed operations are made of beside other operations: kernels, not in public.
+STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}
+
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")
 
@@ -236,7 +239,7 @@ def _bind() -> None:
         problem = load()
         if problem is not None:
             _unavailable[name] = problem
-    for op, row in TABLE.items():
+    for op, row in (*TABLE.items(), *STEPS.items()):
         for backend, kernel in row.items():
             if backend == "torch" or backend in _unavailable:
                 continue

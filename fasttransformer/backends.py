@@ -102,12 +102,14 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "rms_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "add_layer_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "add_rms_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "linear_add": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "linear_add": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "linear_add_layer_norm": {
+        "cuda": Kernel("cuda", backward_from=_LINEAR_LAYER_NORM),
         "triton": Kernel("triton", backward_from=_LINEAR_LAYER_NORM),
         "cpu": Kernel("cpu", backward_from=_LINEAR_LAYER_NORM),
     },
     "linear_add_rms_norm": {
+        "cuda": Kernel("cuda", backward_from=_LINEAR_RMS_NORM),
         "triton": Kernel("triton", backward_from=_LINEAR_RMS_NORM),
         "cpu": Kernel("cpu", backward_from=_LINEAR_RMS_NORM),
     },

@@ -11,6 +11,11 @@ constexpr float kSqrtTwoOverPi = 0.7978845608028654f;
 constexpr float kInverseSqrtTwoPi = 0.3989422804014327f;
 constexpr float kGeluCubic = 0.044715f;
 
+template <Activation kValue>
+struct ActivationIs {
+  static constexpr Activation value = kValue;
+};
+
 FT_DEVICE float sigmoid(float x) { return 1.f / (1.f + exponential<float>(-x)); }
 
 FT_DEVICE float activate(Activation activation, float x) {
@@ -19,8 +24,24 @@ FT_DEVICE float activate(Activation activation, float x) {
     case Activation::gelu: return 0.5f * x * (1.f + error_function(x * kSqrtHalf));
     case Activation::gelu_tanh:
       return 0.5f * x * (1.f + hyperbolic_tangent(kSqrtTwoOverPi * (x + kGeluCubic * x * x * x)));
-    case Activation::silu: return x * sigmoid(x);
+    case Activation::silu: return x / (1.f + exponential<float>(-x));
     default: return x;
+  }
+}
+
+// Of several numbers: one branch for all of them.
+template <int kCount>
+FT_DEVICE void activate(Activation activation, float (&x)[kCount]) {
+  const auto each = [&](auto which) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = activate(decltype(which)::value, x[i]);
+  };
+  switch (activation) {
+    case Activation::relu: return each(ActivationIs<Activation::relu>{});
+    case Activation::gelu: return each(ActivationIs<Activation::gelu>{});
+    case Activation::gelu_tanh: return each(ActivationIs<Activation::gelu_tanh>{});
+    case Activation::silu: return each(ActivationIs<Activation::silu>{});
+    default: return;
   }
 }
 

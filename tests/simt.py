@@ -105,6 +105,8 @@ def load() -> ctypes.CDLL:
 def operator(name: str) -> object | None:
     """The operator of that name, if the CUDA sources implement it."""
     load()
+    if not torch._C._dispatch_has_kernel(f"fasttransformer_simt::{name}"):
+        return None  # no operator of that name at all: its gradients are joined from others'
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttransformer_simt::{name}", "CPU"):
         return None
     return getattr(torch.ops.fasttransformer_simt, name).default

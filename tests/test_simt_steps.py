@@ -73,7 +73,10 @@ def test_activation_of_rows_at_any_address(operators, features, name, dtype):
 
 def test_activation_empty_and_special(operators):
     assert operators.activation(torch.zeros(0, 8), "swiglu").shape == (0, 4)
-    assert operators.activation_backward(torch.zeros(3, 0), torch.zeros(3, 0), "geglu").shape == (3, 0)
+    assert operators.activation_backward(torch.zeros(3, 0), torch.zeros(3, 0), "geglu").shape == (
+        3,
+        0,
+    )
     x = torch.tensor([float("nan"), -200.0, 200.0, 0.0])
     for name in ACTIVATIONS:
         out = operators.activation(x, name)

@@ -47,6 +47,7 @@ INSTRUCTIONS = {
 
 #: Kernels that move few numbers, one at a time or a float at a time, and why.
 NARROW_LOADS = {
+    "embedding_clear": "writes zeros",
     "add_layer_norm_weights": "sums float partials down columns, 32 neighbours at a time",
 }
 NARROW_STORES = {

@@ -51,8 +51,10 @@ FT_DEVICE Chunk load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
+// By name, since the compiler takes a plain store of a uint4 apart where the words come out of a
+// branch.
 FT_DEVICE void store16(void* p, const Chunk& c) {
-  *static_cast<uint4*>(p) = make_uint4(c.word[0], c.word[1], c.word[2], c.word[3]);
+  __stwb(static_cast<uint4*>(p), make_uint4(c.word[0], c.word[1], c.word[2], c.word[3]));
 }
 // Makes the compiler forget what it unpacked from the chunk: a row that waits for a reduction then
 // costs four registers per chunk, not the eight of its floats.

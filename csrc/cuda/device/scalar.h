@@ -41,4 +41,10 @@ FT_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 FT_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 #endif
 
+// exp((from − to) · size): what a sum relative to `from` is multiplied by to be relative to `to`.
+// It is 0, or NaN, if `from` is −inf.
+FT_DEVICE float rescale(float from, float to, float size) {
+  return from == -infinity() ? 0.f : exponential<float>((from - to) * size);
+}
+
 }  // namespace ft::cuda

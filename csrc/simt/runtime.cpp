@@ -35,7 +35,8 @@ struct Range {
 };
 std::vector<Range> ranges;
 int64_t grid_limit = 2147483647, shared_limit = 99 * 1024;
-int worker_limit = 0;  // 0: as many as there are cores
+int multiprocessor_count = 108;  // an A100's
+int worker_limit = 0;            // 0: as many as there are cores
 
 const char* name_of(Meeting what) {
   switch (what) {
@@ -326,6 +327,7 @@ void launch(const std::string& name, int64_t grid, int size, int64_t shared,
 
 int64_t max_grid() { return grid_limit; }
 int64_t max_shared_memory() { return shared_limit; }
+int multiprocessors() { return multiprocessor_count; }
 
 // ---- what kernels call --------------------------------------------------------------------------
 
@@ -473,9 +475,11 @@ void copy_async_wait(int groups_left) { block().shared.wait(block().now(), group
 }  // namespace ft::simt
 
 extern "C" __attribute__((visibility("default"))) void ft_simt_set_limits(int64_t grid,
-                                                                          int64_t shared_memory) {
+                                                                          int64_t shared_memory,
+                                                                          int multiprocessors) {
   ft::simt::grid_limit = grid;
   ft::simt::shared_limit = shared_memory;
+  ft::simt::multiprocessor_count = multiprocessors;
 }
 extern "C" __attribute__((visibility("default"))) void ft_simt_set_workers(int workers) {
   ft::simt::worker_limit = workers;

@@ -38,6 +38,7 @@ void launch(const std::string& name, int64_t grid, int block, int64_t shared,
 
 int64_t max_grid();           // small when a test says so, that kernels' loops over rows run
 int64_t max_shared_memory();  // likewise, that rows don't fit
+int multiprocessors();        // likewise, that a rule takes either side
 
 // ---- global memory ------------------------------------------------------------------------------
 

@@ -34,10 +34,6 @@ struct ForwardArgs {
   int64_t cached = 0;  // wide: chunks that shared memory holds
 };
 
-FT_DEVICE uint64_t seed_of(const Dropout& dropout) {
-  return dropout.threshold == 0 ? 0 : static_cast<uint64_t>(load_scalar(dropout.seed_ptr));
-}
-
 // residual + dropout(input), rounded to T.
 template <class T>
 FT_DEVICE Chunk add_chunk(const Chunk& input, const Chunk& residual, const Dropout& dropout,

@@ -153,9 +153,12 @@ def test_cross_entropy_nan_and_infinities(classes):
 
 def test_cross_entropy_large_logits():
     """The maximum is kept apart from the logarithm: their sum would lose a thousandth here."""
-    x = 1e4 + torch.randn(5, 300)
-    for label_smoothing in (0.0, 0.5):
-        loss_check(x, targets_of(5, 300), label_smoothing=label_smoothing, reduction="none")
+    for classes in (1, 5, 300):
+        for centre in (1e4, -1e4):  # far below 0, a thread without a class must add 0
+            x = centre + torch.randn(5, classes)
+            for label_smoothing in (0.0, 0.5):
+                options = {"label_smoothing": label_smoothing, "reduction": "none"}
+                loss_check(x, targets_of(5, classes), **options)
 
 
 def test_cross_entropy_repeats_bit_by_bit(operators):

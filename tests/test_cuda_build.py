@@ -47,12 +47,12 @@ INSTRUCTIONS = {
 
 #: Kernels that move few numbers, one at a time or a float at a time, and why.
 NARROW_LOADS = {
+    "row_norm::sum_partials": "sums float partials down columns, 32 neighbours at a time",
     "embedding_clear": "writes zeros",
-    "add_layer_norm_weights": "sums float partials down columns, 32 neighbours at a time",
 }
 NARROW_STORES = {
     **NARROW_LOADS,
-    "add_layer_norm_columns": "stores one sum per column",
+    "row_norm::backward_columns": "stores one sum per column",
 }
 
 

@@ -21,13 +21,12 @@ namespace ft::cuda::row_norm {
 // at what registers hold; not measured here: no GPU was at hand.
 constexpr Plan kForward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},   {64, 2, 32},
                              {128, 4, 32}, {256, 4, 64}, {512, 4, 128}, {1024, 4, 256}};
-constexpr int kSmallBlock = 128;  // block size of groups within a warp
 constexpr int kForwardBlock = 256,
               kForwardBlocks = 3;  // largest block, and how many an SM has room for
 constexpr int kWideBlock = 512;    // block size of the wide kernels, two on an SM where rows fit
 // Wide: chunks that a thread asks for before it waits, 64 bytes of one array or of two together.
 template <bool kAdd>
-constexpr int kAhead = kAdd ? 2 : 4;
+constexpr int kForwardAhead = kAdd ? 2 : 4;
 
 struct ForwardArgs {
   RowNormParams p;
@@ -54,6 +53,24 @@ FT_DEVICE Chunk add_chunk(const Chunk& input, const Chunk& residual, const Dropo
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) r[i] += x[i];
   return pack<T>(r);
+}
+
+// Puts `value` in the place of the elements outside [0, end) of the chunk at `column`.
+template <class T, class Index>
+FT_DEVICE void fill_outside(float (&x)[kLanes<T>], Index column, Index end, float value) {
+  if (column >= 0 && column + kLanes<T> <= end) return;
+  const uint32_t bits = inside<T>(column, end);
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((bits >> i & 1) == 0) x[i] = value;
+  }
+}
+
+template <class T, class Index>
+FT_DEVICE float count_inside(Index column, Index end) {
+  const Index low = column < 0 ? 0 : column;
+  const Index high = column + kLanes<T> < end ? column + kLanes<T> : end;
+  return high > low ? static_cast<float>(high - low) : 0.f;
 }
 
 template <class T, bool kRms, class Index>
@@ -104,13 +121,13 @@ FT_DEVICE void store_statistics(const RowNormParams& p, int64_t row, float mean,
 }
 
 template <class T, bool kRms, bool kAdd, int kHeld>
-FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) row_norm_held(const ForwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(const ForwardArgs a) {
   FT_SHARED_ARRAY(Pair, scratch, kWarp);
   const RowNormParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = blockDim.x / a.group;
   const int features = static_cast<int>(p.features);
-  const float count = static_cast<float>(features);
+  const float share = 1.f / static_cast<float>(features);
   const int step = a.group * kLanes<T>;
   const uint64_t seed = kAdd ? seed_of(p.dropout) : 0;
   for (int64_t first = blockIdx.x * per_block; first < p.rows; first += gridDim.x * per_block) {
@@ -148,29 +165,29 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) row_norm_held(co
     }
     float mean = 0.f, variance = 0.f;
     if constexpr (kRms) {
-      variance = group_sum(sums, a.group, scratch).a / count;
+      variance = group_sum(sums, a.group, scratch).a * share;
     } else {
-      const float about = group_sum(sums, a.group, scratch).a / count;
+      const float about = group_sum(sums, a.group, scratch).a * share;
       sums = {0.f, 0.f};  // of what centring left, and of its squares
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         const int column = start + k * step;
         if (column >= width) continue;
-        const uint32_t bits = inside<T>(column, width);
         float value[kLanes<T>];
         unpack<T>(x[k], value);
+        fill_outside<T>(value, column, width, about);
 #pragma unroll
         for (int i = 0; i < kLanes<T>; ++i) {
-          const float apart = (bits >> i & 1) ? value[i] - about : 0.f;
+          const float apart = value[i] - about;
           sums.a += apart;
           sums.b += apart * apart;
         }
         keep_packed(x[k]);
       }
       sums = group_sum(sums, a.group, scratch);
-      const float off = sums.a / count;
+      const float off = sums.a * share;
       mean = about + off;
-      variance = sums.b / count - off * off;
+      variance = sums.b * share - off * off;
       if (variance < 0.f) variance = 0.f;  // by rounding; a NaN stays
     }
     const float rstd = reciprocal_sqrt(variance + p.eps);
@@ -195,13 +212,12 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
   for (int k = 0; k < kHeld; ++k) {
     float value[kLanes<T>];
     unpack<T>(held[k], value);
-    const uint32_t bits = inside<T>(first + k * step, features);
+    if constexpr (!kRms) own.count += count_inside<T>(first + k * step, features);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) {  // 0 outside the row
       if constexpr (kRms) {
         own.m2 += value[i] * value[i];
       } else {
-        own.count += static_cast<float>(bits >> i & 1);
         own.mean += value[i];
       }
     }
@@ -214,10 +230,10 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
     for (int k = 0; k < kHeld; ++k) {
       float value[kLanes<T>];
       unpack<T>(held[k], value);
-      const uint32_t bits = inside<T>(first + k * step, features);
+      fill_outside<T>(value, first + k * step, features, own.mean);
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) {
-        const float apart = (bits >> i & 1) ? value[i] - own.mean : 0.f;
+        const float apart = value[i] - own.mean;
         own.m2 += apart * apart;
       }
     }
@@ -226,12 +242,12 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
 }
 
 template <class T, bool kRms, bool kAdd>
-FT_GLOBAL void __launch_bounds__(kWideBlock, 2) row_norm_wide(const ForwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kWideBlock, 2) forward_wide(const ForwardArgs a) {
   FT_SHARED_ARRAY(Moments, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();
   const RowNormParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
-  constexpr int kTaken = kAhead<kAdd>;
+  constexpr int kTaken = kForwardAhead<kAdd>;
   const uint64_t seed = kAdd ? seed_of(p.dropout) : 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const ForwardRow<T, kAdd> at = forward_row<T, kAdd>(p, row);
@@ -293,12 +309,12 @@ void forward(const char* name, const RowNormParams& params, void* stream) {
     const Plan plan = choose(kForward, chunks);
     if (plan.held == 0) {
       a.cached = cached_chunks(name, chunks, 1);
-      return launch(name, row_norm_wide<T, kRms, kAdd>, grid_for(params.rows, 1), kWideBlock,
+      return launch(name, forward_wide<T, kRms, kAdd>, grid_for(params.rows, 1), kWideBlock,
                     a.cached * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }
     a.group = plan.group;
-    const int block = block_of(plan.group, kSmallBlock);
-    launch(name, plan.held == 2 ? row_norm_held<T, kRms, kAdd, 2> : row_norm_held<T, kRms, kAdd, 4>,
+    const int block = block_of(plan.group);
+    launch(name, plan.held == 2 ? forward_held<T, kRms, kAdd, 2> : forward_held<T, kRms, kAdd, 4>,
            grid_for(params.rows, block / plan.group), block, 0, stream, a);
   });
 }

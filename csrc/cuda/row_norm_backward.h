@@ -24,18 +24,22 @@ namespace ft::cuda::row_norm {
 constexpr Plan kBackward[] = {{8, 2, 4},     {16, 2, 8},     {32, 2, 16},
                               {64, 2, 32},   {128, 2, 64},   {256, 2, 128},
                               {512, 2, 256}, {1024, 2, 512}, {2048, 4, 512}};
-constexpr int kBackwardSmallBlock = 128;  // block size of groups within a warp
-constexpr int kBackwardBlock = 512;       // the largest, and the wide kernel's
-// Threads in all, 512 for each of an H100's 132 SMs. It fixes the number of partial sums, and makes
+constexpr int kBackwardBlock = 512;  // the largest, and the wide kernel's
+// Blocks make up this many threads, 512 for each of an H100's 132 SMs, and so do up to 4 rounds of
+// blocks where each gets 64 rows: then the last round counts for little on GPUs with fewer SMs, and
+// the blocks' sums for less than 5 % of the traffic. The numbers fix the order of sums, and make
 // the result the same on every GPU.
-constexpr int64_t kBackwardThreads = 132 * 512;
-constexpr int kColumnBlock = 128;      // wide rows' weight gradients: one chunk a thread
+constexpr int64_t kBackwardThreads = 132 * 512, kMostRounds = 4, kRowsOfBlock = 64;
+constexpr int kAhead = 2;              // wide: chunks of each array that a thread asks for at once
+constexpr int kColumnBlock = 128;      // wide rows' weight gradients: one chunk a thread …
+constexpr int kColumnRows = 4;         // … of so many rows at once
 constexpr int64_t kColumnSplits = 64;  // and the partial sums per column that it leaves
 constexpr int kReduceColumns = 32, kReduceRows = 32;  // block of the second stage
 
 struct BackwardArgs {
   RowNormBackwardParams p;
   int group = 0;
+  int stage_chunks = 0;  // that a row takes up in shared memory
   int stages = 1;        // rows that shared memory holds: 2, the next one on its way, or 1
   int64_t cached = 0;    // wide: chunks that shared memory holds
   int64_t partials = 0;  // partial sums of a vector; the workspace is (vectors, partials, features)
@@ -72,11 +76,10 @@ FT_DEVICE void add_sums(const float (&grad)[kLanes<T>], const float (&normed)[kL
 
 // The group's means of g and g · x̂ from its threads' sums.
 template <bool kRms>
-FT_DEVICE Pair group_means(const Pair& sums, int group, int64_t features, Pair* scratch) {
-  const float count = static_cast<float>(features);
-  if constexpr (kRms) return {0.f, group_sum(sums.b, group, &scratch->a) / count};
+FT_DEVICE Pair group_means(const Pair& sums, int group, float share, Pair* scratch) {
+  if constexpr (kRms) return {0.f, group_sum(sums.b, group, &scratch->a) * share};
   const Pair all = group_sum(sums, group, scratch);
-  return {all.a / count, all.b / count};
+  return {all.a * share, all.b * share};
 }
 
 // Writes d_residual and d_input of the chunk at `column`.
@@ -89,11 +92,12 @@ FT_DEVICE void write_gradients(const RowNormBackwardParams& p, int64_t row, Inde
   unpack<T>(grad, d);
   unpack<T>(summed, x);
   load_vector(p.weight, column, end, 1.f, weight);
+  // rstd · (g − mean(g) − x̂ · mean(g · x̂)), with what a row's elements have in common first.
+  const float across = -means.b * s.rstd * s.rstd, level = -means.a * s.rstd;
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
-    d[i] = d[i] * weight[i] - normalized<kRms>(x[i], s) * means.b;
-    if constexpr (!kRms) d[i] -= means.a;
-    d[i] *= s.rstd;
+    const float rest = kRms ? x[i] * across : (x[i] - s.mean) * across + level;
+    d[i] = d[i] * s.rstd * weight[i] + rest;
   }
   if (p.grad_summed != nullptr) {
     unpack<T>(grad_summed, x);
@@ -158,19 +162,20 @@ FT_DEVICE void leave_partial(float* out, const float (&sums)[kHeld][kLanes<T>], 
 }
 
 template <class T, bool kRms, int kHeld>
-FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const BackwardArgs a) {
   FT_SHARED_ARRAY(Pair, scratch, kWarp);
   // (stages, {grad, summed, grad_summed}, kHeld, threads)
   Chunk* staged = dynamic_shared<Chunk>();
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
   const int threads = static_cast<int>(blockDim.x), array = kHeld * threads;
-  const int stage_size = (p.grad_summed == nullptr ? 2 : 3) * array;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = threads / a.group;
   const int64_t row_step = a.partials * per_block;
+  const int64_t ahead = a.stages == 2 ? row_step : 0;  // how far copies run ahead of their use
   const int features = static_cast<int>(p.features);
   const int step = a.group * kCount;
+  const float share = 1.f / static_cast<float>(features);
   const uint64_t seed = backward_seed(p);
 
   for (int64_t block = blockIdx.x; block < a.partials; block += gridDim.x) {
@@ -178,9 +183,8 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const
     const int shift = chunk_shift<T>(own, p.features);              // and that of its others
     const int start = lane * kCount - shift;
     const auto ask = [&](int64_t row, int stage) {
-      Statistics s = {0.f, 0.f};
       if (row < p.rows) {
-        Chunk* to = staged + stage * stage_size + threadIdx.x;
+        Chunk* to = staged + stage * a.stage_chunks + threadIdx.x;
         copy_row<T, kHeld>(to, threads, p.grad_normed, row * p.grad_normed_stride, start, step,
                            features, shift);
         copy_row<T, kHeld>(to + array, threads, p.summed, row * p.summed_stride, start, step,
@@ -189,27 +193,30 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const
           copy_row<T, kHeld>(to + 2 * array, threads, p.grad_summed, row * p.grad_summed_stride,
                              start, step, features, shift);
         }
-        s = load_statistics<kRms>(p, row);
       }
       copy_async_commit();
-      return s;
+    };
+    const auto statistics = [&](int64_t row) {
+      return row < p.rows ? load_statistics<kRms>(p, row) : Statistics{0.f, 0.f};
     };
 
     float d_weight[kHeld][kCount] = {}, d_bias[kHeld][kCount] = {};
+    Statistics next = statistics(own);
     int stage = 0;
-    Statistics next = ask(own, stage);
-    for (int64_t base = 0; block * per_block + base < p.rows; base += row_step) {
-      const int64_t row = own + base;
-      const int width = row < p.rows ? features : -kCount;  // no chunk begins below that
-      const Statistics s = next;
-      const Chunk* held = staged + stage * stage_size + threadIdx.x;
-      if (a.stages == 2) {
-        stage ^= 1;
-        next = ask(row + row_step, stage);
-        copy_async_wait<1>();
-      } else {
+    for (int64_t base = -ahead; block * per_block + base < p.rows; base += row_step) {
+      ask(own + base + ahead, stage);
+      if (ahead == 0) {
         copy_async_wait<0>();
+      } else {
+        stage ^= 1;  // where the row before is
+        if (base < 0) continue;
+        copy_async_wait<1>();
       }
+      const int64_t row = own + base;
+      const Statistics s = next;
+      next = statistics(row + row_step);
+      const int width = row < p.rows ? features : -kCount;  // no chunk begins below that
+      const Chunk* held = staged + stage * a.stage_chunks + threadIdx.x;
       Pair sums = {0.f, 0.f};
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -226,7 +233,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const
         }
         add_sums<T, kRms>(g, x, weight, sums);
       }
-      const Pair means = group_means<kRms>(sums, a.group, p.features, scratch);
+      const Pair means = group_means<kRms>(sums, a.group, share, scratch);
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (start + k * step >= width) continue;
@@ -236,7 +243,6 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const
         write_gradients<T, kRms>(p, row, start + k * step, width, shift, shared_load(own_chunk),
                                  shared_load(own_chunk + array), grad_summed, s, means, seed);
       }
-      if (a.stages == 1) next = ask(row + row_step, 0);
     }
     copy_async_wait<0>();
     float* sums = reinterpret_cast<float*>(staged);
@@ -253,11 +259,12 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) row_norm_backward_held(const
 }
 
 template <class T, bool kRms>
-FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) row_norm_backward_wide(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) backward_wide(const BackwardArgs a) {
   FT_SHARED_ARRAY(Pair, scratch, kWarp);
   Chunk* cache = dynamic_shared<Chunk>();  // grad and summed in turn
   const RowNormBackwardParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
+  const float share = 1.f / static_cast<float>(p.features);
   const uint64_t seed = backward_seed(p);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* grad = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;
@@ -268,24 +275,32 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) row_norm_backward_wide(const
     const Statistics s = load_statistics<kRms>(p, row);
     const int64_t chunks = (p.features + shift + kCount - 1) / kCount;
     Pair sums = {0.f, 0.f};
-#pragma unroll 2
-    for (int64_t c = threadIdx.x; c < chunks; c += kBackwardBlock) {
-      const int64_t column = c * kCount - shift;
-      const Chunk raw_grad = load_chunk(grad, column, p.features, grad_aligned);
-      const Chunk raw_summed = load_chunk(summed, column, p.features, summed_aligned);
-      if (c < a.cached) {  // read back by this thread only
-        shared_store(cache + 2 * c, raw_grad);
-        shared_store(cache + 2 * c + 1, raw_summed);
-      }
-      float g[kCount], x[kCount], weight[kCount];
-      unpack<T>(raw_grad, g);
-      unpack<T>(raw_summed, x);
-      load_vector(p.weight, column, p.features, 1.f, weight);
+    for (int64_t c = threadIdx.x; c < chunks; c += kAhead * kBackwardBlock) {
+      Chunk grads[kAhead], values[kAhead];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] = normalized<kRms>(x[i], s);
-      add_sums<T, kRms>(g, x, weight, sums);
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t column = (c + k * kBackwardBlock) * kCount - shift;
+        grads[k] = load_chunk(grad, column, p.features, grad_aligned);
+        values[k] = load_chunk(summed, column, p.features, summed_aligned);
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t own = c + k * kBackwardBlock;
+        if (own >= chunks) continue;
+        if (own < a.cached) {  // read back by this thread only
+          shared_store(cache + 2 * own, grads[k]);
+          shared_store(cache + 2 * own + 1, values[k]);
+        }
+        float g[kCount], x[kCount], weight[kCount];
+        unpack<T>(grads[k], g);
+        unpack<T>(values[k], x);
+        load_vector(p.weight, own * kCount - shift, p.features, 1.f, weight);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) x[i] = normalized<kRms>(x[i], s);
+        add_sums<T, kRms>(g, x, weight, sums);
+      }
     }
-    const Pair means = group_means<kRms>(sums, kBackwardBlock, p.features, scratch);
+    const Pair means = group_means<kRms>(sums, kBackwardBlock, share, scratch);
     for (int64_t c = threadIdx.x; c < chunks; c += kBackwardBlock) {
       const int64_t column = c * kCount - shift;
       Chunk g, x, gs = {};
@@ -308,7 +323,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) row_norm_backward_wide(const
 // Wide rows' weight gradients: a thread owns a chunk of columns and walks down every splits-th row.
 // All of them begin at the same place of a chunk: there are 64 splits, or as many as rows.
 template <class T, bool kRms>
-FT_GLOBAL void __launch_bounds__(kColumnBlock) row_norm_columns(const BackwardArgs a) {
+FT_GLOBAL void __launch_bounds__(kColumnBlock) backward_columns(const BackwardArgs a) {
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
   const int64_t blocks = (p.features + kCount + kColumnBlock * kCount - 1) /
@@ -318,18 +333,30 @@ FT_GLOBAL void __launch_bounds__(kColumnBlock) row_norm_columns(const BackwardAr
     const int shift = chunk_shift<T>(split, p.features);
     const int64_t column = (block % blocks * kColumnBlock + threadIdx.x) * kCount - shift;
     float d_weight[kCount] = {}, d_bias[kCount] = {};
-#pragma unroll 2
-    for (int64_t row = split; row < p.rows; row += a.partials) {
-      const T* grad = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;
-      const T* summed = static_cast<const T*>(p.summed) + row * p.summed_stride;
-      const Statistics s = load_statistics<kRms>(p, row);
-      float g[kCount], x[kCount];
-      unpack<T>(load_chunk(grad, column, p.features, chunks_aligned(grad, shift)), g);
-      unpack<T>(load_chunk(summed, column, p.features, chunks_aligned(summed, shift)), x);
+    for (int64_t first = split; first < p.rows; first += kColumnRows * a.partials) {
+      Chunk grads[kColumnRows], values[kColumnRows];
+      Statistics s[kColumnRows];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        d_weight[i] += g[i] * normalized<kRms>(x[i], s);
-        if constexpr (!kRms) d_bias[i] += g[i];
+      for (int k = 0; k < kColumnRows; ++k) {
+        const int64_t row = first + k * a.partials;
+        const int64_t end = row < p.rows ? p.features : -kCount;  // no chunk begins below that
+        const T* grad = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;
+        const T* summed = static_cast<const T*>(p.summed) + row * p.summed_stride;
+        grads[k] = load_chunk<T>(grad, column, end, chunks_aligned(grad, shift));
+        values[k] = load_chunk<T>(summed, column, end, chunks_aligned(summed, shift));
+        s[k] = load_statistics<kRms>(p, row < p.rows ? row : split);
+      }
+#pragma unroll
+      for (int k = 0; k < kColumnRows; ++k) {
+        if (first + k * a.partials >= p.rows) continue;
+        float g[kCount], x[kCount];
+        unpack<T>(grads[k], g);
+        unpack<T>(values[k], x);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          d_weight[i] += g[i] * normalized<kRms>(x[i], s[k]);
+          if constexpr (!kRms) d_bias[i] += g[i];
+        }
       }
     }
     float* partial = p.workspace + split * p.features;
@@ -350,7 +377,7 @@ FT_GLOBAL void __launch_bounds__(kColumnBlock) row_norm_columns(const BackwardAr
 // Second stage: 32 columns of a vector a block, 32 threads a column, each over every 32nd partial
 // sum; their sums are added in pairs.
 static FT_GLOBAL void __launch_bounds__(kReduceColumns* kReduceRows)
-    row_norm_weights(const BackwardArgs a) {
+    sum_partials(const BackwardArgs a) {
   FT_SHARED_ARRAY(float, sums, kReduceRows* kReduceColumns);
   const RowNormBackwardParams& p = a.p;
   const int lane = static_cast<int>(threadIdx.x) % kReduceColumns;
@@ -395,11 +422,13 @@ inline BackwardPlan backward_plan(const RowNormBackwardParams& p) {
   if (plan.held == 0) {
     return {plan, kBackwardBlock, vectors, p.rows < kColumnSplits ? p.rows : kColumnSplits};
   }
-  const int block = block_of(plan.group, kBackwardSmallBlock);
+  const int block = block_of(plan.group);
   const int64_t per_block = block / plan.group;
   int64_t partials = (p.rows + per_block - 1) / per_block;
-  if (partials > kBackwardThreads / block) {
-    partials = kBackwardThreads / block;
+  const int64_t round = kBackwardThreads / block;
+  if (partials > round) {
+    const int64_t rounds = p.rows / (round * kRowsOfBlock);
+    partials = round * (rounds < 1 ? 1 : rounds > kMostRounds ? kMostRounds : rounds);
     // The rows of a group must begin at the same place of a chunk.
     if (p.features % lanes != 0) partials -= partials % lanes;
   }
@@ -424,26 +453,26 @@ void backward(const char* name, const RowNormBackwardParams& params, void* strea
     if (params.rows == 0) return;
     if (plan.plan.held != 0) {
       const int arrays = params.grad_summed == nullptr ? 2 : 3;
-      const int64_t stage = kChunk * arrays * plan.plan.held * plan.block;
+      a.stage_chunks = arrays * plan.plan.held * plan.block;
+      const int64_t stage = kChunk * a.stage_chunks;
       a.stages = 2 * stage <= max_shared_memory(name) - 1024 ? 2 : 1;
       return launch(name,
-                    plan.plan.held == 2 ? row_norm_backward_held<T, kRms, 2>
-                                        : row_norm_backward_held<T, kRms, 4>,
+                    plan.plan.held == 2 ? backward_held<T, kRms, 2> : backward_held<T, kRms, 4>,
                     grid_for(plan.partials, 1), plan.block, a.stages * stage, stream, a);
     }
     a.cached = cached_chunks(name, plan.plan.chunks, 2);
-    launch(name, row_norm_backward_wide<T, kRms>, grid_for(params.rows, 1), kBackwardBlock,
+    launch(name, backward_wide<T, kRms>, grid_for(params.rows, 1), kBackwardBlock,
            a.cached * 2 * kChunk, stream, a);
     if (plan.vectors == 0) return;
     constexpr int64_t kPerBlock = static_cast<int64_t>(kColumnBlock) * kLanes<T>;
     const int64_t blocks = (params.features + kLanes<T> + kPerBlock - 1) / kPerBlock;
-    launch(name, row_norm_columns<T, kRms>, grid_for(blocks * plan.partials, 1), kColumnBlock, 0,
+    launch(name, backward_columns<T, kRms>, grid_for(blocks * plan.partials, 1), kColumnBlock, 0,
            stream, a);
   });
   if (plan.vectors == 0) return;
   const int64_t blocks = (params.features + kReduceColumns - 1) / kReduceColumns;
-  launch(name, row_norm_weights, grid_for(blocks * plan.vectors, 1), kReduceColumns * kReduceRows,
-         0, stream, a);
+  launch(name, sum_partials, grid_for(blocks * plan.vectors, 1), kReduceColumns * kReduceRows, 0,
+         stream, a);
 }
 
 }  // namespace ft::cuda::row_norm

@@ -34,6 +34,7 @@ inline int64_t cached_chunks(const char* name, int64_t chunks, int arrays) {
 }
 
 // A group is a part of a warp, or the whole block (see group_reduce).
-inline int block_of(int group, int small_block) { return group <= kWarp ? small_block : group; }
+constexpr int kSmallBlock = 128;
+inline int block_of(int group) { return group <= kWarp ? kSmallBlock : group; }
 
 }  // namespace ft::cuda

@@ -23,10 +23,10 @@ constexpr Plan kForward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},    {64, 2,
 // The backward pass holds two arrays, hence half the chunks.
 constexpr Plan kBackward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},   {64, 2, 32},
                               {128, 4, 32}, {256, 4, 64}, {512, 4, 128}, {1024, 4, 256}};
-constexpr int kSmallBlock = 128;  // block size of groups within a warp
-constexpr int kHeldBlock = 256;   // largest block of the held kernels
-constexpr int kHeldBlocks = 3;    // of them on an SM at least: 128 registers a thread
-constexpr int kWideBlock = 512;   // of the wide kernels, two on an SM where their rows fit
+constexpr int kHeldBlock = 256;  // largest block of the held kernels
+constexpr int kHeldBlocks = 3;   // of them on an SM at least: 128 registers a thread
+constexpr int kWideBlock =
+    512;  // block size of the wide kernels, two on an SM where their rows fit
 
 // ---- rows ---------------------------------------------------------------------------------------
 

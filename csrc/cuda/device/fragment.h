@@ -1,5 +1,5 @@
 // Fragments of tiles for tensor cores, of 16-bit types (mma.m16n8k16) and of float: there each
-// number is split into two tf32 and three m16n8k8 products are taken, which is as exact as float's
+// number is split into two tf32 and four m16n8k8 products are taken, which is as exact as float's
 // own sums are. A warp multiplies A (16 × kDepth) by B (kDepth × 8) into 16 × 8 floats; mma.h has
 // the layouts.
 #pragma once
@@ -39,6 +39,8 @@ FT_DEVICE void mma(float (&d)[kCount][4], const FragmentA<T>& a, const FragmentB
     for (int n = 0; n < kCount; ++n) mma(d[n], a.r, b[n].r, T{});
   } else {
     float sum[kCount][4] = {};  // in turns, since each product waits for the one before
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) mma_tf32(sum[n], a.small, b[n].small);
 #pragma unroll
     for (int n = 0; n < kCount; ++n) mma_tf32(sum[n], a.small, b[n].big);
 #pragma unroll

@@ -30,11 +30,15 @@ FT_DEVICE void store_out(const Matrix& out, int64_t row, int64_t column, int64_t
   T* to = static_cast<T*>(const_cast<void*>(out.data)) + out.row_offset(row);
   if (out.head_dim == 0) return store_chunk(to, column, n, out.width == 16, c);
   if (out.width == 16) return store16(to + out.column_offset(column), c);
-#pragma unroll 1
-  for (int i = 0; i < kLanes<T> && column + i < n; ++i) {
-    const Chunk one = {
-        {sizeof(T) == 4 ? c.word[i % 4] : c.word[i / 2 % 4] >> (i % 2 * 16) & 0xffffu, 0, 0, 0}};
-    store_chunk(to + out.column_offset(column + i), 0, 1, false, one);
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (column + i >= n) continue;
+    if constexpr (sizeof(T) == 4) {
+      store_scalar(to + out.column_offset(column + i), bits_to_float(c.word[i]));
+    } else {
+      store_scalar(to + out.column_offset(column + i),
+                   T{static_cast<uint16_t>(c.word[i / 2] >> (i % 2 * 16))});
+    }
   }
 }
 

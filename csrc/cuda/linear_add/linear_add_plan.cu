@@ -5,7 +5,7 @@
 //   splits    a launch, and their float sums written and read
 //   norm      in the tile (rows that fit one, 16-bit): nothing more; else a launch, and rows read
 //             and written once more
-// Float takes kFloatTimes as long: three products at half the rate.
+// Float takes kFloatTimes as long: four products at half the rate.
 #include "cuda/linear_add/matmul.h"
 #include "cuda/linear_add/rows.h"
 
@@ -14,11 +14,16 @@ namespace {
 
 constexpr double kFill = 128;    // K's worth of time that a tile's start and end take
 constexpr double kLaunch = 3e6;  // 2 µs of an A100's SM
-constexpr double kFloatTimes = 6;
+constexpr double kFloatTimes = 8;
 constexpr double kPerByte = 100;       // an A100's 156e12 multiply-adds by 1.55e12 bytes a second
 constexpr double kPerCachedByte = 40;  // L2 is some 2.5 times as fast
 constexpr int64_t kLeastSplit = 256;   // of K
 constexpr int kMostSplits = 64;
+// Float goes without tensor cores on sm_86, sm_89 and sm_120, known by their shared memory: their
+// tf32 is at most as fast as their float, of which four products make a quarter. And for short
+// sums: two tf32 hold 23 of a float's 24 bits, which only a longer sum's own rounding hides.
+constexpr int64_t kSmallShared = 100 * 1024;
+constexpr int64_t kPlainDepth = 64;
 constexpr int kSkinnyRows = 16;
 constexpr int64_t kReserved = 1024;  // bytes of shared memory that each block costs beside its own
 
@@ -61,6 +66,7 @@ Plan plan_with(const Problem& p, TileKind kind, int splits) {
   if (t.m == 0 || (plan.stages = stages_for(t, p.shared)) == 0) return plan;
   const int64_t deep = t.depth / p.size();
   plan.kind = kind;
+  plan.plain = p.is_float && (p.shared <= kSmallShared || p.k <= kPlainDepth);
   plan.per_split = ceil_div(ceil_div(p.k, splits), deep) * deep;
   if (plan.per_split == 0) plan.per_split = deep;
   plan.splits = p.k == 0 ? 1 : static_cast<int>(ceil_div(p.k, plan.per_split));
@@ -122,6 +128,8 @@ void run_product(const char* name, DType dtype, Form form, const Plan& plan, Mat
   float* moments = norm && !plan.norms_rows() ? workspace + plan.sum_floats(args.m) : nullptr;
   args.stages = plan.stages;
   args.splits = plan.splits;
+  args.plain = plan.plain;
+  args.items = plan.tiles * plan.splits;
   args.per_split = plan.per_split;
   args.sum_stride = plan.sum_stride;
   args.split_sums = workspace;

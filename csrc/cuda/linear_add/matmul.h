@@ -64,6 +64,7 @@ struct RowNorm {
 struct MatmulArgs {
   Matrix a, b;
   int64_t m = 0, n = 0, k = 0;
+  int64_t items = 0;  // tiles · splits
   Epilogue epilogue;
   RowNorm norm;
   // K in parts of per_split, whose float sums go to split_sums[split][m][sum_stride].
@@ -71,12 +72,14 @@ struct MatmulArgs {
   int64_t per_split = 0, sum_stride = 0;
   float* split_sums = nullptr;
   int stages = 2;
+  bool plain = false;  // float without tensor cores
 };
 
 struct Plan {
   TileKind kind = TileKind::medium;
   int stages = 2, splits = 1, block = 0;
   int64_t per_split = 0, tiles = 0, shared = 0, sum_stride = 0;
+  bool plain = false;
   int strip = 0;    // columns of a strip of moments
   double cost = 0;  // multiply-adds of one SM's time
 

@@ -6,8 +6,9 @@
 // in groups of row tiles, so that the operands of a group stay in L2.
 //   The epilogue turns 16 rows at a time over shared memory into whole chunks of 16 bytes: bias,
 // activation and residual are then read, and the result is written, by full sectors.
-//   Bound: tensor cores, or for few rows the weight's way from memory. Float is three tf32 products
-// (fragment.h); they make NaN of infinities, so a NaN is summed again, plainly.
+//   Bound: tensor cores, or for few rows the weight's way from memory. Float is four tf32 products
+// (fragment.h); they make NaN of infinities, so a NaN is summed again, plainly. Or it is multiplied
+// as such (`plain`), where tf32 is no faster or sums are short.
 // Sources: NVIDIA, CUTLASS, "Efficient GEMM in CUDA"; Kerr et al. 2017.
 #pragma once
 #include "cuda/device/fragment.h"
@@ -64,13 +65,6 @@ FT_DEVICE WorkItem work_item(const MatmulArgs& a, int64_t index) {
           static_cast<int>(split)};
 }
 
-// A warp's fragments of one step of K.
-template <class S>
-struct Fragments {
-  FragmentA<typename S::T> a[S::kWarpM / 16];
-  FragmentB<typename S::T> b[S::kWarpN / 8];
-};
-
 template <class S, Form kForm>
 struct Stage {
   using T = typename S::T;
@@ -78,40 +72,58 @@ struct Stage {
   static constexpr bool kBTransposed = kForm != Form::forward;
   using TileA = Tile<T, kATransposed ? S::kK : S::kM, kATransposed ? S::kM : S::kK>;
   using TileB = Tile<T, kBTransposed ? S::kK : S::kN, kBTransposed ? S::kN : S::kK>;
-  using LoaderA = Loader<T, S::kThreads, TileA::kRows, TileA::kColumns>;
-  using LoaderB = Loader<T, S::kThreads, TileB::kRows, TileB::kColumns>;
+  using LoaderA = Loader<T, S::kThreads, TileA::kRows, TileA::kColumns, kATransposed>;
+  using LoaderB = Loader<T, S::kThreads, TileB::kRows, TileB::kColumns, kBTransposed>;
 
   TileA a;
   TileB b;
 
   FT_DEVICE explicit Stage(T* memory) : a{memory}, b{memory + S::kM * S::kK} {}
 
-  FT_DEVICE void load(const MatmulArgs& p, const LoaderA& from_a, const LoaderB& from_b,
-                      const WorkItem& w, int64_t k) const {
-    if constexpr (kATransposed) {
-      from_a.load(a, p.a, k, w.k_end, w.m, p.m);
+  // Tiles number `step` of the item; `left` of K's elements lie in them.
+  FT_DEVICE void load(const MatmulArgs& p, LoaderA& from_a, LoaderB& from_b, const WorkItem* item,
+                      int step, int left) const {
+    if (p.a.plain()) {
+      from_a.load(a, p.a, left);
     } else {
-      from_a.load(a, p.a, w.m, p.m, k, w.k_end);
+      const WorkItem w = shared_load(item);
+      const int64_t k = w.k + int64_t{step} * S::kK;
+      if constexpr (kATransposed) {
+        LoaderA::load_any(a, p.a, k, w.k_end, w.m, p.m);
+      } else {
+        LoaderA::load_any(a, p.a, w.m, p.m, k, w.k_end);
+      }
     }
-    if constexpr (kBTransposed) {
-      from_b.load(b, p.b, k, w.k_end, w.n, p.n);
+    if (p.b.plain()) {
+      from_b.load(b, p.b, left);
     } else {
-      from_b.load(b, p.b, w.n, p.n, k, w.k_end);
+      const WorkItem w = shared_load(item);
+      const int64_t k = w.k + int64_t{step} * S::kK;
+      if constexpr (kBTransposed) {
+        LoaderB::load_any(b, p.b, k, w.k_end, w.n, p.n);
+      } else {
+        LoaderB::load_any(b, p.b, w.n, p.n, k, w.k_end);
+      }
     }
   }
 
-  FT_DEVICE void read(Fragments<S>& f, int m, int n, int k) const {
-#pragma unroll
-    for (int i = 0; i < S::kWarpM / 16; ++i) {
-      if constexpr (kATransposed) {
-        load_a_transposed(f.a[i], a, m + i * 16, k);
-      } else {
-        load_a(f.a[i], a, m + i * 16, k);
-      }
+  FT_DEVICE T a_at(int m, int k) const {
+    return shared_load(kATransposed ? a.at(k, m) : a.at(m, k));
+  }
+  FT_DEVICE T b_at(int k, int n) const {
+    return shared_load(kBTransposed ? b.at(k, n) : b.at(n, k));
+  }
+  FT_DEVICE void read_a(FragmentA<T>& f, int m, int k) const {
+    if constexpr (kATransposed) {
+      load_a_transposed(f, a, m, k);
+    } else {
+      load_a(f, a, m, k);
     }
+  }
+  FT_DEVICE void read_b(FragmentB<T> (&f)[S::kWarpN / 8], int n, int k) const {
 #pragma unroll
     for (int j = 0; j < S::kWarpN / 8; j += 2) {
-      FragmentB<T>(&pair)[2] = *reinterpret_cast<FragmentB<T>(*)[2]>(&f.b[j]);
+      FragmentB<T>(&pair)[2] = *reinterpret_cast<FragmentB<T>(*)[2]>(&f[j]);
       if constexpr (kBTransposed) {
         load_b_transposed(pair, b, k, n + j * 8);
       } else {
@@ -124,54 +136,114 @@ struct Stage {
 template <class S>
 using Sums = float[S::kWarpM / 16][S::kWarpN / 8][4];
 
+// Float: fragments are twice as large, and go straight to their products. Or to no tensor core,
+// each lane multiplying the elements that it has of mma's sums.
+template <class S, Form kForm, class Load>
+FT_DEVICE void multiply_float(const MatmulArgs& p, int steps, const Load& load, Sums<S>& sums,
+                              int m, int n, int k) {
+  using At = Stage<S, kForm>;
+  constexpr int kRows = S::kWarpM / 8, kColumns = S::kWarpN / 4;
+  int reading = 0, writing = p.stages - 1;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait(p.stages - 2);
+    block_barrier();
+    load(writing, step + p.stages - 1);
+    writing = writing + 1 == p.stages ? 0 : writing + 1;
+    const At tile(dynamic_shared<float>() + reading * S::kStage);
+    reading = reading + 1 == p.stages ? 0 : reading + 1;
+    if (p.plain) {
+      const int row = m + lane_index() / 4, column = n + lane_index() % 4 * 2;
+#pragma unroll 2
+      for (int kk = k; kk < k + S::kK / S::kWarpsK; ++kk) {
+        float a[kRows], b[kColumns];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) a[i] = tile.a_at(row + i * 8, kk);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) b[j] = tile.b_at(kk, column + j / 2 * 8 + j % 2);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            sums[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i] * b[j];
+          }
+        }
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (int kk = k; kk < k + S::kK / S::kWarpsK; kk += kDepth<float>) {
+      FragmentB<float> b[S::kWarpN / 8];
+      tile.read_b(b, n, kk);
+#pragma unroll
+      for (int r = 0; r < S::kWarpM / 16; ++r) {
+        FragmentA<float> a;
+        tile.read_a(a, m + r * 16, kk);
+        mma(sums[r], a, b);
+      }
+    }
+  }
+}
+
 // sums += A · B over the item's K. Ends with nothing on its way; shared memory may still be read.
 template <class S, Form kForm>
-FT_DEVICE void multiply(const MatmulArgs& p, const WorkItem& w, Sums<S>& sums, int warp_m,
+FT_DEVICE void multiply(const MatmulArgs& p, const WorkItem* item, Sums<S>& sums, int warp_m,
                         int warp_n, int warp_k) {
   using T = typename S::T;
   using At = Stage<S, kForm>;
   T* memory = dynamic_shared<T>();
-  const typename At::LoaderA from_a(thread_index());
-  const typename At::LoaderB from_b(thread_index());
-  const int steps = static_cast<int>((w.k_end - w.k + S::kK - 1) / S::kK);
-  for (int s = 0; s + 1 < p.stages; ++s) {
-    if (s < steps) {
-      At(memory + s * S::kStage).load(p, from_a, from_b, w, w.k + int64_t{s} * S::kK);
+  const WorkItem first = shared_load(item);
+  typename At::LoaderA from_a(p.a, first.m, first.k);
+  typename At::LoaderB from_b(p.b, first.n, first.k);
+  const int64_t depth = first.k_end - first.k;
+  const int steps = static_cast<int>((depth + S::kK - 1) / S::kK);
+  const int last = static_cast<int>(depth - int64_t{steps - 1} * S::kK);  // of K in the last step
+  const auto load = [&](int stage, int step) {
+    if (step < steps) {
+      At(memory + stage * S::kStage)
+          .load(p, from_a, from_b, item, step, step + 1 == steps ? last : S::kK);
     }
     copy_async_commit();
-  }
+  };
+  for (int s = 0; s + 1 < p.stages; ++s) load(s, s);
   if (steps == 0) return;
-  copy_async_wait(p.stages - 2);
-  block_barrier();
   const int m = warp_m * S::kWarpM, n = warp_n * S::kWarpN, k = warp_k * (S::kK / S::kWarpsK);
-  int reading = 0, writing = p.stages - 1;
-  Fragments<S> fragments[2];
-  At(memory).read(fragments[0], m, n, k);
+  if constexpr (sizeof(T) == 4) {
+    multiply_float<S, kForm>(p, steps, load, sums, m, n, k);
+  } else {
+    copy_async_wait(p.stages - 2);
+    block_barrier();
+    int reading = 0, writing = p.stages - 1;
+    // B of the next 16 of K has registers of its own; A's are free, 16 rows at a time, when those
+    // rows are multiplied, a whole step before they are needed again.
+    constexpr int kRows = S::kWarpM / 16;
+    FragmentA<T> a[kRows];
+    FragmentB<T> b[2][S::kWarpN / 8];
+    At(memory).read_b(b[0], n, k);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) At(memory).read_a(a[r], m + r * 16, k);
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
 #pragma unroll
-    for (int i = 0; i < S::kSteps; ++i) {
-      if (i + 1 == S::kSteps) {
-        copy_async_wait(p.stages - 2);
-        block_barrier();
-        reading = reading + 1 == p.stages ? 0 : reading + 1;
-      }
-      // Behind the last step this reads a tile that was not filled anew; nobody multiplies it.
-      if (i + 1 < S::kSteps || step + 1 < steps) {
-        At(memory + reading * S::kStage)
-            .read(fragments[(i + 1) % 2], m, n, k + (i + 1) % S::kSteps * kDepth<T>);
-      }
-      if (i == 0) {
-        const int ahead = step + p.stages - 1;
-        if (ahead < steps) {
-          At(memory + writing * S::kStage).load(p, from_a, from_b, w, w.k + int64_t{ahead} * S::kK);
+      for (int i = 0; i < S::kSteps; ++i) {
+        if (i + 1 == S::kSteps) {
+          copy_async_wait(p.stages - 2);
+          block_barrier();
+          reading = reading + 1 == p.stages ? 0 : reading + 1;
         }
-        copy_async_commit();
-        writing = writing + 1 == p.stages ? 0 : writing + 1;
-      }
+        const At next(memory + reading * S::kStage);
+        const int next_k = k + (i + 1) % S::kSteps * kDepth<T>;
+        const bool more = i + 1 < S::kSteps || step + 1 < steps;
+        if (more) next.read_b(b[(i + 1) % 2], n, next_k);
+        if (i == 0) {
+          load(writing, step + p.stages - 1);
+          writing = writing + 1 == p.stages ? 0 : writing + 1;
+        }
 #pragma unroll
-      for (int r = 0; r < S::kWarpM / 16; ++r) {
-        mma(sums[r], fragments[i % 2].a[r], fragments[i % 2].b);
+        for (int r = 0; r < kRows; ++r) {
+          mma(sums[r], a[r], b[i % 2]);
+          if (more) next.read_a(a[r], m + r * 16, next_k);
+        }
       }
     }
   }
@@ -246,7 +318,7 @@ FT_DEVICE void staged_sums(const MatmulArgs& p, const WorkItem& w, const float* 
     for (int j = 0; j < 4; ++j) x[i + j] = sum[j];
   }
   if constexpr (sizeof(T) == 4) {
-    if (row >= p.m) return;
+    if (row >= p.m || p.plain) return;
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) {
       if (x[i] != x[i] && i < seat.count) x[i] = plain_sum<T, kForm>(p, w, row, seat.column + i);
@@ -399,15 +471,18 @@ FT_DEVICE void write_normed(const MatmulArgs& p, const WorkItem& w, const Sums<S
 
 template <class S, Form kForm, bool kNorm>
 FT_GLOBAL void __launch_bounds__(S::kThreads, S::kBlocks) linear_product(const MatmulArgs p) {
+  // In shared memory, as the product has no register to spare for it.
+  FT_SHARED_ARRAY(WorkItem, item, 1);
   const int warp = warp_index();
   const int warp_n = warp % S::kWarpsN, warp_m = warp / S::kWarpsN % S::kWarpsM;
   const int warp_k = warp / (S::kWarpsN * S::kWarpsM);
-  const int64_t items = ((p.m + S::kM - 1) / S::kM) * ((p.n + S::kN - 1) / S::kN) * p.splits;
-  for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-    const WorkItem w = work_item<S>(p, index);
+  for (int64_t index = blockIdx.x; index < p.items; index += gridDim.x) {
+    if (thread_index() == 0) shared_store(item, work_item<S>(p, index));
+    block_barrier();
     Sums<S> sums = {};
-    multiply<S, kForm>(p, w, sums, warp_m, warp_n, warp_k);
+    multiply<S, kForm>(p, item, sums, warp_m, warp_n, warp_k);
     block_barrier();  // the tiles' memory is the epilogue's now
+    const WorkItem w = shared_load(item);
     if constexpr (kNorm) {
       write_normed<S, kForm>(p, w, sums, warp_m, warp_n);
     } else {
@@ -421,9 +496,8 @@ template <class T, TileKind kKind, Form kForm>
 void launch_tile(const char* name, const Plan& plan, const MatmulArgs& args, void* stream) {
   using S = typename ShapeOf<T, kKind>::Is;
   constexpr bool kNorm = kKind == TileKind::row256 || kKind == TileKind::row512;
-  const int64_t items = plan.tiles * plan.splits;
-  launch(name, linear_product<S, kForm, kNorm>, items < max_grid() ? items : max_grid(),
-         S::kThreads, plan.shared, stream, args);
+  launch(name, linear_product<S, kForm, kNorm>, grid_for(args.items, 1), S::kThreads, plan.shared,
+         stream, args);
 }
 
 template <class T>

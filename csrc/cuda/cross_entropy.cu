@@ -26,7 +26,6 @@ constexpr Plan kForward[] = {{8, kBatch, 4},          {16, kBatch, 8},   {32, kB
 constexpr Plan kBackward[] = {{8, kBatch, 2},     {16, kBatch, 4},         {32, kBatch, 8},
                               {64, kBatch, 16},   {128, kBatch, 32},       {256, kBatch, 64},
                               {512, kBatch, 128}, {INT64_MAX, kBatch, 256}};
-constexpr int kSmallBlock = 128;     // forward, block size of groups within a warp
 constexpr int kLargestBlock = 256;   // forward, three on an SM at least: 80 registers a thread
 constexpr int kBackwardBlock = 256;  // backward, four on an SM: 64 registers a thread
 
@@ -230,7 +229,7 @@ void cross_entropy(const CrossEntropyParams& params, void* stream) {
   if (params.rows == 0) return;
   with_type(params.dtype, [&]<class T>() {
     const Plan plan = choose(kForward, row_chunks(params.columns, kLanes<T>));
-    const int block = block_of(plan.group, kSmallBlock);
+    const int block = block_of(plan.group);
     launch("cross_entropy", cross_entropy_rows<T>, grid_for(params.rows, block / plan.group), block,
            0, stream, {params, plan.group});
   });

@@ -437,7 +437,7 @@ void softmax(const SoftmaxParams& params, void* stream) {
       return launch("softmax", softmax_wide<T>, grid_for(params.rows, 1), kWideBlock,
                     a.cached * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }
-    const int block = block_of(plan.group, kSmallBlock);
+    const int block = block_of(plan.group);
     const int64_t grid = grid_for(params.rows, block / plan.group);
     launch("softmax", plan.held == 2 ? softmax_held<T, 2> : softmax_held<T, 8>, grid, block, 0,
            stream, a);
@@ -456,7 +456,7 @@ void softmax_backward(const SoftmaxBackwardParams& params, void* stream) {
       return launch("softmax_backward", softmax_backward_wide<T>, grid_for(params.rows, 1),
                     kWideBlock, a.cached * 2 * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }
-    const int block = block_of(plan.group, kSmallBlock);
+    const int block = block_of(plan.group);
     const int64_t grid = grid_for(params.rows, block / plan.group);
     launch("softmax_backward",
            plan.held == 2 ? softmax_backward_held<T, 2> : softmax_backward_held<T, 4>, grid, block,

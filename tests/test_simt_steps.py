@@ -153,9 +153,12 @@ def test_cross_entropy_nan_and_infinities(classes):
 
 def test_cross_entropy_large_logits():
     """The maximum is kept apart from the logarithm: their sum would lose a thousandth here."""
-    x = 1e4 + torch.randn(5, 300)
-    for label_smoothing in (0.0, 0.5):
-        loss_check(x, targets_of(5, 300), label_smoothing=label_smoothing, reduction="none")
+    for classes in (1, 5, 300):
+        for centre in (1e4, -1e4):  # far below 0, a thread without a class must add 0
+            x = centre + torch.randn(5, classes)
+            for label_smoothing in (0.0, 0.5):
+                options = {"label_smoothing": label_smoothing, "reduction": "none"}
+                loss_check(x, targets_of(5, classes), **options)
 
 
 def test_cross_entropy_repeats_bit_by_bit(operators):
@@ -301,6 +304,46 @@ def test_rotary_out_of_range_and_empty(operators):
     empty = query[:, :, :0], key[:, :, :0]
     out = operators.rotary_embedding(*empty, angle.cos(), angle.sin(), True, None)
     assert out[0].shape == (1, 2, 0, 8)
+
+
+# ---- offsets past 2^31 ---------------------------------------------------------------------------
+# Memory that nobody touches costs none: only the last rows of these tensors are written or read.
+
+
+def test_b59_cross_entropy_past_two_to_the_31(operators):
+    """pytorch/pytorch#85786: rows that are left out are not read, the last one is."""
+    rows, classes = 2**12 + 2, 2**19
+    x = torch.empty(rows, classes, dtype=torch.bfloat16)
+    x[-1] = torch.randn(classes)
+    target = torch.full((rows,), -100)
+    target[-1] = classes - 1
+    losses, statistics = operators.cross_entropy(x, target, None, -100, 0.0)
+    want = torch.nn.functional.cross_entropy(x[-1].float(), target[-1])
+    torch.testing.assert_close(losses[-1], want)
+    assert not losses[:-1].any()
+    far = x.as_strided((2, 64), (x.numel() - 64, 1))  # one row at each end
+    far[0] = torch.randn(64)
+    args = torch.tensor([3, 63]), None
+    _, statistics = operators.cross_entropy(far, *args, -100, 0.0)
+    got = operators.cross_entropy_backward(torch.ones(2), far, *args, statistics, -100, 0.0)
+    near = operators.cross_entropy_backward(
+        torch.ones(2), far.contiguous(), *args, statistics, -100, 0.0
+    )
+    assert torch.equal(got, near)
+
+
+def test_embedding_and_rotary_past_two_to_the_31(operators):
+    weight = torch.empty(2**21 + 2, 1024, dtype=torch.bfloat16)
+    ends = torch.tensor([0, 2**21 + 1])
+    weight[ends] = torch.randn(2, 1024).bfloat16()
+    out = operators.embedding(ends, weight, None, None, False, 1.0)
+    assert torch.equal(out, weight[ends])
+    far = weight.view(-1).as_strided((1, 2, 1, 64), (0, weight.numel() - 64, 64, 1))
+    angle = torch.rand(1, 32)
+    got = operators.rotary_embedding(far, far, angle, angle, True, None)
+    near = far.contiguous()
+    want = operators.rotary_embedding(near, near, angle, angle, True, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 # ---- compiled, transformed ----------------------------------------------------------------------

@@ -61,6 +61,18 @@ struct Sums {
 };
 FT_DEVICE float base_of(float top) { return top == -infinity() ? 0.f : top; }
 
+// What lies outside of the row counts as −inf, which changes neither maximum nor sum: asked for
+// once a chunk, not once an element.
+template <class T>
+FT_DEVICE void lower_outside(Chunk& raw, int column, int width) {
+  const uint32_t bits = inside<T>(column, width);
+  float x[kLanes<T>];
+  unpack<T>(raw, x);
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = (bits >> i & 1) ? x[i] : -infinity();
+  raw = pack<T>(x);
+}
+
 template <class T>
 FT_GLOBAL void __launch_bounds__(kLargestBlock, 3) cross_entropy_rows(const ForwardArgs a) {
   FT_SHARED_ARRAY(float, scratch, kWarp);
@@ -84,16 +96,17 @@ FT_GLOBAL void __launch_bounds__(kLargestBlock, 3) cross_entropy_rows(const Forw
       Chunk raw[kBatch];
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        raw[k] = load_chunk(input, (c + k * a.group) * kCount - shift, width, true);
+        const int column = (c + k * a.group) * kCount - shift;
+        raw[k] = load_chunk(input, column, width, true);
+        if (column < 0 || column + kCount > width) lower_outside<T>(raw[k], column, width);
       }
       float best = mine.top;
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        const uint32_t bits = inside<T>((c + k * a.group) * kCount - shift, width);
         float x[kCount];
         unpack<T>(raw[k], x);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) best = maximum(best, (bits >> i & 1) ? x[i] : -infinity());
+        for (int i = 0; i < kCount; ++i) best = maximum(best, x[i]);
         keep_packed(raw[k]);
       }
       const float base = base_of(best);
@@ -102,15 +115,13 @@ FT_GLOBAL void __launch_bounds__(kLargestBlock, 3) cross_entropy_rows(const Forw
       mine.top = best;
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        const int column = (c + k * a.group) * kCount - shift;
-        const uint32_t bits = inside<T>(column, width);
         float x[kCount];
         unpack<T>(raw[k], x);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          mine.exponentials += (bits >> i & 1) ? exponential<T>(x[i] - base) : 0.f;
-        }
+        for (int i = 0; i < kCount; ++i) mine.exponentials += exponential<T>(x[i] - base);
         if (!smooth) continue;
+        const int column = (c + k * a.group) * kCount - shift;
+        const uint32_t bits = inside<T>(column, width);
         float w[kCount];
         load_vector(p.weight, column, width, 1.f, w);
 #pragma unroll
@@ -125,7 +136,7 @@ FT_GLOBAL void __launch_bounds__(kLargestBlock, 3) cross_entropy_rows(const Forw
     const float top = group_reduce(mine.top, a.group, -infinity(), scratch,
                                    [](float x, float y) { return maximum(x, y); });
     float sum = not_a_number();  // nothing but −inf and NaN in the row
-    if (top != -infinity()) sum = mine.exponentials * rescale(base_of(mine.top), top, 1.f);
+    if (top != -infinity()) sum = mine.exponentials * rescale(mine.top, top, 1.f);
     sum = group_sum(sum, a.group, scratch);
     RowStatistics statistics = {top, natural_log(sum), 1.f, static_cast<float>(p.columns)};
     float weighted = 0.f;

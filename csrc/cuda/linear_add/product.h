@@ -154,6 +154,7 @@ FT_DEVICE void multiply_float(const MatmulArgs& p, int steps, const Load& load, 
     reading = reading + 1 == p.stages ? 0 : reading + 1;
     if (p.plain) {
       const int row = m + lane_index() / 4, column = n + lane_index() % 4 * 2;
+      Sums<S> part = {};  // of a tile each: a long sum's terms don't all round at its full size
 #pragma unroll 2
       for (int kk = k; kk < k + S::kK / S::kWarpsK; ++kk) {
         float a[kRows], b[kColumns];
@@ -165,8 +166,15 @@ FT_DEVICE void multiply_float(const MatmulArgs& p, int steps, const Load& load, 
         for (int i = 0; i < kRows; ++i) {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            sums[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i] * b[j];
+            part[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i] * b[j];
           }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          sums[i / 2][j / 2][i % 2 * 2 + j % 2] += part[i / 2][j / 2][i % 2 * 2 + j % 2];
         }
       }
       continue;

@@ -33,6 +33,9 @@ struct AttentionCase {
   const int32_t* key_lengths = nullptr;         // (batch,)
   float scale = 1.f;
   Dropout dropout;
+  // Packed sequences (CUDA only): (batch + 1,) each, where the rows of each batch entry begin in
+  // query and key, which then have a batch stride of 0; q_len and kv_len are the longest lengths.
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
 };
 
 struct AttentionParams : AttentionCase {

@@ -61,6 +61,7 @@ struct AttentionBackwardParams : AttentionCase {
   int64_t parts = 1;
   float* partial = nullptr;       // parts × (batch, heads, q_len, head_dim), if parts > 1
   float* partial_bias = nullptr;  // parts × the shape of d_bias, if parts > 1 and it broadcasts
+  // On CUDA the parts are those of d_bias alone, in `partial_bias`.
 };
 
 }  // namespace ft

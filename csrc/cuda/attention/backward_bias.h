@@ -34,7 +34,7 @@ FT_DEVICE void sliced_products(float (&d)[1][kBiasTile / 8][4], const BiasTile& 
     copy_async_commit();
     copy_async_wait<0>();
     block_barrier();
-    add_score_products<T>(d, left, right, warp_index() * 16);
+    add_score_products<T>(d, left, right, warp_index() * 16, hidden(lane_index()));
   }
 }
 

@@ -36,14 +36,16 @@ constexpr int kShortRow = 256;
 //   head size ≤ 64           32, 32,  64                     32, 32, 128
 //            ≤ 128           32, 32, 128                     16, 64, 128
 //            ≤ 256           16, 32, 128                     16, 32, 128 (in passes)
-// With options, 16 rows and steps of 32, as softcap's derivative needs room too; float 16 and 16.
+// With options, 16 rows, as softcap's derivative needs room too, and steps of 32 (dQ) or 16; float
+// 16 and 16.
 template <class T, int kHead, Walk kWalk, bool kPlain>
 struct Shape {
   static constexpr bool kWide = sizeof(T) == 2 && kPlain;  // room for 32 rows
   static constexpr bool kOwnsQueries = kWalk == Walk::queries;
   static constexpr int kTiles = kWide && kHead <= (kOwnsQueries ? 128 : 64) ? 2 : 1;
-  static constexpr int kStep =
-      sizeof(T) == 4 ? 16 : kWide && !kOwnsQueries && kHead == 128 ? 64 : 32;
+  static constexpr int kStep = sizeof(T) == 4 || (!kPlain && !kOwnsQueries && kHead > 64) ? 16
+                               : kWide && !kOwnsQueries && kHead == 128                ? 64
+                                                                                       : 32;
   static constexpr int kRows = 16 * kTiles;  // of a warp
   // Bytes of shared memory for each warp's rows, and for each stage of what is walked over.
   static constexpr int64_t kWarpBytes = int64_t{2} * kRows * kHead * sizeof(T);
@@ -58,16 +60,20 @@ FT_DEVICE void load_rows(const Shape& tile, int rows, int exist, int columns, bo
   const int chunk = thread % Shape::kChunks, column = chunk * kLanes<T>;
   const int left = columns - column;
   const int bytes = left <= 0 ? 0 : left < kLanes<T> ? left * static_cast<int>(sizeof(T)) : 16;
-  const int step = threads / Shape::kChunks;
-  for (int row = thread / Shape::kChunks; row < rows; row += step) {
-    const bool there = row < exist && bytes > 0;
-    const T* from = there ? base + row * stride + column : base;
-    T* to = tile.chunk(row, chunk);
-    if (aligned) {
-      copy_async_part(to, from, there ? bytes : 0);
-    } else {
-      shared_store(reinterpret_cast<Chunk*>(to), load_chunk<T>(from, 0, there ? left : 0, false));
+  const int step = threads / Shape::kChunks, begin = thread / Shape::kChunks;
+  const T* from = base + begin * stride + column;
+  if (aligned) {
+    for (int row = begin; row < rows; row += step, from += step * stride) {
+      const bool there = row < exist && bytes > 0;
+      copy_async_part(tile.chunk(row, chunk), there ? from : base, there ? bytes : 0);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int row = begin; row < rows; row += step, from += step * stride) {
+    const bool there = row < exist && bytes > 0;
+    const Chunk c = load_chunk<T>(there ? from : base, 0, there ? left : 0, false);
+    shared_store(reinterpret_cast<Chunk*>(tile.chunk(row, chunk)), c);
   }
 }
 
@@ -88,16 +94,16 @@ FT_DEVICE void add_product(float (&d)[4], const FragmentA<T>& a, const FragmentB
 // d[m][n] += own · walkedᵀ over the tiles' columns.
 template <class T, int kTiles, int kN, class Own, class Walked>
 FT_DEVICE void add_score_products(float (&d)[kTiles][kN][4], const Own& own, const Walked& walked,
-                              int row) {
+                              int row, int lane) {
 #pragma unroll (sizeof(T) == 2 ? 16 : 2)
   for (int k = 0; k < Own::kColumns; k += kDepth<T>) {
     FragmentA<T> left[kTiles];
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) load_a(left[m], own, row + 16 * m, k);
+    for (int m = 0; m < kTiles; ++m) load_a(left[m], own, row + 16 * m, k, lane);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       FragmentB<T> right[2];
-      load_b(right, walked, k, 8 * n);
+      load_b(right, walked, k, 8 * n, lane);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         add_product<T>(d[m][n], left[m], right[0]);
@@ -110,7 +116,8 @@ FT_DEVICE void add_score_products(float (&d)[kTiles][kN][4], const Own& own, con
 // sum[m] += scores · walked.
 template <class T, int kTiles, int kN, int kColumns, class Walked>
 FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4],
-                            const float (&scores)[kTiles][kN][4], const Walked& walked) {
+                            const float (&scores)[kTiles][kN][4], const Walked& walked,
+                            int lane) {
 #pragma unroll
   for (int k = 0; k < 8 * kN; k += kDepth<T>) {
     FragmentA<T> left[kTiles];
@@ -119,7 +126,7 @@ FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4],
 #pragma unroll
     for (int n = 0; n < kColumns; n += 2) {
       FragmentB<T> right[2];
-      load_b_transposed<true>(right, walked, k, 8 * n);
+      load_b_transposed<true>(right, walked, k, 8 * n, lane);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         add_product<T>(sum[m][n], left[m], right[0]);
@@ -201,7 +208,7 @@ FT_DEVICE RowWeight whole_row(const BackwardArgs& a, RowSums sums, int64_t b, in
 template <class T, int kTiles, int kColumns>
 FT_DEVICE void write_sums(const float (&sum)[kTiles][kColumns][4], T* out, int64_t stride, int row,
                           int rows, int alive, int columns, float factor) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int lane = hidden(lane_index()), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -371,7 +378,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
   FT_SHARED_ARRAY(uint32_t, votes, kMostWarps);
   const AttentionBackwardParams& p = a.p;
   const int thread = thread_index(), threads = a.warps * kWarp, lane = lane_index();
-  const int g = lane / 4, t = lane % 4 * 2;
+  const int g = lane / 4;
   const int rows = a.warps * S::kRows;              // of the block
   const int own_row = warp_index() * S::kRows;      // of the warp's first, in the block
   T* const own_memory = dynamic_shared<T>();
@@ -423,7 +430,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
     const int steps = per_head * (kOwnsQueries ? 1 : group);
 
     const auto load_walked = [&](int step) {
-      const int stage = step % a.stages, in_head = step % per_head;
+      const int stage = step % a.stages, in_head = step % per_head, thread = hidden(thread_index());
       const int start = runs.begin + in_head * kStep, exist = walked_length - start;
       const int64_t h = kOwnsQueries ? kv_head : first_head + step / per_head;
       const HeadsView& view1 = kOwnsQueries ? p.key : p.query;
@@ -493,7 +500,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
       }
     }
     ScoreRow own_rows[kOwnsQueries ? kTiles : 1][2];
-    if constexpr (kOwnsQueries) {
+    if constexpr (kOwnsQueries && !kPlain) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -532,13 +539,14 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
       const WalkedTile tile1 = walked1(stage), tile2 = walked2(stage);
       const float* const walked_numbers = numbers + stage * 4 * kStep;
 
+      const int here = hidden(lane), g = here / 4, t = here % 4 * 2;
       float s[kTiles][kN][4] = {}, dp[kTiles][kN][4] = {};
-      add_score_products<T>(s, own1, tile1, own_row);
-      if (!values_pass) add_score_products<T>(dp, own2, tile2, own_row);
+      add_score_products<T>(s, own1, tile1, own_row, here);
+      if (!values_pass) add_score_products<T>(dp, own2, tile2, own_row, here);
 
       const bool edges = start < runs.whole_begin || start >= runs.whole_end;
       const ScoreRow head_row =
-          kOwnsQueries ? ScoreRow{} : score_row(p, sequence, b, h, 0, true);
+          kOwnsQueries || kPlain ? ScoreRow{} : score_row(p, sequence, b, h, 0, true);
       const auto query_of = [&](int m, int n, int c) {
         return kOwnsQueries ? first + own_row + 16 * m + g + c / 2 * 8 : start + 8 * n + t + c % 2;
       };
@@ -546,7 +554,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
         return kOwnsQueries ? start + 8 * n + t + c % 2 : first + own_row + 16 * m + g + c / 2 * 8;
       };
       const auto row_of = [&](int m, int n, int c) {
-        if constexpr (kOwnsQueries) {
+        if constexpr (kOwnsQueries && !kPlain) {
           return own_rows[m][c / 2];
         } else {
           const int i = query_of(m, n, c);
@@ -592,15 +600,15 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
       if (!summing) {
         gradients_of_scores<T, kPlain>(a, edges, head_position, seed, row_of, query_of, key_of,
                                        weights_of, s, dp);
-        if constexpr (kWalk == Walk::keys) add_products<T>(second_sum, s, tile2);
+        if constexpr (kWalk == Walk::keys) add_products<T>(second_sum, s, tile2, here);
         if constexpr (kWalk == Walk::keys_in_passes) {
           if (values_pass) {
-            add_products<T>(first_sum, s, tile2);
+            add_products<T>(first_sum, s, tile2, here);
           } else {
-            add_products<T>(first_sum, dp, tile1);
+            add_products<T>(first_sum, dp, tile1, here);
           }
         } else {
-          add_products<T>(first_sum, dp, tile1);
+          add_products<T>(first_sum, dp, tile1, here);
         }
       }
       if (a.stages == 1 && step + 1 < total) {

@@ -43,7 +43,7 @@ FT_GLOBAL void __launch_bounds__(kRowsBlock) attention_backward_rows(const RowsA
     if (r < rows && lane == 0) {
       const float lse = load_scalar(p.lse + r);
       const float top = lse == -infinity() ? infinity() : lse;
-      if (p.grad_lse != nullptr) sum -= load_scalar(p.grad_lse + r);
+      if (a.plain && p.grad_lse != nullptr) sum -= load_scalar(p.grad_lse + r);
       if (lse == -infinity()) sum = 0.f;
       store_scalar(p.delta + r, sum);
       store_scalar(p.top + r, a.plain ? top * kLog2E : top);
@@ -70,7 +70,9 @@ FT_GLOBAL void __launch_bounds__(kSinksBlock) attention_backward_sinks(const Sin
       const float top = load_scalar(p.top + r);
       const float power = a.plain ? sink * kLog2E - top
                                   : (sink - top) * kLog2E + load_scalar(p.shift + r);
-      const float term = -power_of_2<float>(power) * load_scalar(p.delta + r) - lost;
+      float delta = load_scalar(p.delta + r);
+      if (!a.plain && p.grad_lse != nullptr) delta -= load_scalar(p.grad_lse + r);
+      const float term = -power_of_2<float>(power) * delta - lost;
       const float next = sum + term;
       lost = next - sum - term;
       sum = next;

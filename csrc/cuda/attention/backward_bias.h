@@ -94,8 +94,7 @@ FT_GLOBAL void __launch_bounds__(kBiasThreads, 2) attention_backward_dbias(const
         rows[half] = score_row(p, sequence, b, h, i, exists);
         if (!exists) continue;
         const int64_t at = (b * p.heads + h) * p.q_len + i;
-        weights[half] = {load_scalar(p.top + at), load_scalar(p.shift + at),
-                         load_scalar(p.delta + at)};
+        weights[half] = row_weight(p, at);
       }
       scores_for_sums<T>(
           a, j0 < runs.whole_begin || j0 >= runs.whole_end,
@@ -109,7 +108,8 @@ FT_GLOBAL void __launch_bounds__(kBiasThreads, 2) attention_backward_dbias(const
         for (int c = 0; c < 4; ++c) {
           const RowWeight& w = weights[c / 2];
           const float weight = power_of_2<T>(weight_of(a.units, s[0][n][c], w.top, w.shift));
-          if (s[0][n][c] != -infinity()) sum[n][c] += weight * (dp[0][n][c] - w.delta);
+          const float ds = weight * ((dp[0][n][c] - w.delta) + w.d_lse);
+          if (s[0][n][c] != -infinity()) sum[n][c] += ds;
         }
       }
     }

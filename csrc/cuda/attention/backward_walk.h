@@ -136,10 +136,15 @@ FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4],
   }
 }
 
-// What a query's weights and their gradients are made with.
+// What a query's weights and their gradients are made with: dS = weight · ((dp − delta) + d_lse), in
+// this order, as dp − delta is exact where a query sees one key. Plain kernels have d_lse in delta.
 struct RowWeight {
-  float top, shift, delta;
+  float top, shift, delta, d_lse;
 };
+FT_DEVICE RowWeight row_weight(const AttentionBackwardParams& p, int64_t at) {
+  return {load_scalar(p.top + at), load_scalar(p.shift + at), load_scalar(p.delta + at),
+          p.grad_lse == nullptr ? 0.f : load_scalar(p.grad_lse + at)};
+}
 
 // Online maximum, sum and Σ p·dp of a row, over a thread's columns first.
 struct RowSums {
@@ -170,7 +175,7 @@ FT_DEVICE RowSums merge(const RowSums& x, const RowSums& y, const Units& u) {
 // memory for the kernels that follow. NaN stays: only a row without keys has no top and no sum.
 template <class T>
 FT_DEVICE RowWeight whole_row(const BackwardArgs& a, RowSums sums, int64_t b, int64_t h, int i,
-                              bool exists, bool writes) {
+                              RowWeight w, bool writes) {
   const AttentionBackwardParams& p = a.p;
 #pragma unroll
   for (int offset = 1; offset <= 2; offset *= 2) {
@@ -178,7 +183,8 @@ FT_DEVICE RowWeight whole_row(const BackwardArgs& a, RowSums sums, int64_t b, in
                            shuffle_xor(sums.product, offset)};
     sums = merge(sums, other, a.units);
   }
-  RowWeight w = {infinity(), 0.f, 0.f};
+  w.top = infinity();
+  w.shift = w.delta = 0.f;
   if (sums.top != -infinity() || sums.sum != 0.f) {
     w.top = sums.top * a.units.lse_scale;
     w.delta = sums.product;
@@ -191,10 +197,8 @@ FT_DEVICE RowWeight whole_row(const BackwardArgs& a, RowSums sums, int64_t b, in
     }
     w.delta /= sums.sum;
     w.shift = -natural_log(sums.sum) * kLog2E;
-    const int64_t at = (b * p.heads + h) * p.q_len + i;
-    if (exists && p.grad_lse != nullptr) w.delta -= load_scalar(p.grad_lse + at);
   }
-  if (exists && writes) {
+  if (writes) {
     const int64_t at = (b * p.heads + h) * p.q_len + i;
     store_scalar(p.top + at, w.top);
     store_scalar(p.shift + at, w.shift);
@@ -357,7 +361,8 @@ FT_DEVICE void gradients_of_scores(const BackwardArgs& a, bool edges, int64_t he
           const bool kept = keep >> (4 * n + c) & 1;
           const float grad = kept ? dp[m][n][c] * kept_scale : 0.f;
           const bool masked = s[m][n][c] == -infinity();
-          dp[m][n][c] = masked ? 0.f : weight * (grad - w.delta) * derivative[n][c];
+          const float ds = weight * ((grad - w.delta) + w.d_lse);
+          dp[m][n][c] = masked ? 0.f : ds * derivative[n][c];
           s[m][n][c] = masked || !kept ? 0.f : weight * kept_scale;
         }
       }
@@ -390,7 +395,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
   const auto walked2 = [&](int stage) {
     return WalkedTile{walked_memory + (stage * 2 + 1) * kStep * kHead};
   };
-  // Of what is walked over, if queries: top, shift and delta.
+  // Of what is walked over, if queries: top, delta, shift and d_lse.
   float* const numbers = reinterpret_cast<float*>(walked_memory + a.stages * 2 * kStep * kHead);
 
   const int group = static_cast<int>(p.heads / p.kv_heads);
@@ -446,7 +451,12 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
           const bool there = i < exist;  // the others' weights meet zeros only
           copy_async<4>(to, p.top + (there ? at + i : 0), there);
           copy_async<4>(to + kStep, p.delta + (there ? at + i : 0), there);
-          if (!kPlain) copy_async<4>(to + 2 * kStep, p.shift + (there ? at + i : 0), there);
+          if constexpr (!kPlain) {
+            copy_async<4>(to + 2 * kStep, p.shift + (there ? at + i : 0), there);
+            if (p.grad_lse != nullptr) {
+              copy_async<4>(to + 3 * kStep, p.grad_lse + (there ? at + i : 0), there);
+            }
+          }
         }
       }
     };
@@ -464,8 +474,10 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
           const int i = first + own_row + 16 * m + g + 8 * half;
           if (i >= own_length) continue;
           const int64_t at = (b * p.heads + own_head) * p.q_len + i;
-          row_weights[m][half] = {load_scalar(p.top + at), 0.f, load_scalar(p.delta + at)};
-          if constexpr (!kPlain) {
+          if constexpr (kPlain) {
+            row_weights[m][half] = {load_scalar(p.top + at), 0.f, load_scalar(p.delta + at), 0.f};
+          } else {
+            row_weights[m][half] = row_weight(p, at);
             const float lse = row_weights[m][half].top;
             coarse = coarse || ((lse > kCoarseLse || lse < -kCoarseLse) && lse - lse == 0.f);
           }
@@ -525,7 +537,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
             for (int half = 0; half < 2; ++half) {
               const int i = first + own_row + 16 * m + g + 8 * half;
               row_weights[m][half] = whole_row<T>(a, row_sums[m][half], b, own_head, i,
-                                                  i < own_length, lane % 4 == 0);
+                                                  row_weights[m][half],
+                                                  i < own_length && lane % 4 == 0);
             }
           }
         }
@@ -575,8 +588,12 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
           return row_weights[m][c / 2];
         } else {
           const float* const from = walked_numbers + 8 * n + t + c % 2;
-          return RowWeight{shared_load(from), kPlain ? 0.f : shared_load(from + 2 * kStep),
-                           shared_load(from + kStep)};
+          RowWeight w = {shared_load(from), 0.f, shared_load(from + kStep), 0.f};
+          if constexpr (!kPlain) {
+            w.shift = shared_load(from + 2 * kStep);
+            if (p.grad_lse != nullptr) w.d_lse = shared_load(from + 3 * kStep);
+          }
+          return w;
         }
       };
       const int64_t head_position = (b * p.heads + h) * p.q_len * p.kv_len;

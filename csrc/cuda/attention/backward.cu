@@ -1,7 +1,6 @@
-// Attention backward: the order of its kernels (backward.h says what each does), and the small ones.
-// rows: a group of lanes owns a query; bound by memory. sinks: a block owns a head.
+// Attention backward: the order of its kernels (backward.h says what each does), and the small
+// ones. rows: a group of lanes owns a query; bound by memory. sinks: a block owns a head.
 #include "cuda/attention/backward.h"
-
 #include "cuda/device/reduce.h"
 #include "cuda/device/vector.h"
 
@@ -68,8 +67,8 @@ FT_GLOBAL void __launch_bounds__(kSinksBlock) attention_backward_sinks(const Sin
       const int64_t r = (k / p.q_len * p.heads + h) * p.q_len + k % p.q_len;
       if (load_scalar(p.lse + r) == -infinity()) continue;
       const float top = load_scalar(p.top + r);
-      const float power = a.plain ? sink * kLog2E - top
-                                  : (sink - top) * kLog2E + load_scalar(p.shift + r);
+      const float power =
+          a.plain ? sink * kLog2E - top : (sink - top) * kLog2E + load_scalar(p.shift + r);
       float delta = load_scalar(p.delta + r);
       if (!a.plain && p.grad_lse != nullptr) delta -= load_scalar(p.grad_lse + r);
       const float term = -power_of_2<float>(power) * delta - lost;

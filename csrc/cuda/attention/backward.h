@@ -22,7 +22,7 @@ namespace ft::cuda {
 struct BackwardArgs {
   AttentionBackwardParams p;
   Units units;
-  int warps = 0, stages = 0;    // of a walk: warps of a block, and buffers for what it walks over
+  int warps = 0, stages = 0;     // of a walk: warps of a block, and buffers for what it walks over
   int64_t tiles = 0, items = 0;  // tiles of a head's rows; of all heads, and passes
 };
 

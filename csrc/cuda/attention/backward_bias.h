@@ -44,7 +44,7 @@ FT_GLOBAL void __launch_bounds__(kBiasThreads, 2) attention_backward_dbias(const
   constexpr int kN = kBiasTile / 8;
   FT_SHARED_ARRAY(T, left_memory, kBiasTile * kBiasTile);
   FT_SHARED_ARRAY(T, right_memory, kBiasTile * kBiasTile);
-  FT_SHARED_ARRAY(float, totals, kBiasTile * kBiasWarps);
+  FT_SHARED_ARRAY(float, totals, kBiasTile* kBiasWarps);
   const BiasTile left{left_memory}, right{right_memory};
   const AttentionBackwardParams& p = a.p;
   const int lane = lane_index(), g = lane / 4, t = lane % 4 * 2, row = warp_index() * 16;
@@ -97,9 +97,8 @@ FT_GLOBAL void __launch_bounds__(kBiasThreads, 2) attention_backward_dbias(const
         weights[half] = row_weight(p, at);
       }
       scores_for_sums<T>(
-          a, j0 < runs.whole_begin || j0 >= runs.whole_end,
-          (b * p.heads + h) * p.q_len * p.kv_len, seed,
-          [&](int, int, int c) { return rows[c / 2]; },
+          a, j0 < runs.whole_begin || j0 >= runs.whole_end, (b * p.heads + h) * p.q_len * p.kv_len,
+          seed, [&](int, int, int c) { return rows[c / 2]; },
           [&](int, int, int c) { return i0 + row + g + c / 2 * 8; },
           [&](int, int n, int c) { return j0 + 8 * n + t + c % 2; }, s, dp);
 #pragma unroll

@@ -33,7 +33,8 @@ constexpr int kShortRow = 256;
 // warp (kTiles 2) halve the traffic to shared memory where the sums leave room. Not measured: no
 // GPU was at hand.
 //   16-bit, plain            dQ: rows a warp, kStep, sums    dK, dV
-//   head size ≤ 64           32, 32,  64                     32, 32, 128
+//   head size ≤ 32           32, 64,  32                     32, 64,  64
+//            ≤  64           32, 32,  64                     32, 32, 128
 //            ≤ 128           32, 32, 128                     16, 64, 128
 //            ≤ 256           16, 32, 128                     16, 32, 128 (in passes)
 // With options, 16 rows, as softcap's derivative needs room too, and steps of 32 (dQ) or 16; float
@@ -43,9 +44,9 @@ struct Shape {
   static constexpr bool kWide = sizeof(T) == 2 && kPlain;  // room for 32 rows
   static constexpr bool kOwnsQueries = kWalk == Walk::queries;
   static constexpr int kTiles = kWide && kHead <= (kOwnsQueries ? 128 : 64) ? 2 : 1;
-  static constexpr int kStep = sizeof(T) == 4 || (!kPlain && !kOwnsQueries && kHead > 64) ? 16
-                               : kWide && !kOwnsQueries && kHead == 128                ? 64
-                                                                                       : 32;
+  static constexpr int kStep = sizeof(T) == 4 || (!kPlain && !kOwnsQueries && kHead > 64)  ? 16
+                               : kWide && (kHead == 32 || (!kOwnsQueries && kHead == 128)) ? 64
+                                                                                           : 32;
   static constexpr int kRows = 16 * kTiles;  // of a warp
   // Bytes of shared memory for each warp's rows, and for each stage of what is walked over.
   static constexpr int64_t kWarpBytes = int64_t{2} * kRows * kHead * sizeof(T);
@@ -77,8 +78,8 @@ FT_DEVICE void load_rows(const Shape& tile, int rows, int exist, int columns, bo
   }
 }
 
-// d += a · b. Tensor cores round towards zero with every product that they add: float's products of 8
-// terms are therefore summed by float's own additions, which round to nearest.
+// d += a · b. Tensor cores round towards zero with every product that they add: float's products of
+// 8 terms are therefore summed by float's own additions, which round to nearest.
 template <class T>
 FT_DEVICE void add_product(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (sizeof(T) == 2) {
@@ -94,8 +95,8 @@ FT_DEVICE void add_product(float (&d)[4], const FragmentA<T>& a, const FragmentB
 // d[m][n] += own · walkedᵀ over the tiles' columns.
 template <class T, int kTiles, int kN, class Own, class Walked>
 FT_DEVICE void add_score_products(float (&d)[kTiles][kN][4], const Own& own, const Walked& walked,
-                              int row, int lane) {
-#pragma unroll (sizeof(T) == 2 ? 16 : 2)
+                                  int row, int lane) {
+#pragma unroll(sizeof(T) == 2 ? 16 : 2)
   for (int k = 0; k < Own::kColumns; k += kDepth<T>) {
     FragmentA<T> left[kTiles];
 #pragma unroll
@@ -115,9 +116,8 @@ FT_DEVICE void add_score_products(float (&d)[kTiles][kN][4], const Own& own, con
 
 // sum[m] += scores · walked.
 template <class T, int kTiles, int kN, int kColumns, class Walked>
-FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4],
-                            const float (&scores)[kTiles][kN][4], const Walked& walked,
-                            int lane) {
+FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4], const float (&scores)[kTiles][kN][4],
+                            const Walked& walked, int lane) {
 #pragma unroll
   for (int k = 0; k < 8 * kN; k += kDepth<T>) {
     FragmentA<T> left[kTiles];
@@ -136,8 +136,9 @@ FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4],
   }
 }
 
-// What a query's weights and their gradients are made with: dS = weight · ((dp − delta) + d_lse), in
-// this order, as dp − delta is exact where a query sees one key. Plain kernels have d_lse in delta.
+// What a query's weights and their gradients are made with: dS = weight · ((dp − delta) + d_lse),
+// in this order, as dp − delta is exact where a query sees one key. Plain kernels have d_lse in
+// delta.
 struct RowWeight {
   float top, shift, delta, d_lse;
 };
@@ -164,10 +165,10 @@ FT_DEVICE void add_score(RowSums& r, const Units& u, float s, float dp) {
 }
 FT_DEVICE RowSums merge(const RowSums& x, const RowSums& y, const Units& u) {
   const float top = maximum(x.top, y.top);
-  const float a = x.top == -infinity() && x.sum == 0.f ? 0.f
-                                                       : power_of_2<float>((x.top - top) * u.exponent);
-  const float b = y.top == -infinity() && y.sum == 0.f ? 0.f
-                                                       : power_of_2<float>((y.top - top) * u.exponent);
+  const float a =
+      x.top == -infinity() && x.sum == 0.f ? 0.f : power_of_2<float>((x.top - top) * u.exponent);
+  const float b =
+      y.top == -infinity() && y.sum == 0.f ? 0.f : power_of_2<float>((y.top - top) * u.exponent);
   return {top, x.sum * a + y.sum * b, x.product * a + y.product * b};
 }
 
@@ -373,7 +374,7 @@ FT_DEVICE void gradients_of_scores(const BackwardArgs& a, bool edges, int64_t he
 // ---- the kernel ---------------------------------------------------------------------------------
 
 template <class T, int kHead, Walk kWalk, bool kPlain>
-FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
+FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     attention_backward_walk(const BackwardArgs a) {
   using S = Shape<T, kHead, kWalk, kPlain>;
   using OwnTile = Tile<T, kMostWarps * S::kRows, kHead>;
@@ -384,8 +385,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
   const AttentionBackwardParams& p = a.p;
   const int thread = thread_index(), threads = a.warps * kWarp, lane = lane_index();
   const int g = lane / 4;
-  const int rows = a.warps * S::kRows;              // of the block
-  const int own_row = warp_index() * S::kRows;      // of the warp's first, in the block
+  const int rows = a.warps * S::kRows;          // of the block
+  const int own_row = warp_index() * S::kRows;  // of the warp's first, in the block
   T* const own_memory = dynamic_shared<T>();
   const OwnTile own1{own_memory}, own2{own_memory + rows * kHead};
   T* const walked_memory = own_memory + 2 * rows * kHead;
@@ -410,8 +411,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
   for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
     // Tiles of queries are taken from the end, where causal rows are longest.
     const int64_t index = item % a.tiles;
-    const int first =
-        static_cast<int>(kOwnsQueries ? a.tiles - 1 - index : index) * rows;
+    const int first = static_cast<int>(kOwnsQueries ? a.tiles - 1 - index : index) * rows;
     int64_t rest = item / a.tiles;
     bool values_pass = false;
     if constexpr (kWalk == Walk::keys_in_passes) {
@@ -536,9 +536,9 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int i = first + own_row + 16 * m + g + 8 * half;
-              row_weights[m][half] = whole_row<T>(a, row_sums[m][half], b, own_head, i,
-                                                  row_weights[m][half],
-                                                  i < own_length && lane % 4 == 0);
+              row_weights[m][half] =
+                  whole_row<T>(a, row_sums[m][half], b, own_head, i, row_weights[m][half],
+                               i < own_length && lane % 4 == 0);
             }
           }
         }
@@ -574,8 +574,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
           ScoreRow r = head_row;
           r.position = i + sequence.shift;
           r.low = at_least(r.position - sequence.left, 0);
-          r.high = i < sequence.queries ? at_most(r.position + sequence.right + 1, sequence.keys)
-                                        : 0;
+          r.high =
+              i < sequence.queries ? at_most(r.position + sequence.right + 1, sequence.keys) : 0;
           if (!kPlain) {
             if (r.mask != nullptr) r.mask += i * p.mask.row;
             if (r.bias != nullptr) r.bias += i * p.bias.row * (p.bias_dtype == DType::f32 ? 4 : 2);
@@ -639,10 +639,9 @@ FT_GLOBAL void __launch_bounds__(kMostWarps * kWarp, 1)
     const int64_t length = kOwnsQueries ? p.q_len : p.kv_len;
     const int exist = static_cast<int>(length) - first;
     const auto write = [&](const auto& sum, void* out, int columns, float factor) {
-      T* const to = static_cast<T*>(out) +
-                    ((b * length + first) * own_heads + own_head) * int64_t{columns};
-      write_sums(sum, to, own_heads * columns, own_row, exist, own_length - first, columns,
-                 factor);
+      T* const to =
+          static_cast<T*>(out) + ((b * length + first) * own_heads + own_head) * int64_t{columns};
+      write_sums(sum, to, own_heads * columns, own_row, exist, own_length - first, columns, factor);
     };
     if constexpr (kOwnsQueries) {
       write(first_sum, p.d_query, head_dim, p.scale);
@@ -689,10 +688,10 @@ void launch_walk(BackwardArgs args, void* stream) {
 
 template <class T, Walk kWalk>
 void launch_walk(const BackwardArgs& args, bool plain, void* stream) {
-  const int64_t dim =
-      args.p.head_dim > args.p.value_dim ? args.p.head_dim : args.p.value_dim;
+  const int64_t dim = args.p.head_dim > args.p.value_dim ? args.p.head_dim : args.p.value_dim;
   constexpr Walk kLargest = kWalk == Walk::queries ? Walk::queries : Walk::keys_in_passes;
   const auto run = [&]<bool kPlain>() {
+    if (dim <= 32) return launch_walk<T, 32, kWalk, kPlain>(args, stream);
     if (dim <= 64) return launch_walk<T, 64, kWalk, kPlain>(args, stream);
     if (dim <= 128) return launch_walk<T, 128, kWalk, kPlain>(args, stream);
     launch_walk<T, 256, kLargest, kPlain>(args, stream);

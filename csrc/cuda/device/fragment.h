@@ -1,8 +1,8 @@
 // Fragments of tiles for tensor cores, of 16-bit types (mma.m16n8k16) and of float: there each
 // number is split into two tf32 and three m16n8k8 products are taken, which is as exact as float's
 // own sums are. A warp multiplies A (16 × kDepth) by B (kDepth × 8) into 16 × 8 floats; mma.h has
-// the layouts. A loop that is short of registers gives the loads hidden(lane_index()) as their lane:
-// the addresses of a tile's fragments, a register each, are then made when they are needed.
+// the layouts. A loop that is short of registers gives the loads hidden(lane_index()) as their
+// lane: the addresses of a tile's fragments, a register each, are then made when they are needed.
 #pragma once
 #include "cuda/device/mma.h"
 #include "cuda/device/tile.h"

@@ -114,6 +114,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cpu": Kernel("cpu", backward_from=_LINEAR_RMS_NORM),
     },
     "attention": {
+        "cuda": Kernel("cuda", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },

@@ -13,6 +13,14 @@ template <class T>
 FT_DEVICE float exponential(float x) {
   return std::exp(x);
 }
+template <class T>
+FT_DEVICE float power_of_2(float x) {
+  return std::exp2(x);
+}
+template <class T>
+FT_DEVICE float hyperbolic_tangent(float x) {
+  return std::tanh(x);
+}
 FT_DEVICE float natural_log(float x) { return std::log(x); }
 FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 FT_DEVICE float error_function(float x) { return std::erf(x); }
@@ -32,6 +40,26 @@ FT_DEVICE float exponential(float x) {
     return out;
   } else {
     return expf(x);
+  }
+}
+// 2^x: one ex2.approx for a 16-bit result.
+template <class T>
+FT_DEVICE float power_of_2(float x) {
+  if constexpr (sizeof(T) == 2) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+  } else {
+    return exp2f(x);
+  }
+}
+// For a 16-bit result by one exponential, to 2e-7 (tanh.approx has 5e-4 only).
+template <class T>
+FT_DEVICE float hyperbolic_tangent(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return 1.f - __fdividef(2.f, power_of_2<T>(x * (2.f * kLog2E)) + 1.f);
+  } else {
+    return tanhf(x);
   }
 }
 FT_DEVICE float natural_log(float x) { return logf(x); }

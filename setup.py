@@ -190,8 +190,8 @@ def build_graph(library: str, output: Path, work: Path) -> str:
         lines.extend([f"build {target}: {rule} {source}", f"  flags = {' '.join(step_flags)}"])
 
     for source in sorted((CSRC / "bindings").glob("*.cpp")):
-        if cuda and not (CSRC / "cuda" / f"{source.stem}.cu").exists():
-            continue  # the operation has no CUDA kernel yet
+        if not (CSRC / library / f"{source.stem}.{'cu' if cuda else 'cpp'}").exists():
+            continue  # the operation has no kernel there yet
         compile_step(source, f"bindings.{source.stem}", [*flags, *STABLE_ABI, *defines])
     if cuda:
         for source in sorted((CSRC / "cuda").glob("**/*.cu")):

@@ -114,23 +114,27 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cpu": Kernel("cpu", backward_from=_LINEAR_RMS_NORM),
     },
     "attention": {
+        "cuda": Kernel("cuda", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
+    "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
+    "embedding": {"cuda": Kernel("cuda")},
+    "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
     **{
         op: {}
         for op in (
             "attention_varlen",
             "merge_attention",
-            "cross_entropy",
             "linear_cross_entropy",
             "linear_softmax",
             "linear_topk",
-            "embedding",
-            "rotary_embedding",
         )
     },
 }
+#: Steps that composed operations are made of beside other operations: kernels, not in public.
+STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}
+
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")
 
@@ -238,7 +242,7 @@ def _bind() -> None:
         problem = load()
         if problem is not None:
             _unavailable[name] = problem
-    for op, row in TABLE.items():
+    for op, row in (*TABLE.items(), *STEPS.items()):
         for backend, kernel in row.items():
             if backend == "torch" or backend in _unavailable:
                 continue

@@ -136,11 +136,16 @@ def limits(
 def running() -> Iterator[None]:
     """Within it, the backend "cuda" is forced, runs on CPU tensors, and is simt."""
     load()
-    rows = [(op, row["cuda"]) for op, row in backends.TABLE.items() if "cuda" in row]
+    table = (*backends.TABLE.items(), *backends.STEPS.items())
+    rows = [(op, row["cuda"]) for op, row in table if "cuda" in row]
     before = [(kernel, kernel.forward, kernel.backward) for _, kernel in rows]
     reason = backends._unavailable.pop("cuda", None)
     for op, kernel in rows:
         op = backends.COMPOSED.get(op, op)
+        if op == 'attention':
+            object.__setattr__(kernel, 'forward', torch.ops.fasttransformer.attention.default)
+            object.__setattr__(kernel, 'backward', operator('attention_backward'))
+            continue
         object.__setattr__(kernel, "forward", operator(op))
         object.__setattr__(kernel, "backward", operator(f"{op}_backward"))
     backends.EMULATED.add("cuda")

@@ -48,6 +48,7 @@ INSTRUCTIONS = {
 #: Kernels that move few numbers, one at a time or a float at a time, and why.
 NARROW_LOADS = {
     "row_norm::sum_partials": "sums float partials down columns, 32 neighbours at a time",
+    "embedding_clear": "writes zeros",
 }
 NARROW_STORES = {
     **NARROW_LOADS,

@@ -194,6 +194,19 @@ def backward_of(norm: Norm, shape: tuple[int, int], dtype: torch.dtype) -> Any:
     return lambda *wanted: backward(grad, *summed, None, *statistics, *drop, *wanted)
 
 
+@pytest.mark.parametrize("norm", ADDING, ids=lambda n: n.op)
+def test_a_seed_without_dropout(norm):
+    operators = simt.load() and torch.ops.fasttransformer_simt
+    x, residual, *vectors = norm.inputs((5, 20), 1, torch.float32)
+    flags = [True] * (1 + norm.has_bias)
+    found = []
+    for seed in (None, torch.tensor([7])):
+        _, summed, *statistics = getattr(operators, norm.op)(x, residual, *vectors, 1e-5, 0.0, seed)
+        backward = getattr(operators, f"{norm.op}_backward")
+        found.append(backward(x, None, summed, vectors[0], *statistics, 0.0, seed, *flags))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0], found[1][1])
+
+
 @dtypes
 @pytest.mark.parametrize("shape", ((7, 64), (67, 33), (2, 17001)), ids=str)
 @norms

@@ -4,7 +4,7 @@
 
 #include "bindings/device.h"
 
-#if !defined(FT_CUDA)
+#if !defined(FT_CUDA) && !defined(FT_SIMT)
 #  include "cpu/parallel.h"
 #endif
 
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   return {out, lse};
 }
 
-#if !defined(FT_CUDA)
+#if !defined(FT_CUDA) && !defined(FT_SIMT)
 // Into how many parts the CPU kernel splits the keys so that every thread has work; see its file.
 int64_t key_parts(const AttentionBackwardParams& p) {
   const int64_t batches = p.d_bias && p.d_bias_sizes[0] == 1 ? 1 : p.batch;
@@ -85,6 +85,18 @@ int64_t key_parts(const AttentionBackwardParams& p) {
   if (threads == 1 || items == 0 || tiles < 2 || work < 400'000) return 1;
   if (items >= 4 * threads || items % threads == 0) return 1;
   return std::min(tiles, (2 * threads + items - 1) / items);
+}
+#else
+// Into how many parts the CUDA kernel cuts the sums of each tile of d_bias, so that some 512 blocks
+// work; by shapes alone, as sums then have one order on every GPU.
+int64_t bias_parts(const AttentionBackwardParams& p) {
+  const auto tiles = [](int64_t length) { return (length + 63) / 64; };
+  const int64_t* n = p.d_bias_sizes;
+  const int64_t items = n[0] * n[1] * tiles(n[2]) * tiles(n[3]);
+  const int64_t over = (n[0] == 1 ? p.batch : 1) * (n[1] == 1 ? p.heads : 1) *
+                       (n[2] == 1 ? tiles(p.q_len) : 1) * (n[3] == 1 ? tiles(p.kv_len) : 1);
+  if (items == 0) return 1;
+  return std::max<int64_t>(1, std::min((512 + items - 1) / items, over));
 }
 #endif
 
@@ -125,9 +137,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.delta = static_cast<float*>(workspace.mutable_data_ptr());
   p.top = p.delta + rows;
   p.shift = p.top + rows;
-#if !defined(FT_CUDA)
-  p.parts = key_parts(p);
   std::optional<Tensor> partial, partial_bias;
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  if (bias_grad) p.parts = bias_parts(p);
+  if (p.parts > 1) {
+    partial_bias = make(query, {p.parts, d_bias.numel()}, ScalarType::Float);
+    p.partial_bias = static_cast<float*>(partial_bias->mutable_data_ptr());
+  }
+#else
+  p.parts = key_parts(p);
   if (p.parts > 1) {
     const int64_t columns = (p.head_dim + 15) / 16 * 16;
     partial = make(query, {p.parts, p.batch, p.heads, p.q_len, columns}, ScalarType::Float);

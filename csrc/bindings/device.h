@@ -85,6 +85,17 @@ inline VectorArg vector_arg(const OptionalTensor& t) {
   return out;
 }
 
+inline IdsArg ids_arg(const OptionalTensor& t) {
+  IdsArg out;
+  if (!t) return out;
+  out.wide = t->scalar_type() == ScalarType::Long;
+  if (!out.wide && t->scalar_type() != ScalarType::Int) {
+    throw std::invalid_argument("fasttransformer: ids must be int64 or int32");
+  }
+  out.data = data(*t);
+  return out;
+}
+
 // A contiguous tensor. Straight to the allocator: new_empty would go through the dispatcher, which
 // takes longer than a small kernel does.
 inline Tensor make(const Tensor& like, Sizes sizes,

@@ -1,22 +1,10 @@
 #include "params/linear_add.h"
 
+#include "bindings/activation_name.h"
 #include "bindings/device.h"
 #include "bindings/linear_input.h"
 
 namespace ft::bindings {
-namespace {
-
-Activation activation_of(const std::string& name) {
-  if (name.empty()) return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  throw std::invalid_argument("linear_add: unknown activation " + name);
-}
-
-}  // namespace
-
 Tensor linear_add(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& residual, std::string activation) {
   LinearAddParams p = linear_input(input, weight, bias, residual);

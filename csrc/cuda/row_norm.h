@@ -34,10 +34,6 @@ struct ForwardArgs {
   int64_t cached = 0;  // wide: chunks that shared memory holds
 };
 
-FT_DEVICE uint64_t seed_of(const Dropout& dropout) {
-  return dropout.threshold == 0 ? 0 : static_cast<uint64_t>(load_scalar(dropout.seed_ptr));
-}
-
 // residual + dropout(input), rounded to T.
 template <class T>
 FT_DEVICE Chunk add_chunk(const Chunk& input, const Chunk& residual, const Dropout& dropout,
@@ -127,7 +123,7 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(con
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = blockDim.x / a.group;
   const int features = static_cast<int>(p.features);
-  const float count = static_cast<float>(features);
+  const float share = 1.f / static_cast<float>(features);
   const int step = a.group * kLanes<T>;
   const uint64_t seed = kAdd ? seed_of(p.dropout) : 0;
   for (int64_t first = blockIdx.x * per_block; first < p.rows; first += gridDim.x * per_block) {
@@ -165,9 +161,9 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(con
     }
     float mean = 0.f, variance = 0.f;
     if constexpr (kRms) {
-      variance = group_sum(sums, a.group, scratch).a / count;
+      variance = group_sum(sums, a.group, scratch).a * share;
     } else {
-      const float about = group_sum(sums, a.group, scratch).a / count;
+      const float about = group_sum(sums, a.group, scratch).a * share;
       sums = {0.f, 0.f};  // of what centring left, and of its squares
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -185,9 +181,9 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(con
         keep_packed(x[k]);
       }
       sums = group_sum(sums, a.group, scratch);
-      const float off = sums.a / count;
+      const float off = sums.a * share;
       mean = about + off;
-      variance = sums.b / count - off * off;
+      variance = sums.b * share - off * off;
       if (variance < 0.f) variance = 0.f;  // by rounding; a NaN stays
     }
     const float rstd = reciprocal_sqrt(variance + p.eps);

@@ -38,8 +38,11 @@ constexpr int kReduceColumns = 32, kReduceRows = 32;  // block of the second sta
 
 struct BackwardArgs {
   RowNormBackwardParams p;
+  float share = 0.f;  // 1 / features
   int group = 0;
-  int stages = 1;        // rows that shared memory holds: 2, the next one on its way, or 1
+  int stage_chunks = 0;  // that a row takes up in shared memory
+  int64_t row_step = 0;  // from one row of a group to its next
+  int64_t ahead = 0;     // how far copies run ahead of their use: row_step, or 0 for want of room
   int64_t cached = 0;    // wide: chunks that shared memory holds
   int64_t partials = 0;  // partial sums of a vector; the workspace is (vectors, partials, features)
   int vectors = 0;       // of d_weight and d_bias, those that are wanted
@@ -75,28 +78,27 @@ FT_DEVICE void add_sums(const float (&grad)[kLanes<T>], const float (&normed)[kL
 
 // The group's means of g and g · x̂ from its threads' sums.
 template <bool kRms>
-FT_DEVICE Pair group_means(const Pair& sums, int group, int64_t features, Pair* scratch) {
-  const float count = static_cast<float>(features);
-  if constexpr (kRms) return {0.f, group_sum(sums.b, group, &scratch->a) / count};
+FT_DEVICE Pair group_means(const Pair& sums, int group, float share, Pair* scratch) {
+  if constexpr (kRms) return {0.f, group_sum(sums.b, group, &scratch->a) * share};
   const Pair all = group_sum(sums, group, scratch);
-  return {all.a / count, all.b / count};
+  return {all.a * share, all.b * share};
 }
 
 // Writes d_residual and d_input of the chunk at `column`.
 template <class T, bool kRms, class Index>
 FT_DEVICE void write_gradients(const RowNormBackwardParams& p, int64_t row, Index column, Index end,
                                int shift, const Chunk& grad, const Chunk& summed,
-                               const Chunk& grad_summed, const Statistics& s, const Pair& means,
-                               uint64_t seed) {
+                               const Chunk& grad_summed, const Statistics& s, const Pair& means) {
   float d[kLanes<T>], x[kLanes<T>], weight[kLanes<T>];
   unpack<T>(grad, d);
   unpack<T>(summed, x);
   load_vector(p.weight, column, end, 1.f, weight);
+  // rstd · (g − mean(g) − x̂ · mean(g · x̂)), with what a row's elements have in common first.
+  const float across = -means.b * s.rstd * s.rstd, level = -means.a * s.rstd;
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
-    d[i] = d[i] * weight[i] - normalized<kRms>(x[i], s) * means.b;
-    if constexpr (!kRms) d[i] -= means.a;
-    d[i] *= s.rstd;
+    const float rest = kRms ? x[i] * across : (x[i] - s.mean) * across + level;
+    d[i] = d[i] * s.rstd * weight[i] + rest;
   }
   if (p.grad_summed != nullptr) {
     unpack<T>(grad_summed, x);
@@ -106,15 +108,12 @@ FT_DEVICE void write_gradients(const RowNormBackwardParams& p, int64_t row, Inde
   T* d_residual = static_cast<T*>(p.d_residual) + row * p.features;
   store_chunk(d_residual, column, end, chunks_aligned(d_residual, shift), pack<T>(d));
   if (p.d_input == nullptr) return;
+  const uint64_t seed = seed_of(p.dropout);
   const uint32_t keep = keep_bits<kLanes<T>>(seed, row * p.features + column, p.dropout.threshold);
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) d[i] = (keep >> i & 1) ? d[i] * p.dropout.scale : 0.f;
   T* d_input = static_cast<T*>(p.d_input) + row * p.features;
   store_chunk(d_input, column, end, chunks_aligned(d_input, shift), pack<T>(d));
-}
-
-FT_DEVICE uint64_t backward_seed(const RowNormBackwardParams& p) {
-  return p.d_input == nullptr ? 0 : static_cast<uint64_t>(load_scalar(p.dropout.seed_ptr));
 }
 
 // Asks for the thread's chunks of a row; they lie in `to`, `apart` chunks from one another, when
@@ -168,22 +167,18 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
   const RowNormBackwardParams& p = a.p;
   constexpr int kCount = kLanes<T>;
   const int threads = static_cast<int>(blockDim.x), array = kHeld * threads;
-  const int stage_size = (p.grad_summed == nullptr ? 2 : 3) * array;
   const int lane = static_cast<int>(threadIdx.x) & (a.group - 1);
   const int64_t per_block = threads / a.group;
-  const int64_t row_step = a.partials * per_block;
-  const int64_t ahead = a.stages == 2 ? row_step : 0;  // how far copies run ahead of their use
   const int features = static_cast<int>(p.features);
   const int step = a.group * kCount;
-  const uint64_t seed = backward_seed(p);
 
   for (int64_t block = blockIdx.x; block < a.partials; block += gridDim.x) {
-    const int64_t own = block * per_block + threadIdx.x / a.group;  // the group's first row
-    const int shift = chunk_shift<T>(own, p.features);              // and that of its others
+    const int64_t place = threadIdx.x / a.group, own = block * per_block + place;  // the first row
+    const int shift = chunk_shift<T>(own, p.features);  // and that of its others
     const int start = lane * kCount - shift;
     const auto ask = [&](int64_t row, int stage) {
       if (row < p.rows) {
-        Chunk* to = staged + stage * stage_size + threadIdx.x;
+        Chunk* to = staged + stage * a.stage_chunks + threadIdx.x;
         copy_row<T, kHeld>(to, threads, p.grad_normed, row * p.grad_normed_stride, start, step,
                            features, shift);
         copy_row<T, kHeld>(to + array, threads, p.summed, row * p.summed_stride, start, step,
@@ -202,20 +197,19 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
     float d_weight[kHeld][kCount] = {}, d_bias[kHeld][kCount] = {};
     Statistics next = statistics(own);
     int stage = 0;
-    for (int64_t base = -ahead; block * per_block + base < p.rows; base += row_step) {
-      ask(own + base + ahead, stage);
-      if (ahead == 0) {
+    for (int64_t row = own - a.ahead; row - place < p.rows; row += a.row_step) {
+      ask(row + a.ahead, stage);
+      if (a.ahead == 0) {
         copy_async_wait<0>();
       } else {
         stage ^= 1;  // where the row before is
-        if (base < 0) continue;
+        if (row < 0) continue;
         copy_async_wait<1>();
       }
-      const int64_t row = own + base;
       const Statistics s = next;
-      next = statistics(row + row_step);
+      next = statistics(row + a.row_step);
       const int width = row < p.rows ? features : -kCount;  // no chunk begins below that
-      const Chunk* held = staged + stage * stage_size + threadIdx.x;
+      const Chunk* held = staged + stage * a.stage_chunks + threadIdx.x;
       Pair sums = {0.f, 0.f};
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -232,7 +226,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
         }
         add_sums<T, kRms>(g, x, weight, sums);
       }
-      const Pair means = group_means<kRms>(sums, a.group, p.features, scratch);
+      const Pair means = group_means<kRms>(sums, a.group, a.share, scratch);
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (start + k * step >= width) continue;
@@ -240,7 +234,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 1) backward_held(const Backward
         Chunk grad_summed = {};
         if (p.grad_summed != nullptr) grad_summed = shared_load(own_chunk + 2 * array);
         write_gradients<T, kRms>(p, row, start + k * step, width, shift, shared_load(own_chunk),
-                                 shared_load(own_chunk + array), grad_summed, s, means, seed);
+                                 shared_load(own_chunk + array), grad_summed, s, means);
       }
     }
     copy_async_wait<0>();
@@ -263,7 +257,6 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) backward_wide(const Backward
   Chunk* cache = dynamic_shared<Chunk>();  // grad and summed in turn
   const RowNormBackwardParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
-  const uint64_t seed = backward_seed(p);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* grad = static_cast<const T*>(p.grad_normed) + row * p.grad_normed_stride;
     const T* summed = static_cast<const T*>(p.summed) + row * p.summed_stride;
@@ -298,7 +291,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) backward_wide(const Backward
         add_sums<T, kRms>(g, x, weight, sums);
       }
     }
-    const Pair means = group_means<kRms>(sums, kBackwardBlock, p.features, scratch);
+    const Pair means = group_means<kRms>(sums, kBackwardBlock, a.share, scratch);
     for (int64_t c = threadIdx.x; c < chunks; c += kBackwardBlock) {
       const int64_t column = c * kCount - shift;
       Chunk g, x, gs = {};
@@ -313,7 +306,7 @@ FT_GLOBAL void __launch_bounds__(kBackwardBlock, 2) backward_wide(const Backward
         const T* grad_summed = static_cast<const T*>(p.grad_summed) + row * p.grad_summed_stride;
         gs = load_chunk(grad_summed, column, p.features, chunks_aligned(grad_summed, shift));
       }
-      write_gradients<T, kRms>(p, row, column, p.features, shift, g, x, gs, s, means, seed);
+      write_gradients<T, kRms>(p, row, column, p.features, shift, g, x, gs, s, means);
     }
   }
 }
@@ -443,6 +436,7 @@ void backward(const char* name, const RowNormBackwardParams& params, void* strea
   if (params.features == 0) return;
   const BackwardPlan plan = backward_plan(params);
   BackwardArgs a{params};
+  a.share = 1.f / static_cast<float>(params.features);
   a.group = plan.plan.group;
   a.partials = plan.partials;
   a.vectors = plan.vectors;
@@ -451,11 +445,14 @@ void backward(const char* name, const RowNormBackwardParams& params, void* strea
     if (params.rows == 0) return;
     if (plan.plan.held != 0) {
       const int arrays = params.grad_summed == nullptr ? 2 : 3;
-      const int64_t stage = kChunk * arrays * plan.plan.held * plan.block;
-      a.stages = 2 * stage <= max_shared_memory(name) - 1024 ? 2 : 1;
+      a.stage_chunks = arrays * plan.plan.held * plan.block;
+      const int64_t stage = kChunk * a.stage_chunks;
+      const int stages = 2 * stage <= max_shared_memory(name) - 1024 ? 2 : 1;
+      a.row_step = plan.partials * (plan.block / plan.plan.group);
+      if (stages == 2) a.ahead = a.row_step;
       return launch(name,
                     plan.plan.held == 2 ? backward_held<T, kRms, 2> : backward_held<T, kRms, 4>,
-                    grid_for(plan.partials, 1), plan.block, a.stages * stage, stream, a);
+                    grid_for(plan.partials, 1), plan.block, stages * stage, stream, a);
     }
     a.cached = cached_chunks(name, plan.plan.chunks, 2);
     launch(name, backward_wide<T, kRms>, grid_for(params.rows, 1), kBackwardBlock,

@@ -6,6 +6,7 @@
 // and sum) that leaves as much of the row as fits in shared memory, and a second pass that reads
 // the rest again. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018
 // (arXiv:1805.02867); QuACK's table of threads per row by columns (Dao-AILab/quack).
+#include "cuda/device/index.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/scalar.h"
 #include "cuda/row_plan.h"
@@ -27,6 +28,8 @@ constexpr int kHeldBlocks = 3;   // of them on an SM at least: 128 registers a t
 constexpr int kWideBlock =
     512;  // block size of the wide kernels, two on an SM where their rows fit
 
+// ---- rows ---------------------------------------------------------------------------------------
+
 struct ForwardArgs {
   SoftmaxParams p;               // dims collapsed
   float sign = 1.f, size = 1.f;  // scale = sign · size
@@ -41,20 +44,6 @@ struct Row {
   const bool* mask;
   int64_t end;  // columns that the causal rule allows
 };
-
-// Quotient and remainder; 64-bit division costs some 70 instructions more than 32-bit.
-FT_DEVICE int64_t divide(int64_t& value, int64_t by) {
-  int64_t rest;
-  if (((value | by) >> 32) == 0) {
-    const uint32_t quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
-    rest = value - static_cast<int64_t>(quotient) * by;
-    value = quotient;
-  } else {
-    rest = value % by;
-    value /= by;
-  }
-  return rest;
-}
 
 template <class T>
 FT_DEVICE Row<T> locate(const ForwardArgs& a, int64_t row) {
@@ -109,12 +98,6 @@ FT_DEVICE float signed_input(float x, float sign, uint32_t bits, int i) {
 FT_DEVICE float centred(float x, const ForwardArgs& a, float top, uint32_t bits, int i) {
   return (bits >> i & 1) ? (x * a.sign - top) * a.size : -infinity();
 }
-// exp((from − to) · |scale|): what a sum relative to `from` is multiplied by. It is 0, or NaN, if
-// `from` is −inf.
-FT_DEVICE float rescale(float from, float to, float size) {
-  return from == -infinity() ? 0.f : exponential<float>((from - to) * size);
-}
-
 // What turns scores into outputs once the row's maximum and sum are known. A row without an allowed
 // entry is told by the mask, never by the sum: a row of −inf scores, or with a NaN, comes out NaN.
 struct Finish {

@@ -33,6 +33,9 @@ struct AttentionCase {
   const int32_t* key_lengths = nullptr;         // (batch,)
   float scale = 1.f;
   Dropout dropout;
+  // Packed sequences (CUDA only): (batch + 1,) each, where the rows of each batch entry begin in
+  // query and key, which then have a batch stride of 0; q_len and kv_len are the longest lengths.
+  const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
 };
 
 struct AttentionParams : AttentionCase {
@@ -58,6 +61,7 @@ struct AttentionBackwardParams : AttentionCase {
   int64_t parts = 1;
   float* partial = nullptr;       // parts × (batch, heads, q_len, head_dim), if parts > 1
   float* partial_bias = nullptr;  // parts × the shape of d_bias, if parts > 1 and it broadcasts
+  // On CUDA the parts are those of d_bias alone, in `partial_bias`.
 };
 
 }  // namespace ft

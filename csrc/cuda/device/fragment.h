@@ -1,7 +1,8 @@
 // Fragments of tiles for tensor cores, of 16-bit types (mma.m16n8k16) and of float: there each
 // number is split into two tf32 and four m16n8k8 products are taken, which is as exact as float's
 // own sums are. A warp multiplies A (16 × kDepth) by B (kDepth × 8) into 16 × 8 floats; mma.h has
-// the layouts.
+// the layouts. A loop that is short of registers gives the loads hidden(lane_index()) as their
+// lane: the addresses of a tile's fragments, a register each, are then made when they are needed.
 #pragma once
 #include "cuda/device/mma.h"
 #include "cuda/device/tile.h"
@@ -74,8 +75,8 @@ FT_DEVICE void set(FragmentB<float>& f, int i, float x) {
 
 // A[m][k] from a tile that holds it as [m][k]; (m, k) is its corner.
 template <class T, int kRows, int kColumns>
-FT_DEVICE void load_a(FragmentA<T>& f, const Tile<T, kRows, kColumns>& tile, int m, int k) {
-  const int lane = lane_index();
+FT_DEVICE void load_a(FragmentA<T>& f, const Tile<T, kRows, kColumns>& tile, int m, int k,
+                      int lane = lane_index()) {
   uint32_t r[4];
   load_matrices(r, tile.chunk(m + lane % 16, k / kLanes<T> + lane / 16));
 #pragma unroll
@@ -91,8 +92,7 @@ FT_DEVICE void load_a(FragmentA<T>& f, const Tile<T, kRows, kColumns>& tile, int
 // A[m][k] from a tile that holds its transpose, [k][m].
 template <class T, int kRows, int kColumns>
 FT_DEVICE void load_a_transposed(FragmentA<T>& f, const Tile<T, kRows, kColumns>& tile, int m,
-                                 int k) {
-  const int lane = lane_index();
+                                 int k, int lane = lane_index()) {
   if constexpr (sizeof(T) == 2) {
     load_matrices_transposed(
         f.r, tile.chunk(k + lane % 8 + lane / 16 * 8, (m + lane / 8 % 2 * 8) / kLanes<T>));
@@ -106,8 +106,8 @@ FT_DEVICE void load_a_transposed(FragmentA<T>& f, const Tile<T, kRows, kColumns>
 
 // Two neighbours B[k][n], columns n … n + 7 and n + 8 … n + 15, from a tile that holds [n][k].
 template <class T, int kRows, int kColumns>
-FT_DEVICE void load_b(FragmentB<T> (&f)[2], const Tile<T, kRows, kColumns>& tile, int k, int n) {
-  const int lane = lane_index();
+FT_DEVICE void load_b(FragmentB<T> (&f)[2], const Tile<T, kRows, kColumns>& tile, int k, int n,
+                      int lane = lane_index()) {
   uint32_t r[4];
   load_matrices(r, tile.chunk(n + lane % 8 + lane / 16 * 8, k / kLanes<T> + lane / 8 % 2));
 #pragma unroll
@@ -124,8 +124,7 @@ FT_DEVICE void load_b(FragmentB<T> (&f)[2], const Tile<T, kRows, kColumns>& tile
 // which products_as_a has its columns (16-bit types have one order).
 template <bool kPaired = false, class T, int kRows, int kColumns>
 FT_DEVICE void load_b_transposed(FragmentB<T> (&f)[2], const Tile<T, kRows, kColumns>& tile, int k,
-                                 int n) {
-  const int lane = lane_index();
+                                 int n, int lane = lane_index()) {
   if constexpr (sizeof(T) == 2) {
     uint32_t r[4];
     load_matrices_transposed(r, tile.chunk(k + lane % 16, n / kLanes<T> + lane / 16));

@@ -32,6 +32,7 @@ std::string problem(int device) {
   int driver = 0, runtime = 0;
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
+  if (driver == 0) return "no NVIDIA driver is installed";
   if (driver / 1000 < runtime / 1000) {  // within a major version any driver will do
     return "the NVIDIA driver is of CUDA " + version(driver) +
            ", the CUDA library of the newer CUDA " + version(runtime);

@@ -13,6 +13,14 @@ template <class T>
 FT_DEVICE float exponential(float x) {
   return std::exp(x);
 }
+template <class T>
+FT_DEVICE float power_of_2(float x) {
+  return std::exp2(x);
+}
+template <class T>
+FT_DEVICE float hyperbolic_tangent(float x) {
+  return std::tanh(x);
+}
 FT_DEVICE float natural_log(float x) { return std::log(x); }
 FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 FT_DEVICE float error_function(float x) { return std::erf(x); }
@@ -34,11 +42,37 @@ FT_DEVICE float exponential(float x) {
     return expf(x);
   }
 }
+// 2^x: one ex2.approx for a 16-bit result.
+template <class T>
+FT_DEVICE float power_of_2(float x) {
+  if constexpr (sizeof(T) == 2) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+  } else {
+    return exp2f(x);
+  }
+}
+// For a 16-bit result by one exponential, to 2e-7 (tanh.approx has 5e-4 only).
+template <class T>
+FT_DEVICE float hyperbolic_tangent(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return 1.f - __fdividef(2.f, power_of_2<T>(x * (2.f * kLog2E)) + 1.f);
+  } else {
+    return tanhf(x);
+  }
+}
 FT_DEVICE float natural_log(float x) { return logf(x); }
 FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / sqrtf(x); }
 FT_DEVICE float error_function(float x) { return erff(x); }
 FT_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 FT_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 #endif
+
+// exp((from − to) · size): what a sum relative to `from` is multiplied by to be relative to `to`.
+// It is 0, or NaN, if `from` is −inf.
+FT_DEVICE float rescale(float from, float to, float size) {
+  return from == -infinity() ? 0.f : exponential<float>((from - to) * size);
+}
 
 }  // namespace ft::cuda

@@ -116,6 +116,11 @@ FT_DEVICE bool chunks_aligned(const T* row, int shift) {
   return ((reinterpret_cast<uintptr_t>(row) - shift * sizeof(T)) & 15) == 0;
 }
 
+template <class T>
+FT_DEVICE bool is_aligned(const T* chunk) {
+  return (reinterpret_cast<uintptr_t>(chunk) & 15) == 0;
+}
+
 // The chunk at `column`; only elements of [0, end) are read, the others are 0.
 template <class T, class Index>
 FT_DEVICE Chunk load_chunk(const T* row, Index column, Index end, bool aligned) {

@@ -9,6 +9,7 @@ FT_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
 FT_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 #if defined(FT_SIMT)
+FT_DEVICE int hidden(int x) { return x; }
 FT_DEVICE uint32_t shuffle_bits(uint32_t v, int from) { return simt::shuffle_bits(v, from); }
 FT_DEVICE uint32_t shuffle_xor_bits(uint32_t v, int offset) {
   return simt::shuffle_bits(v, lane_index() ^ offset);
@@ -23,6 +24,12 @@ FT_DEVICE void block_barrier() { simt::block_barrier(); }
 FT_DEVICE void barrier_sync(int id, int threads) { simt::barrier_sync(id, threads); }
 FT_DEVICE void barrier_arrive(int id, int threads) { simt::barrier_arrive(id, threads); }
 #else
+// x, of which the compiler does not know that it is the same each time: what is computed from it is
+// not kept in registers from one turn of a loop to the next.
+FT_DEVICE int hidden(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 FT_DEVICE uint32_t shuffle_bits(uint32_t v, int from) { return __shfl_sync(0xffffffffu, v, from); }
 FT_DEVICE uint32_t shuffle_xor_bits(uint32_t v, int offset) {
   return __shfl_xor_sync(0xffffffffu, v, offset);

@@ -37,14 +37,14 @@ constexpr int kShortRow = 256;
 //            ≤  64           32, 32,  64                     32, 32, 128
 //            ≤ 128           32, 32, 128                     16, 64, 128
 //            ≤ 256           16, 32, 128                     16, 32, 128 (in passes)
-// With options, 16 rows, as softcap's derivative needs room too, and steps of 32 (dQ) or 16; float
-// 16 and 16.
+// With options, 16 rows, as softcap's derivative needs room too, and steps of 32 (to head size 64)
+// or 16; float 16 and 16.
 template <class T, int kHead, Walk kWalk, bool kPlain>
 struct Shape {
   static constexpr bool kWide = sizeof(T) == 2 && kPlain;  // room for 32 rows
   static constexpr bool kOwnsQueries = kWalk == Walk::queries;
   static constexpr int kTiles = kWide && kHead <= (kOwnsQueries ? 128 : 64) ? 2 : 1;
-  static constexpr int kStep = sizeof(T) == 4 || (!kPlain && !kOwnsQueries && kHead > 64)  ? 16
+  static constexpr int kStep = sizeof(T) == 4 || (!kPlain && kHead > 64)                   ? 16
                                : kWide && (kHead == 32 || (!kOwnsQueries && kHead == 128)) ? 64
                                                                                            : 32;
   static constexpr int kRows = 16 * kTiles;  // of a warp
@@ -92,6 +92,13 @@ FT_DEVICE void add_product(float (&d)[4], const FragmentA<T>& a, const FragmentB
   }
 }
 
+// float's fragments take twice the registers, and four addresses each where they are read element
+// by element: none is made before the product ahead of it is under way.
+template <class T>
+FT_DEVICE int for_float(int lane) {
+  return sizeof(T) == 4 ? hidden(lane) : lane;
+}
+
 // d[m][n] += own · walkedᵀ over the tiles' columns.
 template <class T, int kTiles, int kN, class Own, class Walked>
 FT_DEVICE void add_score_products(float (&d)[kTiles][kN][4], const Own& own, const Walked& walked,
@@ -104,7 +111,7 @@ FT_DEVICE void add_score_products(float (&d)[kTiles][kN][4], const Own& own, con
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       FragmentB<T> right[2];
-      load_b(right, walked, k, 8 * n, lane);
+      load_b(right, walked, k, 8 * n, for_float<T>(lane));
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         add_product<T>(d[m][n], left[m], right[0]);
@@ -126,7 +133,7 @@ FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4], const float (&sco
 #pragma unroll
     for (int n = 0; n < kColumns; n += 2) {
       FragmentB<T> right[2];
-      load_b_transposed<true>(right, walked, k, 8 * n, lane);
+      load_b_transposed<true>(right, walked, k, 8 * n, for_float<T>(lane));
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         add_product<T>(sum[m][n], left[m], right[0]);

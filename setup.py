@@ -154,7 +154,8 @@ def nvcc_flags(archs: list[str]) -> list[str]:
     """What a .cu file is compiled with."""
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo",
              "-DFT_CUDA", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden",
-             f"-I{CSRC}", *gencode(archs)]  # fmt: skip
+             f"-I{CSRC}", *gencode(archs),
+             f"-DFT_CUDA_ARCHS='\"{' '.join(archs)}\"'"]  # fmt: skip
     return [*flags, f"-ccbin={os.environ['CXX']}"] if "CXX" in os.environ else flags
 
 
@@ -189,12 +190,13 @@ def build_graph(library: str, output: Path, work: Path) -> str:
         lines.extend([f"build {target}: {rule} {source}", f"  flags = {' '.join(step_flags)}"])
 
     for source in sorted((CSRC / "bindings").glob("*.cpp")):
-        if cuda and not (CSRC / "cuda" / f"{source.stem}.cu").exists():
-            continue  # the operation has no CUDA kernel yet
+        if not (CSRC / library / f"{source.stem}.{'cu' if cuda else 'cpp'}").exists():
+            continue  # the operation has no kernel there yet
         compile_step(source, f"bindings.{source.stem}", [*flags, *STABLE_ABI, *defines])
     if cuda:
         for source in sorted((CSRC / "cuda").glob("**/*.cu")):
-            compile_step(source, f"cuda.{source.stem}", nvcc_flags(CUDA_ARCHS), "nvcc")
+            name = ".".join(source.relative_to(CSRC).with_suffix("").parts)
+            compile_step(source, name, nvcc_flags(CUDA_ARCHS), "nvcc")
         # nvcc links, since it knows where its static CUDA runtime lies; -z defs leaves no symbol
         # that neither torch nor the system has.
         stub, directory = cuda_torch_library(torch_lib, work)

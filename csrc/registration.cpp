@@ -71,6 +71,27 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "norm_weight, float eps, bool return_sum) -> (Tensor normed, Tensor summed, Tensor rstd)");
 
   m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
+      "label_smoothing) -> (Tensor losses, Tensor statistics)");
+  m.def(
+      "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor "
+      "statistics, int ignore_index, float label_smoothing) -> Tensor");
+  m.def(
+      "embedding(Tensor input, Tensor weight, Tensor? positions, Tensor? position_weight, bool "
+      "sinusoidal, float scale) -> Tensor");
+  m.def(
+      "embedding_backward(Tensor grad, Tensor ids, Tensor order, int rows, float scale, int "
+      "padding_idx) -> Tensor");
+  m.def(
+      "rotary_embedding(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved, "
+      "Tensor? position_ids) -> (Tensor query, Tensor key)");
+  m.def(
+      "rotary_embedding_backward(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin, bool "
+      "interleaved, Tensor? position_ids) -> (Tensor d_query, Tensor d_key)");
+  m.def("activation(Tensor input, str activation) -> Tensor");
+  m.def("activation_backward(Tensor grad, Tensor input, str activation) -> Tensor");
+
+  m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, bool "
       "is_causal, bool bottom_right, int window_left, int window_right, float softcap, Tensor? "
       "alibi_slopes, Tensor? sinks, Tensor? key_lengths, float scale, float dropout_p, Tensor? "

@@ -12,8 +12,11 @@ text that a user can act on: it is what :func:`explain` prints and what a forced
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
+import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,16 +98,18 @@ _LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
     "softmax": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "layer_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "layer_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "rms_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "add_layer_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "add_rms_norm": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    "linear_add": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "add_rms_norm": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
+    "linear_add": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "linear_add_layer_norm": {
+        "cuda": Kernel("cuda", backward_from=_LINEAR_LAYER_NORM),
         "triton": Kernel("triton", backward_from=_LINEAR_LAYER_NORM),
         "cpu": Kernel("cpu", backward_from=_LINEAR_LAYER_NORM),
     },
     "linear_add_rms_norm": {
+        "cuda": Kernel("cuda", backward_from=_LINEAR_RMS_NORM),
         "triton": Kernel("triton", backward_from=_LINEAR_RMS_NORM),
         "cpu": Kernel("cpu", backward_from=_LINEAR_RMS_NORM),
     },
@@ -113,20 +118,23 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
+    "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
+    "embedding": {"cuda": Kernel("cuda")},
+    "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
     **{
         op: {}
         for op in (
             "attention_varlen",
             "merge_attention",
-            "cross_entropy",
             "linear_cross_entropy",
             "linear_softmax",
             "linear_topk",
-            "embedding",
-            "rotary_embedding",
         )
     },
 }
+#: Steps that composed operations are made of beside other operations: kernels, not in public.
+STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}
+
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")
 
@@ -174,11 +182,38 @@ def _load_cuda() -> str | None:
         return f"it needs the C++ library's schemas: {_unavailable['cpu']}"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
+    devices = range(torch.cuda.device_count())
+    for device in devices:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"{_gpu(device)} is of compute capability {major}.{minor}; the CUDA kernels need 8.0 or later"  # noqa: E501
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the CUDA library does not load: {error.__cause__ or error}"
+    problem_of = ctypes.CDLL(str(path)).ft_cuda_problem
+    problem_of.restype = ctypes.c_char_p
+    for device in devices:
+        problem = problem_of(device).decode()
+        if problem:
+            return f"{_gpu(device)}: {problem}"
     return None
+
+
+def cuda_library() -> dict[str, Any] | None:
+    """What the CUDA library on disk was built for, whether or not it can be loaded here."""
+    path = _library("cuda")
+    if not path.exists():
+        return None
+    marker = rb"fasttransformer CUDA library: archs ([^;]*); nvcc ([^;]*);"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(marker, content)
+        archs, nvcc = (group.decode() for group in found.groups()) if found else ("unknown",) * 2
+    return {"archs": archs, "nvcc": nvcc, "bytes": path.stat().st_size}
+
+
+def _gpu(device: int) -> str:
+    return f"GPU {device} ({torch.cuda.get_device_name(device)})"
 
 
 def interpreted() -> bool:
@@ -207,7 +242,7 @@ def _bind() -> None:
         problem = load()
         if problem is not None:
             _unavailable[name] = problem
-    for op, row in TABLE.items():
+    for op, row in (*TABLE.items(), *STEPS.items()):
         for backend, kernel in row.items():
             if backend == "torch" or backend in _unavailable:
                 continue

@@ -55,7 +55,10 @@ def pytest_configure(config):
     import simt
 
     if "PYTEST_XDIST_WORKER" not in os.environ and not simt.missing():
-        simt.build()
+        try:
+            simt.build()
+        except AssertionError as error:
+            pytest.exit(f"csrc/simt does not build:\n{error}", returncode=1)
 
 
 def pytest_collection_modifyitems(config, items):

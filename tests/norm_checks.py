@@ -192,25 +192,33 @@ def check_operator_of_any_rank(norm: Norm, on: str) -> None:
     for dropout in [(0.0, None), (0.25, seed)] if norm.adds else [()]:
         for shape in ((16,), (2, 3, 16), (2, 1, 3, 16), (2, 0, 16)):
             inputs = [t.to(device_of(on)) for t in norm.inputs(shape, 1, torch.float32)]
-            with running_on(on):
-                found = _both_operators(norm, on, inputs, dropout)
+            with running_on(on) as backend:
+                kernel = TABLE[norm.op][backend]
+                ops = kernel.forward, kernel.backward
+                found = _both_operators(norm, *ops, inputs, dropout)
                 rows = [t.reshape(-1, 16) if t.shape == shape and i < 1 + norm.adds else t
                         for i, t in enumerate(inputs)]  # fmt: skip
-                flat = _both_operators(norm, on, rows, dropout)
+                flat = _both_operators(norm, *ops, rows, dropout)
+            if on == "simt":  # its schemas are those of the package, which has the fake kernels
+                space = torch.ops.fasttransformer
+                ops = tuple(getattr(space, norm.op + part).default for part in ("", "_backward"))
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                faked = _both_operators(norm, on, [mode.from_tensor(t) for t in inputs], dropout)
+                fakes = [mode.from_tensor(t) for t in inputs]
+                faked = _both_operators(norm, *ops, fakes, dropout)
             for a, b, c in zip(found, flat, faked):
                 assert torch.equal(a.reshape(b.shape), b)
                 assert a.shape == c.shape and a.stride() == c.stride() and a.dtype == c.dtype
             assert found[0].shape == shape
 
 
-def _both_operators(norm: Norm, on: str, inputs: list[Tensor], dropout: tuple) -> list[Tensor]:
-    kernel, first_vector = TABLE[norm.op][on.partition(":")[0]], 1 + norm.adds
-    outs = kernel.forward(*inputs, 1e-5, *dropout)
+def _both_operators(
+    norm: Norm, forward: Any, backward: Any, inputs: list[Tensor], dropout: tuple
+) -> list[Tensor]:
+    first_vector = 1 + norm.adds
+    outs = forward(*inputs, 1e-5, *dropout)
     rest = (None, *outs[1:2]) if norm.adds else (inputs[0],)
     flags = (True,) * (1 + norm.has_bias)
-    return [*outs, *kernel.backward(
+    return [*outs, *backward(
         inputs[0].cos(), *rest, inputs[first_vector], *outs[first_vector:], *dropout, *flags
     )]  # fmt: skip
 

@@ -37,6 +37,7 @@ if " fma " in Path("/proc/cpuinfo").read_text():
     FLAGS += ["-mfma", "-mavx2"]  # a·b + c is rounded once, as nvcc compiles it
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 GRID, SHARED = 2147483647, 99 * 1024  # an sm_86's shared memory, the least of sm_80 and later
+MULTIPROCESSORS = 108  # an A100's
 
 
 def missing() -> str | None:
@@ -52,8 +53,13 @@ def build(name: str = "simt", kernels: tuple[Path, ...] = ()) -> Path:
     """The path of a library of simt with ``kernels``, or with all CUDA kernels and bindings."""
     sources = [*sorted((CSRC / "simt").glob("*.cpp")), *kernels]
     if not kernels:
-        # An operation's instances may lie in a folder of its name; cuda/sm90 is Hopper's own.
-        sources += [s for s in sorted((CSRC / "cuda").rglob("*.cu")) if s.parent.name != "sm90"]
+        # An operation's instances may lie in a folder of its name; sm90 is Hopper's own, and
+        # device/library.cu asks the CUDA driver.
+        sources += [
+            s
+            for s in sorted((CSRC / "cuda").rglob("*.cu"))
+            if s.parent.name not in ("sm90", "device")
+        ]
         sources += [CSRC / f"bindings/{op}.cpp" for op in OPS]
     folder = BUILD / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,27 +105,39 @@ def load() -> ctypes.CDLL:
 def operator(name: str) -> object | None:
     """The operator of that name, if the CUDA sources implement it."""
     load()
+    if not torch._C._dispatch_has_kernel(f"fasttransformer_simt::{name}"):
+        return None  # no operator of that name at all: its gradients are joined from others'
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttransformer_simt::{name}", "CPU"):
         return None
     return getattr(torch.ops.fasttransformer_simt, name).default
 
 
 @contextlib.contextmanager
-def limits(*, grid: int = GRID, shared: int = SHARED) -> Iterator[None]:
-    """Limits the blocks of a launch and the bytes of shared memory of a block."""
+def limits(
+    *, grid: int = GRID, shared: int = SHARED, multiprocessors: int = MULTIPROCESSORS
+) -> Iterator[None]:
+    """Limits the blocks of a launch and the bytes of shared memory of a block, and says how many
+    multiprocessors a kernel's rules shall reckon with."""
     library = load()
-    library.ft_simt_set_limits(ctypes.c_int64(grid), ctypes.c_int64(shared))
+
+    def set_limits(grid: int, shared: int, multiprocessors: int) -> None:
+        library.ft_simt_set_limits(
+            ctypes.c_int64(grid), ctypes.c_int64(shared), ctypes.c_int(multiprocessors)
+        )
+
+    set_limits(grid, shared, multiprocessors)
     try:
         yield
     finally:
-        library.ft_simt_set_limits(ctypes.c_int64(GRID), ctypes.c_int64(SHARED))
+        set_limits(GRID, SHARED, MULTIPROCESSORS)
 
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
     """Within it, the backend "cuda" is forced, runs on CPU tensors, and is simt."""
     load()
-    rows = [(op, row["cuda"]) for op, row in backends.TABLE.items() if "cuda" in row]
+    table = (*backends.TABLE.items(), *backends.STEPS.items())
+    rows = [(op, row["cuda"]) for op, row in table if "cuda" in row]
     before = [(kernel, kernel.forward, kernel.backward) for _, kernel in rows]
     reason = backends._unavailable.pop("cuda", None)
     for op, kernel in rows:

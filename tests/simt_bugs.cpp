@@ -2,7 +2,10 @@
 #include <cstdio>
 #include <exception>
 
+#include "cuda/device/async.h"
+#include "cuda/device/atomic.h"
 #include "cuda/device/launch.h"
+#include "cuda/device/mma.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/vector.h"
 
@@ -64,6 +67,168 @@ FT_GLOBAL void never_written(const Args a) {
   store_scalar(a.out + threadIdx.x, shared_load(dynamic_shared<float>() + threadIdx.x));
 }
 
+// ---- shared memory ------------------------------------------------------------------------------
+
+FT_GLOBAL void shared_outside(const Args) {
+  FT_SHARED_ARRAY(float, row, 64);
+  shared_store(row + threadIdx.x + 1, 1.f);
+}
+
+FT_GLOBAL void shared_misaligned(const Args) {
+  FT_SHARED_ARRAY(float, row, 512);
+  shared_store(reinterpret_cast<Chunk*>(row + 4 * threadIdx.x + 1), Chunk{});
+}
+
+FT_GLOBAL void two_stores(const Args) {
+  FT_SHARED_ARRAY(float, row, 64);
+  shared_store(row + threadIdx.x / 2, 1.f);
+}
+
+FT_GLOBAL void store_after_load(const Args a) {  // the next round overwrites what others still read
+  FT_SHARED_ARRAY(float, row, 64);
+  for (int round = 0; round < 2; ++round) {
+    shared_store(row + threadIdx.x, load_scalar(a.in + threadIdx.x));
+    block_barrier();
+    store_scalar(a.out + threadIdx.x, shared_load(row + (threadIdx.x + 32) % 64));
+  }
+}
+
+FT_GLOBAL void warp_barrier_missing(const Args a) {  // a shuffle orders no memory
+  FT_SHARED_ARRAY(float, row, 64);
+  shared_store(row + threadIdx.x, load_scalar(a.in + threadIdx.x));
+  shuffle_xor(1.f, 1);
+  store_scalar(a.out + threadIdx.x, shared_load(row + (threadIdx.x ^ 1)));
+}
+
+FT_GLOBAL void warp_barrier_there(const Args a) {
+  FT_SHARED_ARRAY(float, row, 64);
+  shared_store(row + threadIdx.x, load_scalar(a.in + threadIdx.x));
+  warp_barrier();
+  store_scalar(a.out + threadIdx.x, shared_load(row + (threadIdx.x ^ 1)));
+}
+
+FT_GLOBAL void atomic_sum(const Args a) {
+  FT_SHARED_ARRAY(uint32_t, sum, 1);
+  if (threadIdx.x == 0) shared_store(sum, 0u);
+  block_barrier();
+  shared_atomic_add(sum, threadIdx.x);
+  block_barrier();
+  store_scalar(a.out + threadIdx.x, static_cast<float>(shared_load(sum)));
+}
+
+FT_GLOBAL void atomic_against_load(const Args a) {
+  FT_SHARED_ARRAY(uint32_t, sum, 1);
+  if (threadIdx.x == 0) shared_store(sum, 0u);
+  block_barrier();
+  shared_atomic_add(sum, threadIdx.x);
+  store_scalar(a.out + threadIdx.x, static_cast<float>(shared_load(sum)));
+}
+
+// ---- cp.async -----------------------------------------------------------------------------------
+
+FT_GLOBAL void copy_not_waited(const Args a) {
+  FT_SHARED_ARRAY(float, row, 64);
+  copy_async<4>(row + threadIdx.x, a.in + threadIdx.x);
+  copy_async_commit();
+  store_scalar(a.out + threadIdx.x, shared_load(row + threadIdx.x));
+}
+
+FT_GLOBAL void copy_group_not_waited(const Args a) {  // the second of two groups is under way
+  FT_SHARED_ARRAY(float, row, 128);
+  for (int i = 0; i < 2; ++i) {
+    copy_async<4>(row + 64 * i + threadIdx.x, a.in + threadIdx.x);
+    copy_async_commit();
+  }
+  copy_async_wait<1>();
+  shared_load(row + threadIdx.x);
+  shared_load(row + 64 + threadIdx.x);
+}
+
+FT_GLOBAL void copy_without_barrier(const Args a) {  // own copies have come, others' maybe not
+  FT_SHARED_ARRAY(float, row, 64);
+  copy_async<4>(row + threadIdx.x, a.in + threadIdx.x);
+  copy_async_commit();
+  copy_async_wait<0>();
+  store_scalar(a.out + threadIdx.x, shared_load(row + threadIdx.x / 2));
+}
+
+FT_GLOBAL void copy_over_what_is_read(const Args a) {
+  FT_SHARED_ARRAY(float, row, 64);
+  for (int i = 0; i < 2; ++i) {
+    copy_async<4>(row + threadIdx.x, a.in + threadIdx.x);
+    copy_async_commit();
+    copy_async_wait<0>();
+    block_barrier();
+    store_scalar(a.out + threadIdx.x, shared_load(row + (threadIdx.x + 1) % 64));
+  }
+}
+
+FT_GLOBAL void copy_outside(const Args a) {
+  FT_SHARED_ARRAY(float, row, 256);
+  copy_async<16>(row + 4 * threadIdx.x, a.in + 4 * threadIdx.x);
+}
+
+FT_GLOBAL void copy_misaligned(const Args a) {
+  FT_SHARED_ARRAY(float, row, 256);
+  copy_async<16>(row + 4 * threadIdx.x, a.in + 1);
+}
+
+// ---- where threads meet -------------------------------------------------------------------------
+
+FT_GLOBAL void named_barriers(const Args a) {  // warp 0 produces, warp 1 consumes; arrive frees
+  FT_SHARED_ARRAY(float, slot, 32);
+  const int lane = lane_index();
+  for (int i = 0; i < 3; ++i) {
+    if (warp_index() == 0) {
+      if (i > 0) barrier_sync(2, 64);
+      shared_store(slot + lane, static_cast<float>(i));
+      barrier_arrive(1, 64);
+    } else {
+      barrier_sync(1, 64);
+      store_scalar(a.out + lane, shared_load(slot + 31 - lane));
+      if (i < 2) barrier_arrive(2, 64);
+    }
+  }
+}
+
+FT_GLOBAL void named_barrier_forgotten(const Args a) {  // the slot is written before it is free
+  FT_SHARED_ARRAY(float, slot, 32);
+  for (int i = 0; i < 3; ++i) {
+    if (warp_index() == 0) {
+      shared_store(slot + lane_index(), static_cast<float>(i));
+      barrier_arrive(1 + i, 64);
+    } else {
+      barrier_sync(1 + i, 64);
+      store_scalar(a.out + lane_index(), shared_load(slot + 31 - lane_index()));
+    }
+  }
+}
+
+FT_GLOBAL void two_barriers(const Args) {
+  if (warp_index() == 0) {
+    barrier_sync(1, 64);
+  } else {
+    barrier_sync(2, 64);
+  }
+}
+
+FT_GLOBAL void barrier_counts(const Args) { barrier_sync(1, warp_index() == 0 ? 64 : 32); }
+
+FT_GLOBAL void vote_left(const Args) {
+  if (threadIdx.x == 40) return;
+  any_lane(true);
+}
+
+FT_GLOBAL void mma_left(const Args) {
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (lane_index() < 31) mma(d, a, b, bf16{});
+}
+
+FT_GLOBAL void load_between(const Args a) {  // the input's rows have 6 elements, 8 apart
+  store_scalar(a.out + threadIdx.x, load_scalar(a.in + 2 * threadIdx.x));
+}
+
 struct Case {
   const char* name;
   void (*kernel)(Args);
@@ -77,7 +242,28 @@ constexpr Case kCases[] = {{"sound", sound},
                            {"barrier_left", barrier_left},
                            {"shuffle_left", shuffle_left},
                            {"barrier_against_shuffle", barrier_against_shuffle},
-                           {"never_written", never_written}};
+                           {"never_written", never_written},
+                           {"shared_outside", shared_outside},
+                           {"shared_misaligned", shared_misaligned},
+                           {"two_stores", two_stores},
+                           {"store_after_load", store_after_load},
+                           {"warp_barrier_missing", warp_barrier_missing},
+                           {"warp_barrier_there", warp_barrier_there},
+                           {"atomic_sum", atomic_sum},
+                           {"atomic_against_load", atomic_against_load},
+                           {"copy_not_waited", copy_not_waited},
+                           {"copy_group_not_waited", copy_group_not_waited},
+                           {"copy_without_barrier", copy_without_barrier},
+                           {"copy_over_what_is_read", copy_over_what_is_read},
+                           {"copy_outside", copy_outside},
+                           {"copy_misaligned", copy_misaligned},
+                           {"named_barriers", named_barriers},
+                           {"named_barrier_forgotten", named_barrier_forgotten},
+                           {"two_barriers", two_barriers},
+                           {"barrier_counts", barrier_counts},
+                           {"vote_left", vote_left},
+                           {"mma_left", mma_left},
+                           {"load_between", load_between}};
 
 }  // namespace
 }  // namespace ft::cuda
@@ -87,7 +273,11 @@ extern "C" __attribute__((visibility("default"))) int ft_simt_bug(const char* na
                                                                   float* out, char* message) {
   using namespace ft;
   message[0] = 0;
-  simt::allow(in, 64 * 4, false);
+  if (std::string(name) == "load_between") {
+    simt::allow({in, 4, 2, {8, 6}, {32, 4}}, false);
+  } else {
+    simt::allow(in, 64 * 4, false);
+  }
   simt::allow(out, 64 * 4, true);
   const simt::AllowedUntilHere ends_here;
   for (const auto& c : cuda::kCases) {

@@ -113,6 +113,8 @@ def test_info_as_text_and_as_json(out):
         ("cpu", "the C++ library was not built (…)"),
         ("cpu", "the C++ library does not load: undefined symbol"),
         ("cuda", "the CUDA library was not built (…)"),
+        ("cuda", "GPU 0 (x): the CUDA library holds code for 90a: no kernel image is available"),
+        ("cuda", "GPU 0 (x): the NVIDIA driver is of CUDA 12.2, the CUDA library of the newer …"),
         ("triton", "triton is not installed (No module named 'triton')"),
     ],
 )
@@ -126,7 +128,7 @@ def test_info_knows_no_way_to_get_a_gpu():
 
 @pytest.mark.parametrize("op", [*TABLE, *ALIASES])
 def test_explain_every_operation(op, out):
-    shape = "2,4,6,8" if "attention" in op else "4,8"
+    shape = "2,4,6,8" if "attention" in op or op == "rotary_embedding" else "4,8"
     assert run("explain", op, "--shape", shape) == 0
     assert f"{op}(" in out()
 

@@ -6,44 +6,69 @@ import torch.nn.functional as F
 from fronts import refuses, runs_on_the_reference, same_compiled
 
 import fasttransformer as ft
-from contract import check
+from contract import backends_of, check, running_on
 from fasttransformer import reference
 from fasttransformer.ops import _output_layer
 
+BACKENDS = backends_of("cross_entropy")
 TARGET = torch.tensor([0, -100, 2, 3, -100, 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_contract(reduction, dtype):
-    options = {"label_smoothing": 0.2, "weight": torch.rand(5), "reduction": reduction}
+@pytest.mark.parametrize("on", BACKENDS)
+def test_contract(on, reduction, weighted, label_smoothing, dtype):
+    options = {
+        "label_smoothing": label_smoothing,
+        "weight": torch.rand(5) if weighted else None,
+        "reduction": reduction,
+    }
     check(
         lambda x: ft.cross_entropy(x, TARGET, **options),
         lambda x: reference.cross_entropy(x, TARGET, **options),
         [torch.randn(6, 5).to(dtype)],
+        on=on,
     )
+
+
+@pytest.mark.parametrize("shape", [(7, 4, 3, 2), (7, 4, 5), (4,)], ids=str)
+@pytest.mark.parametrize("on", BACKENDS)
+def test_more_and_fewer_dimensions(on, shape):
+    target = torch.randint(4, (shape[0], *shape[2:]) if len(shape) > 1 else ())
+    for reduction in ("mean", "none"):
+        check(
+            lambda x: ft.cross_entropy(x, target, reduction=reduction),  # noqa: B023
+            lambda x: reference.cross_entropy(x, target, reduction=reduction),  # noqa: B023
+            [torch.randn(shape)],
+            on=on,
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("ignore_index", [-100, 1])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("pieces", [False, True])
-def test_b54_ignored_rows_count_nowhere(monkeypatch, reduction, ignore_index, weighted, pieces):
+@pytest.mark.parametrize("on", BACKENDS)
+def test_b54_ignored_rows_count_nowhere(monkeypatch, on, reduction, ignore_index, weighted, pieces):
     """pytorch/pytorch#73205: equals the same call on the kept rows."""
     if pieces:
         monkeypatch.setattr(_output_layer, "PIECE", 11)  # two rows of five
-    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    dtype = torch.float64 if on == "torch" else torch.float32
+    x = torch.randn(6, 5, dtype=dtype, requires_grad=True)
     target = torch.where(TARGET < 0, ignore_index, TARGET)
     kept = target != ignore_index
     options = {
-        "weight": torch.rand(5, dtype=torch.float64) if weighted else None,
+        "weight": torch.rand(5, dtype=dtype) if weighted else None,
         "label_smoothing": 0.2,
         "reduction": reduction,
     }
-    loss = ft.cross_entropy(x, target, ignore_index=ignore_index, **options)
+    with running_on(on):
+        loss = ft.cross_entropy(x, target, ignore_index=ignore_index, **options)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
     want = F.cross_entropy(x[kept], target[kept], **options)
     torch.testing.assert_close(loss[kept] if reduction == "none" else loss, want)
-    (gradient,) = torch.autograd.grad(loss.sum(), x)
     (wanted,) = torch.autograd.grad(want.sum(), x)
     torch.testing.assert_close(gradient, wanted)
     assert not gradient[~kept].any()
@@ -51,11 +76,12 @@ def test_b54_ignored_rows_count_nowhere(monkeypatch, reduction, ignore_index, we
         assert not loss[~kept].any()
 
 
-def test_b57_true_loss_without_gradients():
+@pytest.mark.parametrize("on", BACKENDS)
+def test_b57_true_loss_without_gradients(on):
     """linkedin/Liger-Kernel#507."""
     x, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
     for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
+        with mode, running_on(on):
             plain = ft.cross_entropy(x, target)
             smooth = ft.cross_entropy(x, target, label_smoothing=0.3)
         torch.testing.assert_close(plain, F.cross_entropy(x, target))
@@ -114,13 +140,14 @@ def test_pieces_of_rows_equal_the_whole(monkeypatch, kind, reduction, dtype):
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x) for y in (pieces, whole)))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("on, compiled", [("torch", True), *((on, False) for on in BACKENDS)])
 @pytest.mark.parametrize("bad", [-1, 5])
-def test_class_out_of_range(bad, compiled):
+def test_class_out_of_range(bad, on, compiled):
     function = torch.compile(ft.cross_entropy, fullgraph=True) if compiled else ft.cross_entropy
     x = torch.randn(3, 5)
-    function(x, torch.tensor([0, 4, -100]))
-    with pytest.raises(ValueError, match=f"target holds {bad}; it must be in"):
+    with running_on(on):
+        function(x, torch.tensor([0, 4, -100]))
+    with running_on(on), pytest.raises(ValueError, match=f"target holds {bad}; it must be in"):
         function(x, torch.tensor([0, bad, 1]))
 
 

@@ -1,12 +1,15 @@
 """The CUDA kernels compiled without a GPU: registers, spills, shared memory and instructions.
 
-Each .cu file is compiled once for each architecture of tests/cuda_resources.json and held to that
-table: a change of a kernel that costs registers must change the table too, on purpose
-(``python tests/test_cuda_build.py`` writes it anew). The library's bindings are compiled as well.
+Each .cu file is compiled for the architectures of tests/cuda_resources.json and held to that table:
+a change of a kernel that costs registers, or loses a tensor-core instruction, must change the table
+too, on purpose (``python tests/test_cuda_build.py`` writes it anew). sm_90 and sm_100 are made from
+the PTX of compute_80, as a driver makes them from what the library carries for later GPUs; Hopper's
+own code is sm_90a. The library's bindings are compiled as well.
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
 import importlib.util
@@ -15,18 +18,42 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build/cuda_gates"
 TABLE = ROOT / "tests/cuda_resources.json"
 NVCC = os.environ.get("NVCC", "nvcc")
-ARCHS = ("80", "90a")
-SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+SOURCES = sorted(s for s in (ROOT / "csrc/cuda").rglob("*.cu") if s.parent.name != "device")
+OPS = sorted(source.stem for source in (ROOT / "csrc/cuda").glob("*.cu"))
 SLACK = 8  # registers that another nvcc may give or take; the table's own nvcc is held to 0
+
+#: Architectures whose machine code is read (2 s a file each); of the others, resources are.
+DISASSEMBLED = ("sm_80", "sm_90a")
+
+#: What the table counts there: tensor cores, ldmatrix, cp.async, 128-bit loads and stores of global
+#: memory.
+INSTRUCTIONS = {
+    "HMMA": r"\bHMMA\.",
+    "LDSM": r"\bLDSM\.",
+    "LDGSTS": r"\bLDGSTS\.",
+    "LDG.128": r"\bLDG\.E(?:\.\w+)*\.128",
+    "STG.128": r"\bSTG\.E(?:\.\w+)*\.128",
+}
+
+#: Kernels that move few numbers, one at a time or a float at a time, and why.
+NARROW_LOADS = {
+    "row_norm::sum_partials": "sums float partials down columns, 32 neighbours at a time",
+    "embedding_clear": "writes zeros",
+}
+NARROW_STORES = {
+    **NARROW_LOADS,
+    "row_norm::backward_columns": "stores one sum per column",
+}
 
 
 def tool(name: str) -> str | None:
@@ -40,8 +67,9 @@ def tool(name: str) -> str | None:
 
 
 def missing() -> str | None:
-    if shutil.which(NVCC) is None:
-        return f"no CUDA compiler ({NVCC}) here"
+    for name in (NVCC, "c++filt"):
+        if shutil.which(name) is None:
+            return f"no {name} here"
     if tool("cuobjdump") is None:
         return "no cuobjdump here (CUDA toolkit, or Triton's wheel)"
     return None
@@ -51,120 +79,135 @@ if missing() and __name__ != "__main__":
     pytest.skip(missing() or "", allow_module_level=True)
 
 
+@functools.cache
 def nvcc_version() -> str:
     out = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release ([\d.]+)", out)
     return found[1] if found else "unknown"
 
 
-def command(source: Path, arch: str, target: Path) -> list[str]:
-    return [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DFT_CUDA",
-            f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source),
-            "-o", str(target), "-Werror=all-warnings"]  # fmt: skip
+@functools.cache
+def archs() -> tuple[str, ...]:
+    out = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout
+    return ("sm_80", "sm_90", "sm_90a", *(["sm_100"] if "sm_100\n" in out else []))
 
 
 @functools.cache
-def objects() -> dict[tuple[str, str], Path]:
-    """(file, architecture) → its compiled object; two compilers run at a time."""
-    folder = Path(tempfile.mkdtemp(prefix="ft_cuda_build_"))
-    wanted = {(s.stem, arch): folder / f"{s.stem}.{arch}.o" for s in SOURCES for arch in ARCHS}
+def objects() -> dict[str, Path]:
+    """Source → its object with the code of every architecture; ninja makes what changed."""
+    from_ptx = ",".join(arch for arch in archs() if arch != "sm_90a")
+    flags = [
+        *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DFT_CUDA", f"-I{ROOT / 'csrc'}"),
+        f"-gencode=arch=compute_80,code=[{from_ptx}]",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Werror=all-warnings",
+    ]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    names = {str(s.relative_to(ROOT / "csrc/cuda")): s for s in SOURCES}
+    made = {name: name.replace("/", ".")[:-3] + ".o" for name in names}
+    lines = [
+        "rule nvcc",
+        f"  command = {NVCC} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        *(f"build {made[name]}: nvcc {names[name]}" for name in names),
+        "",
+    ]
+    (BUILD / "build.ninja").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD), "-j", "2"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: BUILD / made[name] for name in names}
 
-    def build(source: Path, arch: str) -> None:
-        done = subprocess.run(command(source, arch, wanted[source.stem, arch]),
-                              capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, f"{source.name} for sm_{arch}:\n{done.stdout}{done.stderr}"
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(build, s, arch) for s in SOURCES for arch in ARCHS]:
-            job.result()
-    return wanted
-
-
-@functools.cache
-def dump(path: Path, option: str) -> str:
-    done = subprocess.run(
-        [str(tool("cuobjdump")), option, str(path)], capture_output=True, text=True
-    )
+def dump(path: Path, arch: str, option: str) -> str:
+    done = subprocess.run([str(tool("cuobjdump")), "-arch", arch, option, str(path)],
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-TYPES = {"f": "f32", "NS0_3f16E": "f16", "NS0_4bf16E": "bf16"}  # as the C++ ABI mangles them
+def kernel_names(symbols: list[str]) -> dict[str, str]:
+    """Mangled → short: softmax_held<bf16, 8>."""
+    text = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True)
+    short = {}
+    for symbol, name in zip(symbols, text.stdout.splitlines()):
+        name = re.sub(r"\(anonymous namespace\)::|ft::cuda::|^void |\(bool\)|\(int\)", "", name)
+        short[symbol] = name[: name.rindex("(")].replace("float", "f32")
+    return short
 
 
-def kernel_name(symbol: str) -> str:
-    """A short name from a mangled one: softmax_held<bf16, 8>."""
-
-    def take(text: str) -> tuple[str, str]:  # a name stands behind its length
-        found = re.match(r"\d+", text)
-        assert found, f"unexpected symbol {symbol}"
-        end = found.end() + int(found[0])
-        return text[found.end() : end], text[end:]
-
-    _, rest = take(symbol.removeprefix("_ZN2ft4cuda"))  # the anonymous namespace
-    name, rest = take(rest)
-    if not rest.startswith("I"):
-        return name
-    for code, short in TYPES.items():
-        if rest[1:].startswith(code):
-            held = re.match(r"Li(\d+)E", rest[1 + len(code) :])
-            return f"{name}<{short}, {held[1]}>" if held else f"{name}<{short}>"
-    raise AssertionError(f"unexpected template arguments in {symbol}")
+def resources_of(path: Path, arch: str) -> dict[str, dict[str, int]]:
+    text = dump(path, arch, "--dump-resource-usage")
+    use = dict(re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", text))
+    code: dict[str, str] = {}
+    if arch in DISASSEMBLED:
+        parts = re.split(r"Function : (\w+)", dump(path, arch, "-sass"))
+        code = dict(zip(parts[1::2], parts[2::2]))
+    rows = {}
+    for symbol, name in kernel_names(list(use)).items():
+        numbers = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", use[symbol])}
+        sass = code.get(symbol, "")
+        counts = {what: len(re.findall(p, sass)) for what, p in INSTRUCTIONS.items()}
+        rows[name] = {
+            "registers": numbers["REG"],
+            "spills": numbers["STACK"] + numbers["LOCAL"],
+            "shared": numbers["SHARED"],
+            **{what: count for what, count in counts.items() if count},
+        }
+    return rows
 
 
 @functools.cache
 def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture → kernel → registers, spills (stack bytes) and static shared memory."""
-    table: dict[str, dict[str, dict[str, int]]] = {arch: {} for arch in ARCHS}
-    for (_, arch), path in objects().items():
-        text = dump(path, "--dump-resource-usage")
-        for symbol, use in re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", text):
-            numbers = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", use)}
-            table[arch][kernel_name(symbol)] = {
-                "registers": numbers["REG"],
-                "spills": numbers["STACK"] + numbers["LOCAL"],
-                "shared": numbers["SHARED"],
-            }
+    """Architecture → kernel → registers, spills (bytes of stack), static shared memory, code."""
+    table: dict[str, dict[str, dict[str, int]]] = {arch: {} for arch in archs()}
+    jobs = [(path, arch) for path in objects().values() for arch in archs()]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for (_, arch), rows in zip(jobs, pool.map(lambda job: resources_of(*job), jobs)):
+            table[arch] |= rows
     return table
 
 
-def sass(op: str, arch: str) -> dict[str, str]:
-    parts = re.split(r"Function : (\w+)", dump(objects()[op, arch], "-sass"))
-    return {kernel_name(symbol): text for symbol, text in zip(parts[1::2], parts[2::2])}
+def kind(name: str) -> str:
+    return name.partition("<")[0]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+if missing() is None:
+    every_arch = pytest.mark.parametrize("arch", archs())
+
+
+@every_arch
 def test_no_kernel_spills(arch):
     assert not {name: use for name, use in resources()[arch].items() if use["spills"]}
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_registers_and_shared_memory_are_those_of_the_table(arch):
+@every_arch
+def test_registers_shared_memory_and_instructions_are_those_of_the_table(arch):
     table = json.loads(TABLE.read_text())
     slack = 0 if table["nvcc"] == nvcc_version() else SLACK
     now = {name: use for name, use in sorted(resources()[arch].items())}
-    assert sorted(now) == sorted(table[f"sm_{arch}"]), "write the table anew: see this file's top"
+    assert sorted(now) == sorted(table[arch]), "write the table anew: see this file's top"
     for name, use in now.items():
-        expected = table[f"sm_{arch}"][name]
+        expected = table[arch][name]
         assert use["registers"] <= expected["registers"] + slack, name
+        assert {*use} >= {*expected}, f"{name}: instructions are gone"
         if slack == 0:
             assert use == expected, f"{name}: write the table anew if this is meant"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("op", [source.stem for source in SOURCES])
-def test_rows_move_by_128_bits(op, arch):
-    for name, text in sass(op, arch).items():
-        if name == "add_layer_norm_weights":
-            continue  # sums float partials down columns, 32 neighbours at a time
-        assert re.search(r"LDG\.E(\.\w+)*\.128", text), f"{name}: no 128-bit load"
-        if name.startswith("add_layer_norm_columns"):
-            continue
-        assert re.search(r"STG\.E(\.\w+)*\.128", text), f"{name}: no 128-bit store"
-        assert "LDL" not in text and "STL" not in text, f"{name}: local memory"
+@pytest.mark.parametrize("arch", DISASSEMBLED)
+def test_rows_move_by_128_bits(arch):
+    narrow = collections.defaultdict(list)
+    for name, use in resources()[arch].items():
+        if kind(name) not in NARROW_LOADS and not {"LDG.128", "LDGSTS"} & {*use}:
+            narrow["loads"].append(name)
+        if kind(name) not in NARROW_STORES and "STG.128" not in use:
+            narrow["stores"].append(name)
+    assert not narrow
 
 
-@pytest.mark.parametrize("op", [source.stem for source in SOURCES])
+@pytest.mark.parametrize("op", OPS)
 def test_bindings_compile_for_cuda(op, tmp_path):
     include = Path(torch.__file__).resolve().parent / "include"
     done = subprocess.run(
@@ -174,6 +217,56 @@ def test_bindings_compile_for_cuda(op, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_cuda(tmp_path, monkeypatch):
+    """Loads a stand-in for the CUDA library on a made-up GPU: what _load_cuda() answers."""
+    backends = importlib.import_module("fasttransformer.backends")
+
+    def call(capability: tuple[int, int], problem: str = "", broken: bool = False) -> str | None:
+        source = tmp_path / "library.cpp"
+        library = tmp_path / f"library{len(list(tmp_path.iterdir()))}.so"  # a name is loaded once
+        marker = "fasttransformer CUDA library: archs 80 90a; nvcc 13.0;"
+        source.write_text(
+            f'extern "C" const char* ft_cuda_problem(int) {{ return "{problem}"; }}\n'
+            f'const char* volatile marker = "{marker}";\n'
+        )
+        compiler = os.environ.get("CXX", "g++")
+        subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+        if broken:
+            library.write_text("no library")
+        monkeypatch.setattr(backends, "_library", lambda name: library)
+        monkeypatch.setattr(backends, "_unavailable", {})
+        for name, value in (
+            ("is_available", True),
+            ("device_count", 1),
+            ("get_device_capability", capability),
+            ("get_device_name", "GPU Z"),
+        ):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        return backends._load_cuda()
+
+    return call
+
+
+def test_a_gpu_that_the_cuda_library_can_run_on(load_cuda):
+    assert load_cuda((9, 0)) is None
+    found = importlib.import_module("fasttransformer.backends").cuda_library()
+    assert found["archs"] == "80 90a" and found["nvcc"] == "13.0" and found["bytes"] > 0
+
+
+def test_a_gpu_that_it_can_not_run_on_has_a_reason(load_cuda):
+    reason = load_cuda((7, 5))
+    assert reason == (
+        "GPU 0 (GPU Z) is of compute capability 7.5; the CUDA kernels need 8.0 or later"
+    )
+    problem = "the CUDA library holds code for 90a: no kernel image is available"
+    assert load_cuda((8, 6), problem) == f"GPU 0 (GPU Z): {problem}"
+    assert load_cuda((9, 0), broken=True).startswith("the CUDA library does not load: ")
 
 
 # ---- setup.py's choice --------------------------------------------------------------------------
@@ -230,8 +323,8 @@ def test_setup_leaves_cuda_out_under_a_torch_without_it(wants_cuda):
 
 if __name__ == "__main__":
     assert not missing(), missing()
-    table = {"nvcc": nvcc_version()}
-    table |= {f"sm_{arch}": dict(sorted(kernels.items())) for arch, kernels in resources().items()}
+    table: dict = {"nvcc": nvcc_version()}
+    table |= {arch: dict(sorted(kernels.items())) for arch, kernels in resources().items()}
     text = json.dumps(table, indent=1)
     one_line = re.compile(r"\{\s+(\"registers\".*?)\s+\}", re.S)  # a kernel's entry
     text = one_line.sub(lambda m: "{" + " ".join(m[1].split()) + "}", text)

@@ -6,79 +6,96 @@ import torch.nn.functional as F
 from fronts import refuses, runs_on_the_reference, same_compiled
 
 import fasttransformer as ft
-from contract import check
+from contract import backends_of, check, running_on
 from fasttransformer import reference
 
+BACKENDS = backends_of("embedding")
 IDS = torch.tensor([[1, 0, 2], [2, 2, 1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sinusoidal", [False, True])
 @pytest.mark.parametrize("positions", [None, torch.tensor([4, 0, 3]), torch.tensor([[1], [2]])])
-def test_contract(positions, sinusoidal, dtype):
+@pytest.mark.parametrize("on", BACKENDS)
+def test_contract(on, positions, sinusoidal, dtype):
     options = {"positions": positions, "sinusoidal": sinusoidal, "scale": 3.0, "padding_idx": 0}
     check(
         lambda w, p: ft.embedding(IDS, w, position_weight=p, **options),
         lambda w, p: reference.embedding(IDS, w, position_weight=p, **options),
         [torch.randn(3, 6).to(dtype), torch.randn(5, 6).to(dtype)],
+        on=on,
     )
 
 
 @pytest.mark.parametrize("padding_idx", [0, -1, -10, 9])
-def test_b61_padding_row_gets_no_gradient(padding_idx):
+@pytest.mark.parametrize("on", BACKENDS)
+def test_b61_padding_row_gets_no_gradient(on, padding_idx):
     """pytorch/pytorch#26302: its value is used all the same, and a tied layer still trains it."""
-    weight = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
+    dtype = torch.float64 if on == "torch" else torch.float32
+    weight = torch.randn(10, 5, dtype=dtype, requires_grad=True)
     ids = torch.randint(10, (256, 3, 7))
-    out = ft.embedding(ids, weight, padding_idx=padding_idx)
-    assert torch.equal(out, weight[ids])
-    (gradient,) = torch.autograd.grad(out.sum(), weight)
-    expected = torch.bincount(ids.flatten(), minlength=10).double()
-    expected[padding_idx] = 0
-    torch.testing.assert_close(gradient, expected[:, None].expand(10, 5))
-    tied = ft.embedding(ids, weight, padding_idx=padding_idx).mean((0, 1, 2)) @ weight.T
-    (gradient,) = torch.autograd.grad(tied.sum(), weight)
+    with running_on(on):
+        out = ft.embedding(ids, weight, padding_idx=padding_idx)
+        assert torch.equal(out, weight[ids])
+        (gradient,) = torch.autograd.grad(out.sum(), weight)
+        expected = torch.bincount(ids.flatten(), minlength=10).to(dtype)
+        expected[padding_idx] = 0
+        torch.testing.assert_close(gradient, expected[:, None].expand(10, 5))
+        tied = ft.embedding(ids, weight, padding_idx=padding_idx).mean((0, 1, 2)) @ weight.T
+        (gradient,) = torch.autograd.grad(tied.sum(), weight)
     assert gradient[padding_idx].any()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("on, compiled", [("torch", True), *((on, False) for on in BACKENDS)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("bad", [[1, -1], [3], [-(2**31)], [2**31 - 1]], ids=str)
-def test_b62_id_out_of_range(bad, dtype, compiled):
+def test_b62_id_out_of_range(bad, dtype, on, compiled):
     """pytorch/pytorch#183608."""
     weight = torch.randn(3, 4)
     function = lambda ids: ft.embedding(ids, weight, padding_idx=-1)  # noqa: E731
     if compiled:
         function = torch.compile(function, fullgraph=True)
     ids = torch.tensor([2, 0], dtype=dtype)
-    torch.testing.assert_close(function(ids), weight[[2, 0]])
-    with pytest.raises(ValueError, match=r"embedding: input holds -?\d+; it must be in \[0, 3\)"):
+    with running_on(on):
+        torch.testing.assert_close(function(ids), weight[[2, 0]])
+    with (
+        running_on(on),
+        pytest.raises(ValueError, match=r"embedding: input holds -?\d+; it must be in \[0, 3\)"),
+    ):
         function(torch.tensor(bad, dtype=dtype))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_b62_position_past_the_table(compiled):
+@pytest.mark.parametrize("on, compiled", [("torch", True), *((on, False) for on in BACKENDS)])
+def test_b62_position_past_the_table(on, compiled):
     """pytorch/pytorch#183608."""
     weight, table = torch.randn(3, 4), torch.randn(5, 4)
     function = lambda ids, at: ft.embedding(ids, weight, positions=at, position_weight=table)  # noqa: E731
     if compiled:
         function = torch.compile(function, fullgraph=True)
-    function(IDS, torch.tensor([4, 4, 4]))
+    with running_on(on):
+        function(IDS, torch.tensor([4, 4, 4]))
     for bad in (-1, 5):
-        with pytest.raises(ValueError, match=f"embedding: positions holds {bad}"):
+        with running_on(on), pytest.raises(ValueError, match=f"embedding: positions holds {bad}"):
             function(IDS, torch.tensor([0, 1, bad]))
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
-def test_b62_no_ids(shape):
+@pytest.mark.parametrize("on", BACKENDS)
+def test_b62_no_ids(on, shape):
     """pytorch/pytorch#183608."""
     ids = torch.zeros(shape, dtype=torch.int32)
-    out = ft.embedding(ids, torch.randn(3, 4), sinusoidal=True)
-    assert out.shape == (*shape, 4)
+    weight, table = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with running_on(on):
+        out = ft.embedding(ids, weight, position_weight=table, sinusoidal=True)
+        gradients = torch.autograd.grad(out.sum(), (weight, table))
+    assert out.shape == (*shape, 4) and not any(g.any() for g in gradients)
 
 
-def test_same_ids_are_checked_per_sample_under_vmap():
+@pytest.mark.parametrize("on", BACKENDS)
+def test_same_ids_are_checked_per_sample_under_vmap(on):
     ids, weight = torch.randint(3, (4, 2, 5)), torch.randn(3, 4)
-    got = torch.vmap(lambda i: ft.embedding(i, weight))(ids)
+    with running_on(on):
+        got = torch.vmap(lambda i: ft.embedding(i, weight))(ids)
     torch.testing.assert_close(got, F.embedding(ids, weight))
 
 

@@ -1,5 +1,7 @@
 """feed_forward: the number contract wherever linear_add runs, and where explain says it runs."""
 
+import functools
+
 import pytest
 import torch
 from fronts import refuses, same_compiled
@@ -38,12 +40,15 @@ def in_steps(x, w_in, b_in, w_out, b_out, activation):
 @pytest.mark.parametrize("on", BACKENDS)
 def test_contract(on, activation, dtype):
     for lead in ((3,), (2, 9), (200,)):
+        draw = functools.partial(problem, lead, activation=activation, dtype=dtype)
         check(
             lambda *args: ft.feed_forward(*args, activation=activation),
             lambda *args: reference.feed_forward(*args, activation=activation),
-            problem(lead, activation=activation, dtype=dtype), on=on,
+            draw(),
+            on=on,
             peer=lambda *args: in_steps(*args, activation),
-        )  # fmt: skip
+            redraw=draw,
+        )
 
 
 @pytest.mark.parametrize("activation", NAMES)

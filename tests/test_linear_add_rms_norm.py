@@ -19,10 +19,6 @@ CPU = [name for name in KERNELS if name.startswith("cpu")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def has_backward(on):
-    return TABLE["add_rms_norm"][on.split(":")[0]].backward is not None or on == "torch"
-
-
 # Few rows or more than 4096 features: normed in a second pass. From some 112 rows on (two threads):
 # tasks own whole rows.
 SHAPES = [
@@ -43,8 +39,7 @@ def problem(rows, i, o, dtype=torch.float32):
 @pytest.mark.parametrize("on", KERNELS)
 def test_contract(on, shape, dtype):
     inputs = problem(*shape, dtype)
-    check(ft.linear_add_rms_norm, reference.linear_add_rms_norm, inputs, on=on,
-          grads=has_backward(on))  # fmt: skip
+    check(ft.linear_add_rms_norm, reference.linear_add_rms_norm, inputs, on=on)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,17 +55,13 @@ def test_optional_inputs(on, given):
         x, w, *rest = problem(rows, 20, 30)
         rest = [t if g else None for t, g in zip(rest, given)]
         check(lambda *a: ft.linear_add_rms_norm(*a, 1e-3),
-              lambda *a: reference.linear_add_rms_norm(*a, 1e-3), (x, w, *rest), on=on,
-              grads=has_backward(on))  # fmt: skip
+              lambda *a: reference.linear_add_rms_norm(*a, 1e-3), (x, w, *rest), on=on)  # fmt: skip
 
 
 @pytest.mark.parametrize("wanted", range(5))
 @pytest.mark.parametrize("which", ["normed", "summed", "both"])
 @pytest.mark.parametrize("on", BACKENDS)
 def test_one_wanted_gradient(on, which, wanted):
-    if not has_backward(on):
-        pytest.skip("the norm's backward is not built")
-
     def loss(function, inputs):
         normed, summed = function(*inputs)
         chosen = {"normed": [normed], "summed": [summed], "both": [normed, summed]}[which]
@@ -112,7 +103,7 @@ def test_heads_are_read_in_place(on, heads_first):
         )
         _, w, b, _, nw = problem(1, 24, 20)
         check(ft.linear_add_rms_norm, reference.linear_add_rms_norm,
-              (x, w, b, torch.randn(2, rows, 20), nw), on=on, grads=has_backward(on))  # fmt: skip
+              (x, w, b, torch.randn(2, rows, 20), nw), on=on)  # fmt: skip
 
 
 @pytest.mark.parametrize("norm_dtype", [torch.float64, torch.float32, torch.float16], ids=str)
@@ -129,8 +120,7 @@ def test_b44_norm_weights_of_another_dtype(on, dtype, norm_dtype):
     with running_on(on):
         normed, summed = ft.linear_add_rms_norm(*inputs)
     assert normed.dtype == summed.dtype == dtype
-    check(ft.linear_add_rms_norm, reference.linear_add_rms_norm, inputs, on=on,
-          grads=has_backward(on), redraw=draw)  # fmt: skip
+    check(ft.linear_add_rms_norm, reference.linear_add_rms_norm, inputs, on=on, redraw=draw)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -184,8 +174,6 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(loss, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*inputs), loss(*inputs))
-    if not has_backward(BACKENDS[-1]):
-        return
     leaves = [t.requires_grad_() for t in inputs]
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves),
                     torch.autograd.grad(loss(*leaves), leaves)):  # fmt: skip
@@ -207,10 +195,9 @@ def test_b46_vmap_equals_a_loop(on):
     with running_on(on):
         for got, *each in zip(torch.vmap(f)(x, r), *[f(*args) for args in zip(x, r)]):
             torch.testing.assert_close(got, torch.stack(each))
-        if has_backward(on):
-            got = torch.vmap(torch.func.grad(loss))(x, r)
-            each = [torch.func.grad(loss)(*args) for args in zip(x, r)]
-            torch.testing.assert_close(got, torch.stack(each))
+        got = torch.vmap(torch.func.grad(loss))(x, r)
+        each = [torch.func.grad(loss)(*args) for args in zip(x, r)]
+        torch.testing.assert_close(got, torch.stack(each))
 
 
 @pytest.mark.parametrize("on", BACKENDS)

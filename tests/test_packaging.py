@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fasttransformer import ops, reference
-from fasttransformer.backends import ALIASES, COMPOSED, TABLE, backends
+from fasttransformer.backends import ALIASES, COMPOSED, STEPS, TABLE, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +67,9 @@ def test_no_file_without_an_operation(pattern):
     orphans = []
     for path in ROOT.glob(pattern):
         name = path.stem.removeprefix("bench_")
-        of_operation = any(f"{name}_".startswith(f"{op}_") for op in TABLE)  # foo, foo_backward
+        of_operation = any(
+            f"{name}_".startswith(f"{op}_") for op in (*TABLE, *STEPS)
+        )  # foo, foo_backward
         if not of_operation and name not in SHARED[pattern] and not name.startswith("_"):
             orphans.append(path.name)
     assert not orphans

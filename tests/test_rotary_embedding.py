@@ -5,9 +5,10 @@ import torch
 from fronts import refuses, runs_on_the_reference, same_compiled
 
 import fasttransformer as ft
-from contract import check
+from contract import backends_of, check, running_on
 from fasttransformer import reference
 
+BACKENDS = backends_of("rotary_embedding")
 B, S, D = 2, 5, 8
 IDS = torch.stack([torch.arange(5), torch.arange(3, 8)])
 
@@ -24,69 +25,94 @@ def tables(positions=9, leading=()):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("leading", [(), (1,), (B,)], ids=str)
-def test_contract(leading, interleaved, dtype):
+@pytest.mark.parametrize("on", BACKENDS)
+def test_contract(on, leading, interleaved, dtype):
     options = {"interleaved": interleaved, "position_ids": IDS}
+    cos, sin = tables(leading=leading)
     check(
-        lambda *args: ft.rotary_embedding(*args, **options),
-        lambda *args: reference.rotary_embedding(*args, **options),
-        [*problem(dtype), *tables(leading=leading)],
+        lambda *args: ft.rotary_embedding(*args, cos, sin, **options),
+        lambda *args: reference.rotary_embedding(*args, cos, sin, **options),
+        problem(dtype),
+        on=on,
     )
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_b64_each_sample_has_its_own_angles(interleaved):
+def test_gradients_of_the_tables(interleaved):
+    """The reference alone has them, so a trained table runs there."""
+    options = {"interleaved": interleaved, "position_ids": IDS}
+    check(
+        lambda *args: ft.rotary_embedding(*args, **options),
+        lambda *args: reference.rotary_embedding(*args, **options),
+        [*problem(), *tables(leading=(B,))],
+    )
+    query, key = problem()
+    cos, sin = (t.requires_grad_() for t in tables())
+    if "simt" in BACKENDS:
+        with running_on("simt"), pytest.raises(RuntimeError, match="no table_grad in this kernel"):
+            ft.rotary_embedding(query, key, cos, sin)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("on", BACKENDS)
+def test_b64_each_sample_has_its_own_angles(on, interleaved):
     """Liger-Kernel PR #477: every sample alone gives the same; nothing is modified; lengths are
     kept; the backward turns back."""
-    q, k = (x.double() for x in problem())
-    base = torch.rand(S, D // 2, dtype=torch.float64) * 6
+    dtype = torch.float64 if on == "torch" else torch.float32
+    q, k = (x.to(dtype) for x in problem())
+    base = torch.rand(S, D // 2, dtype=dtype) * 6
     per_sample = torch.stack([base, base + 1])
     expanded = base.expand(B, S, D // 2)
-    for angle in (per_sample, expanded, base[None]):
-        cos, sin = angle.cos(), angle.sin()
-        if angle is expanded:
-            cos, sin = base.cos().expand(B, S, -1), base.sin().expand(B, S, -1)
-        before = [x.clone() for x in (q, k, cos, sin)]
-        leaf = q.clone().requires_grad_()
-        turned, turned_key = ft.rotary_embedding(leaf, k, cos, sin, interleaved=interleaved)
-        for x, y in zip((q, k, cos, sin), before):
-            assert torch.equal(x, y)
-        for b in range(B):
-            row = min(b, cos.shape[0] - 1)
-            alone = ft.rotary_embedding(
-                q[b : b + 1], k[b : b + 1], cos[row], sin[row], interleaved=interleaved
-            )
-            torch.testing.assert_close(turned[b : b + 1], alone[0])
-            torch.testing.assert_close(turned_key[b : b + 1], alone[1])
-        weights = torch.randn_like(q)
-        (gradient,) = torch.autograd.grad((turned * weights).sum(), leaf)
-        back = ft.rotary_embedding(weights, k, cos, -sin, interleaved=interleaved)[0]
-        torch.testing.assert_close(gradient, back)
-        pairs = (-1, 2) if interleaved else (2, -1)
-        length = lambda x: x.unflatten(-1, pairs).square().sum(-1 if interleaved else -2)  # noqa: B023, E731
-        torch.testing.assert_close(length(turned), length(q))
+    with running_on(on):
+        for angle in (per_sample, expanded, base[None]):
+            cos, sin = angle.cos(), angle.sin()
+            if angle is expanded:
+                cos, sin = base.cos().expand(B, S, -1), base.sin().expand(B, S, -1)
+            before = [x.clone() for x in (q, k, cos, sin)]
+            leaf = q.clone().requires_grad_()
+            turned, turned_key = ft.rotary_embedding(leaf, k, cos, sin, interleaved=interleaved)
+            for x, y in zip((q, k, cos, sin), before):
+                assert torch.equal(x, y)
+            for b in range(B):
+                row = min(b, cos.shape[0] - 1)
+                alone = ft.rotary_embedding(
+                    q[b : b + 1], k[b : b + 1], cos[row], sin[row], interleaved=interleaved
+                )
+                torch.testing.assert_close(turned[b : b + 1], alone[0])
+                torch.testing.assert_close(turned_key[b : b + 1], alone[1])
+            weights = torch.randn_like(q)
+            (gradient,) = torch.autograd.grad((turned * weights).sum(), leaf)
+            back = ft.rotary_embedding(weights, k, cos, -sin, interleaved=interleaved)[0]
+            torch.testing.assert_close(gradient, back)
+            pairs = (-1, 2) if interleaved else (2, -1)
+            length = lambda x: x.unflatten(-1, pairs).square().sum(-1 if interleaved else -2)  # noqa: B023, E731
+            torch.testing.assert_close(length(turned), length(q))
 
 
-def test_b64_half_split_tables_are_refused_for_interleaved_pairs():
+@pytest.mark.parametrize("on", BACKENDS)
+def test_b64_half_split_tables_are_refused_for_interleaved_pairs(on):
     """Tongjilibo/bert4torch#1: tables of twice the angles only make sense for half-split pairs."""
     q, k = problem()
     cos, sin = (torch.cat([t, t], -1) for t in tables())
-    wide = ft.rotary_embedding(q, k, cos, sin)
-    torch.testing.assert_close(wide, ft.rotary_embedding(q, k, cos[:, :4], sin[:, :4]))
+    with running_on(on):
+        wide = ft.rotary_embedding(q, k, cos, sin)
+        torch.testing.assert_close(wide, ft.rotary_embedding(q, k, cos[:, :4], sin[:, :4]))
     with pytest.raises(ValueError, match="width 8; head_dim 8 makes it 4, interleaved"):
         ft.rotary_embedding(q, k, cos, sin, interleaved=True)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_b62_position_past_the_tables(compiled):
+@pytest.mark.parametrize("on, compiled", [("torch", True), *((on, False) for on in BACKENDS)])
+def test_b62_position_past_the_tables(on, compiled):
     """pytorch/pytorch#183608."""
     function = (
         torch.compile(ft.rotary_embedding, fullgraph=True) if compiled else ft.rotary_embedding
     )
     q, k = problem()
     cos, sin = tables()
-    function(q, k, cos, sin, position_ids=torch.tensor([0, 8, 8, 1, 2]))
+    with running_on(on):
+        function(q, k, cos, sin, position_ids=torch.tensor([0, 8, 8, 1, 2]))
     for bad in (-1, 9):
-        with pytest.raises(ValueError, match=f"position_ids holds {bad}"):
+        with running_on(on), pytest.raises(ValueError, match=f"position_ids holds {bad}"):
             function(q, k, cos, sin, position_ids=torch.tensor([0, 8, bad, 1, 2]))
 
 

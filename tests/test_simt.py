@@ -123,131 +123,6 @@ def test_log_softmax_gradient_of_left_out_entries_is_zero():
     assert not d_input[~mask].any()
 
 
-# ---- add_layer_norm -----------------------------------------------------------------------------
-
-
-def norm_check(shape, dtype, *, affine=True, limits=None, weight_dtype=None, widen=0):
-    features = shape[-1]
-    x = (torch.randn(*shape[:-1], features + widen)).to(dtype)[..., :features]
-    residual = (torch.randn(*shape) + 1).to(dtype)
-    weights = [torch.randn(features).to(weight_dtype or dtype) for _ in range(2)]
-    inputs = [x, residual, *(weights if affine else [None, None])]
-    with simt.limits(**(limits or {})):
-        contract.check(
-            lambda a, b, w, c: ft.add_layer_norm(a, b, (features,), w, c),
-            lambda a, b, w, c: reference.add_layer_norm(a, b, (features,), w, c),
-            inputs,
-            on="simt",
-        )
-
-
-@dtypes
-@pytest.mark.parametrize("features", (1, 7, 8, 33, 64, 77, 384, 1000, 2052, 4100, 8200))
-def test_add_layer_norm(features, dtype):
-    norm_check((5, features), dtype)
-
-
-@dtypes
-def test_add_layer_norm_options(dtype):
-    norm_check((2, 3, 40), dtype, affine=False)
-    norm_check((70, 24), dtype, limits={"grid": 2})
-    norm_check((9, 40), dtype, widen=3)  # rows of a wider buffer: no two are aligned alike
-    norm_check((9, 48), dtype, widen=16)
-    norm_check((3, 9001), dtype, limits={"shared": 4096})
-    norm_check((0, 8), dtype)
-
-
-@pytest.mark.parametrize("weight", DTYPES, ids=DTYPE_IDS)
-@dtypes
-def test_add_layer_norm_weights_of_another_dtype(dtype, weight):
-    # The reference gives gradients in float64 and the peer in the weight's dtype: compared there.
-    if dtype == torch.float32 or weight == torch.float32:
-        norm_check((6, 72), dtype, weight_dtype=weight)
-
-
-@dtypes
-@pytest.mark.parametrize("shape", ((7, 30), (5, 64), (3, 1001), (2, 9001)), ids=str)
-@pytest.mark.parametrize("with_sum", (False, True), ids=("", "grad_summed"))
-def test_add_layer_norm_dropout(shape, dtype, with_sum):
-    simt.load()
-    operators = torch.ops.fasttransformer_simt
-    features, eps, p = shape[1], 1e-5, 0.3
-    seed = torch.tensor([-(2**62) + 12345])
-    x, residual = (torch.randn(shape).to(dtype) for _ in range(2))
-    weight, bias = (torch.randn(features).to(dtype) for _ in range(2))
-    grads = [torch.randn(shape).to(dtype) for _ in range(2)]
-    normed, summed, mean, rstd = operators.add_layer_norm(x, residual, weight, bias, eps, p, seed)
-    got = operators.add_layer_norm_backward(
-        grads[0], grads[1] if with_sum else None, summed, weight, mean, rstd, p, seed, True, True
-    )
-
-    def run(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (residual, x, weight, bias)]
-        out, total = reference.add_layer_norm(
-            leaves[1], leaves[0], (features,), leaves[2], leaves[3], eps, dropout_p=p, seed=seed
-        )
-        loss = (out * grads[0].to(dtype)).sum()
-        if with_sum:
-            loss = loss + (total * grads[1].to(dtype)).sum()
-        return (out, total), torch.autograd.grad(loss, leaves)
-
-    (want, want_grads), (peer, peer_grads) = run(torch.float64), run(dtype)
-    for a, b, c in zip((normed, summed, *got), (*want, *want_grads), (*peer, *peer_grads)):
-        contract.assert_close(a, b, c)
-
-
-@dtypes
-@pytest.mark.parametrize("shape", ((7, 64), (2, 9001)), ids=str)
-def test_add_layer_norm_unwanted_outputs_and_repeated_bits(dtype, shape):
-    simt.load()
-    operators = torch.ops.fasttransformer_simt
-    x, residual, grad = (torch.randn(shape).to(dtype) for _ in range(3))
-    _, summed, mean, rstd = operators.add_layer_norm(x, residual, None, None, 1e-5, 0.0, None)
-
-    def backward(weight_grad, bias_grad):
-        return operators.add_layer_norm_backward(
-            grad, None, summed, None, mean, rstd, 0.0, None, weight_grad, bias_grad
-        )
-
-    both = backward(True, True)
-    assert both[1].shape == (0,)
-    for a, b in zip(both, backward(True, True)):
-        assert torch.equal(a, b)
-    assert torch.equal(backward(False, True)[3], both[3])
-    assert backward(False, True)[2].shape == (0,)
-    assert torch.equal(backward(True, False)[2], both[2])
-    assert [t.shape for t in backward(False, False)[1:]] == [(0,)] * 3
-
-
-def test_add_layer_norm_no_rows_gives_zero_weight_gradients():
-    simt.load()
-    empty, none = torch.zeros(0, 8), torch.zeros(0)
-    *_, d_weight, d_bias = torch.ops.fasttransformer_simt.add_layer_norm_backward(
-        empty, None, empty, torch.ones(8), none, none, 0.0, None, True, True
-    )
-    assert torch.equal(d_weight, torch.zeros(8)) and torch.equal(d_bias, torch.zeros(8))
-
-
-@pytest.mark.parametrize("features", (6, 300, 9001))
-def test_add_layer_norm_nan_stays_in_its_row(features):
-    x = torch.randn(4, features)
-    x[1, features // 2] = math.nan
-    with simt.running():
-        normed, summed = ft.add_layer_norm(x, torch.zeros_like(x), (features,))
-    assert normed[1].isnan().all() and summed.isnan().sum() == 1
-    assert normed[[0, 2, 3]].isfinite().all()
-
-
-def test_add_layer_norm_b51_one_feature():
-    with simt.running():
-        x = torch.tensor([[1e6]], requires_grad=True)
-        weight = torch.tensor([2.0], requires_grad=True)
-        zero = torch.zeros(1, 1)
-        out, _ = ft.add_layer_norm(x, zero, (1,), weight, torch.tensor([3.0]))
-        out.sum().backward()
-    assert out.item() == 3 and weight.grad.item() == 0 and x.grad.item() == 0
-
-
 # ---- simt itself --------------------------------------------------------------------------------
 
 
@@ -266,9 +141,18 @@ def planted():
     return run
 
 
-def test_simt_runs_a_sound_kernel(planted):
-    out, message = planted("sound")
-    assert message == "" and torch.equal(out, torch.full((64,), 63.0 * 32))
+@pytest.mark.parametrize(
+    ("kernel", "want"),
+    (
+        ("sound", torch.full((64,), 63.0 * 32)),
+        ("warp_barrier_there", torch.arange(64.0).view(-1, 2).flip(1).flatten()),
+        ("atomic_sum", torch.full((64,), 63.0 * 32)),
+        ("named_barriers", torch.cat([torch.full((32,), 2.0), torch.full((32,), 7.0)])),
+    ),
+)
+def test_simt_runs_a_sound_kernel(planted, kernel, want):
+    out, message = planted(kernel)
+    assert message == "" and torch.equal(out, want)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +172,30 @@ def test_simt_runs_a_sound_kernel(planted):
             "missing_barrier",
             "race: load of row + 0, which thread 0 wrote with no barrier between",
         ),
+        ("load_between", "block 0, thread 3: load outside the call's tensors"),
+        ("shared_outside", "thread 63: store outside the block's shared memory, 4 bytes past row"),
+        ("shared_misaligned", "thread 0: misaligned store of 16 bytes in shared memory"),
+        ("two_stores", "thread 1: race: store to row + 0, which thread 0 wrote"),
+        ("store_after_load", "race: load of row + 128, which thread 32 wrote with no barrier"),
+        ("warp_barrier_missing", "race: load of row + 120, which thread 30 wrote with no barrier"),
+        ("atomic_against_load", "race: store to sum + 0, which thread 63 read"),
+        ("copy_not_waited", "load of row + 0, where a cp.async of thread 0 has not been waited"),
+        ("copy_group_not_waited", "load of row + 256, where a cp.async of thread 0"),
+        ("copy_without_barrier", "thread 1: race: load of row + 0, which thread 0 wrote"),
+        (
+            "copy_over_what_is_read",
+            "race: store to row + 132, which thread 32 read with no barrier",
+        ),
+        ("copy_outside", "thread 16: cp.async outside the call's tensors"),
+        ("copy_misaligned", "thread 0: misaligned cp.async of 16 bytes"),
+        ("named_barrier_forgotten", "race: load of slot + 0, which thread 0 wrote"),
+        (
+            "two_barriers",
+            "deadlock: 32 threads wait at barrier 1, 32 threads wait at barrier 2, 0 have ended",
+        ),
+        ("barrier_counts", "barrier 1 of 32 threads, which others use with 64"),
+        ("vote_left", "deadlock: 31 threads wait at a vote, 33 have ended"),
+        ("mma_left", "deadlock: 62 threads wait at an mma, 2 have ended"),
         ("never_written", "load of dynamic shared memory + 0, which nobody has written"),
     ),
 )

@@ -40,10 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   p.rstd = static_cast<const float*>(data(rstd));
   p.d_residual = d_residual.mutable_data_ptr();
   if (seed) p.d_input = d_input.mutable_data_ptr();
-#if defined(FT_CUDA) || defined(FT_SIMT)
-  Tensor workspace = make(summed, {cuda::add_layer_norm_workspace(p)}, ScalarType::Float);
-  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-#endif
+  const OptionalTensor workspace = workspace_for(p, summed);
   FT_LAUNCH(add_layer_norm_backward, p, summed);
   return {d_residual, d_input, d_weight, d_bias};
 }

@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(
   p.rstd = static_cast<const float*>(data(rstd));
   p.d_residual = d_residual.mutable_data_ptr();
   if (seed) p.d_input = d_input.mutable_data_ptr();
+  const OptionalTensor workspace = workspace_for(p, summed);
   FT_LAUNCH(add_rms_norm_backward, p, summed);
   return {d_residual, d_input, d_weight};
 }

@@ -71,6 +71,14 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   Tensor lse = make(query, {p.batch, p.heads, p.q_len}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  p.splits = ft::cuda::attention_splits(p);
+  std::optional<Tensor> workspace;
+  if (p.splits > 1) {
+    workspace = make(query, {ft::cuda::attention_workspace(p)}, ScalarType::Float);
+    p.workspace = static_cast<float*>(workspace->mutable_data_ptr());
+  }
+#endif
   FT_LAUNCH(attention, p, query);
   return {out, lse};
 }

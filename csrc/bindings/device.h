@@ -38,21 +38,26 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// Tells simt which bytes a kernel may touch: a launch then reports any access outside them.
+// Tells simt which elements a kernel may touch: a launch then reports any access outside them.
 inline void allow_access([[maybe_unused]] const Tensor& t, [[maybe_unused]] bool writable) {
 #if defined(FT_SIMT)
   if (t.numel() == 0) return;
-  int64_t bytes = 0;
+  simt::Elements e{t.const_data_ptr(), 8, 0, {}, {}};
   switch (t.scalar_type()) {
-    case ScalarType::Bool: bytes = 1; break;
+    case ScalarType::Bool: e.element = 1; break;
     case ScalarType::Half:
-    case ScalarType::BFloat16: bytes = 2; break;
-    case ScalarType::Float: bytes = 4; break;
-    default: bytes = 8;
+    case ScalarType::BFloat16: e.element = 2; break;
+    case ScalarType::Float:
+    case ScalarType::Int: e.element = 4; break;
+    default: break;
   }
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  simt::allow(t.const_data_ptr(), (last + 1) * bytes, writable);
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 1 || t.stride(i) == 0) continue;
+    if (e.dims == simt::kTensorDims) throw std::invalid_argument("simt: too many dimensions");
+    e.sizes[e.dims] = t.size(i);
+    e.strides[e.dims++] = t.stride(i) * e.element;
+  }
+  simt::allow(e, writable);
 #endif
 }
 
@@ -77,6 +82,17 @@ inline int64_t row_stride(const Tensor& t) { return t.dim() == 2 ? t.stride(0) :
 inline VectorArg vector_arg(const OptionalTensor& t) {
   VectorArg out;
   if (t) out = {data(*t), dtype_of(*t)};
+  return out;
+}
+
+inline IdsArg ids_arg(const OptionalTensor& t) {
+  IdsArg out;
+  if (!t) return out;
+  out.wide = t->scalar_type() == ScalarType::Long;
+  if (!out.wide && t->scalar_type() != ScalarType::Int) {
+    throw std::invalid_argument("fasttransformer: ids must be int64 or int32");
+  }
+  out.data = data(*t);
   return out;
 }
 

@@ -29,6 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
   p.mean = static_cast<const float*>(data(mean));
   p.rstd = static_cast<const float*>(data(rstd));
   p.d_residual = d_input.mutable_data_ptr();
+  const OptionalTensor workspace = workspace_for(p, input);
   FT_LAUNCH(layer_norm_backward, p, input);
   return {d_input, d_weight, d_bias};
 }

@@ -1,28 +1,20 @@
 #include "params/linear_add.h"
 
+#include "bindings/activation_name.h"
 #include "bindings/device.h"
 #include "bindings/linear_input.h"
 
 namespace ft::bindings {
-namespace {
-
-Activation activation_of(const std::string& name) {
-  if (name.empty()) return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  throw std::invalid_argument("linear_add: unknown activation " + name);
-}
-
-}  // namespace
-
 Tensor linear_add(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& residual, std::string activation) {
   LinearAddParams p = linear_input(input, weight, bias, residual);
   p.activation = activation_of(activation);
   Tensor output = make_output(input, p.out_features);
   p.output = output.mutable_data_ptr();
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  Tensor workspace = make(input, {cuda::linear_add_workspace(p)}, ScalarType::Float);
+  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+#endif
   FT_LAUNCH(linear_add, p, input);
   return output;
 }
@@ -40,6 +32,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_add_backward(const Tensor& grad, const
   if (input_grad) p.d_input = d_input.mutable_data_ptr();
   if (weight_grad) p.d_weight = d_weight.mutable_data_ptr();
   if (bias_grad) p.d_bias = d_bias.mutable_data_ptr();
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  Tensor workspace = make(input, {cuda::linear_add_backward_workspace(p)}, ScalarType::Float);
+  p.linear.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+#endif
   FT_LAUNCH(linear_add_backward, p, input);
   return {d_input, d_weight, d_bias};
 }

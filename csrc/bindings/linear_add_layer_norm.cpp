@@ -11,6 +11,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_add_layer_norm(
   LinearNormCall call(input, weight, bias, residual, norm_weight, norm_bias, eps, return_sum);
   Tensor mean = make(input, {call.p.norm.rows}, ScalarType::Float);
   call.p.norm.mean = static_cast<float*>(mean.mutable_data_ptr());
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  Tensor workspace = make(input, {cuda::linear_add_norm_workspace(call.p)}, ScalarType::Float);
+  call.p.linear.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+#endif
   FT_LAUNCH(linear_add_layer_norm, call.p, input);
   return {call.normed, call.summed, mean, call.rstd};
 }

@@ -10,6 +10,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_add_rms_norm(const Tensor& input, cons
                                                        const OptionalTensor& norm_weight,
                                                        double eps, bool return_sum) {
   LinearNormCall call(input, weight, bias, residual, norm_weight, std::nullopt, eps, return_sum);
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  Tensor workspace = make(input, {cuda::linear_add_norm_workspace(call.p)}, ScalarType::Float);
+  call.p.linear.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+#endif
   FT_LAUNCH(linear_add_rms_norm, call.p, input);
   return {call.normed, call.summed, call.rstd};
 }

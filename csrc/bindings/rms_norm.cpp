@@ -22,6 +22,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& i
   Tensor d_weight = vector_grad(input, weight, weight_grad, &p.d_weight);
   p.rstd = static_cast<const float*>(data(rstd));
   p.d_residual = d_input.mutable_data_ptr();
+  const OptionalTensor workspace = workspace_for(p, input);
   FT_LAUNCH(rms_norm_backward, p, input);
   return {d_input, d_weight};
 }

@@ -44,4 +44,18 @@ inline Tensor vector_grad(const Tensor& like, const OptionalTensor& weight, bool
   return out;
 }
 
+// The weight gradients' scratch memory on CUDA, for as long as the tensor lives.
+inline OptionalTensor workspace_for([[maybe_unused]] RowNormBackwardParams& p,
+                                    [[maybe_unused]] const Tensor& like) {
+#if defined(FT_CUDA) || defined(FT_SIMT)
+  const int64_t floats = cuda::row_norm_workspace(p);
+  if (floats == 0) return std::nullopt;
+  Tensor workspace = make(like, {floats}, ScalarType::Float);
+  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  return workspace;
+#else
+  return std::nullopt;
+#endif
+}
+
 }  // namespace ft

@@ -6,10 +6,10 @@
 // and sum) that leaves as much of the row as fits in shared memory, and a second pass that reads
 // the rest again. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018
 // (arXiv:1805.02867); QuACK's table of threads per row by columns (Dao-AILab/quack).
-#include "cuda/device/launch.h"
+#include "cuda/device/index.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/scalar.h"
-#include "cuda/device/vector.h"
+#include "cuda/row_plan.h"
 #include "params/softmax.h"
 
 namespace ft::cuda {
@@ -18,28 +18,15 @@ namespace {
 // Threads per row and chunks per thread by the row's 16-byte chunks (8 elements of 16 bits, 4 of
 // 32). After QuACK's published table, cut at what registers hold; not measured here: no GPU was at
 // hand.
-struct Plan {
-  int64_t chunks;
-  int held, group;
-};
 constexpr Plan kForward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},    {64, 2, 32},
                              {256, 8, 32}, {512, 8, 64}, {1024, 8, 128}, {2048, 8, 256}};
 // The backward pass holds two arrays, hence half the chunks.
 constexpr Plan kBackward[] = {{8, 2, 4},    {16, 2, 8},   {32, 2, 16},   {64, 2, 32},
                               {128, 4, 32}, {256, 4, 64}, {512, 4, 128}, {1024, 4, 256}};
-constexpr int kSmallBlock = 128;  // block size of groups within a warp
-constexpr int kHeldBlock = 256;   // largest block of the held kernels
-constexpr int kHeldBlocks = 3;    // of them on an SM at least: 128 registers a thread
+constexpr int kHeldBlock = 256;  // largest block of the held kernels
+constexpr int kHeldBlocks = 3;   // of them on an SM at least: 128 registers a thread
 constexpr int kWideBlock =
     512;  // block size of the wide kernels, two on an SM where their rows fit
-
-template <size_t kRows>
-Plan choose(const Plan (&table)[kRows], int64_t chunks) {
-  for (const Plan& plan : table) {
-    if (chunks <= plan.chunks) return plan;
-  }
-  return {chunks, 0, kWideBlock};  // held 0: wide
-}
 
 // ---- rows ---------------------------------------------------------------------------------------
 
@@ -57,20 +44,6 @@ struct Row {
   const bool* mask;
   int64_t end;  // columns that the causal rule allows
 };
-
-// Quotient and remainder; 64-bit division costs some 70 instructions more than 32-bit.
-FT_DEVICE int64_t divide(int64_t& value, int64_t by) {
-  int64_t rest;
-  if (((value | by) >> 32) == 0) {
-    const uint32_t quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
-    rest = value - static_cast<int64_t>(quotient) * by;
-    value = quotient;
-  } else {
-    rest = value % by;
-    value /= by;
-  }
-  return rest;
-}
 
 template <class T>
 FT_DEVICE Row<T> locate(const ForwardArgs& a, int64_t row) {
@@ -125,12 +98,6 @@ FT_DEVICE float signed_input(float x, float sign, uint32_t bits, int i) {
 FT_DEVICE float centred(float x, const ForwardArgs& a, float top, uint32_t bits, int i) {
   return (bits >> i & 1) ? (x * a.sign - top) * a.size : -infinity();
 }
-// exp((from − to) · |scale|): what a sum relative to `from` is multiplied by. It is 0, or NaN, if
-// `from` is −inf.
-FT_DEVICE float rescale(float from, float to, float size) {
-  return from == -infinity() ? 0.f : exponential<float>((from - to) * size);
-}
-
 // What turns scores into outputs once the row's maximum and sum are known. A row without an allowed
 // entry is told by the mask, never by the sum: a row of −inf scores, or with a NaN, comes out NaN.
 struct Finish {
@@ -451,21 +418,6 @@ void collapse(SoftmaxParams& p) {
   if (kept == 0) p.input_strides[0] = p.mask_strides[0] = 0;
   p.dims = kept;
 }
-
-// Chunks of the longest row: one more where rows do not begin on a chunk's boundary.
-int64_t row_chunks(int64_t columns, int lanes) {
-  return columns % lanes == 0 ? columns / lanes : (columns + lanes - 1) / lanes + 1;
-}
-
-// Shared memory for a wide kernel: what the row needs, at most what the device has.
-int64_t cached_chunks(const char* name, int64_t chunks, int arrays) {
-  const int64_t room = max_shared_memory(name) - 1024;  // the reductions' scratch
-  const int64_t fits = room / (arrays * static_cast<int64_t>(sizeof(Chunk)));
-  return chunks < fits ? chunks : fits;
-}
-
-// A group is a part of a warp, or the whole block (see group_reduce).
-int block_of(int group) { return group <= kWarp ? kSmallBlock : group; }
 
 }  // namespace
 

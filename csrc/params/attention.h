@@ -40,7 +40,10 @@ struct AttentionCase {
 
 struct AttentionParams : AttentionCase {
   void* out = nullptr;   // memory (batch, q_len, heads, value_dim)
-  float* lse = nullptr;  // (batch, heads, q_len)
+  float* lse = nullptr;  // (batch, heads, q_len); packed: (tokens, heads)
+  // CUDA: into how many parts the keys of a row are cut, and attention_workspace() floats for them.
+  int64_t splits = 1;
+  float* workspace = nullptr;
 };
 
 struct AttentionBackwardParams : AttentionCase {
@@ -68,3 +71,10 @@ struct AttentionBackwardParams : AttentionCase {
 
 FT_DECLARE_KERNEL(attention, AttentionParams)
 FT_DECLARE_KERNEL(attention_backward, AttentionBackwardParams)
+
+#if defined(FT_CUDA) || defined(FT_SIMT)
+namespace ft::cuda {
+int64_t attention_splits(const AttentionParams&);
+int64_t attention_workspace(const AttentionParams&);  // floats, once `splits` is set
+}  // namespace ft::cuda
+#endif

@@ -13,6 +13,12 @@ struct VectorArg {
   DType dtype = DType::f32;
 };
 
+// A contiguous array of ids, int64 or int32.
+struct IdsArg {
+  const void* data = nullptr;  // null: absent
+  bool wide = true;
+};
+
 // Dropout is a pure function of (seed, position): see fasttransformer/reference/dropout.py.
 struct Dropout {
   uint64_t seed = 0;

@@ -21,6 +21,7 @@ struct LinearAddParams {
   int64_t row_stride = 0, inner_rows = INT64_MAX, outer_stride = 0;
   int64_t heads = 1, head_dim = 0, head_stride = 0;
   int64_t residual_stride = 0;
+  float* workspace = nullptr;  // CUDA: …_workspace() floats of scratch memory
 };
 
 // d_input = grad · weight, d_weight = gradᵀ · input, d_bias = Σ rows of grad; null = not wanted.
@@ -32,6 +33,14 @@ struct LinearAddBackwardParams {
   void* d_weight = nullptr;
   void* d_bias = nullptr;
 };
+
+#if defined(FT_CUDA) || defined(FT_SIMT)
+namespace cuda {
+// Floats that the operators need in `workspace`.
+int64_t linear_add_workspace(const LinearAddParams&);
+int64_t linear_add_backward_workspace(const LinearAddBackwardParams&);
+}  // namespace cuda
+#endif
 
 }  // namespace ft
 

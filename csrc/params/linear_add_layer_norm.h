@@ -11,6 +11,13 @@ struct LinearAddNormParams {
   RowNormParams norm;
 };
 
+#if defined(FT_CUDA) || defined(FT_SIMT)
+namespace cuda {
+// Floats that linear_add_layer_norm and linear_add_rms_norm need in linear.workspace.
+int64_t linear_add_norm_workspace(const LinearAddNormParams&);
+}  // namespace cuda
+#endif
+
 }  // namespace ft
 
 FT_DECLARE_KERNEL(linear_add_layer_norm, LinearAddNormParams)

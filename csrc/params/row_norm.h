@@ -44,7 +44,15 @@ struct RowNormBackwardParams {
   int64_t rows = 0, features = 0;
   int64_t grad_normed_stride = 0, grad_summed_stride = 0, summed_stride = 0;
   Dropout dropout;
-  float* workspace = nullptr;  // CUDA: add_layer_norm_workspace() floats of scratch memory
+  float* workspace = nullptr;  // CUDA: row_norm_workspace() floats of scratch memory
 };
+
+#if defined(FT_CUDA) || defined(FT_SIMT)
+namespace cuda {
+// Floats that the backward pass of any norm needs in `workspace`, for the weight gradients' first
+// stage.
+int64_t row_norm_workspace(const RowNormBackwardParams&);
+}  // namespace cuda
+#endif
 
 }  // namespace ft

@@ -1,5 +1,6 @@
 #include "simt/runtime.h"
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
@@ -14,13 +15,28 @@ thread_local Place place;
 
 namespace {
 
+// The elements of a tensor, nested dimensions only, the innermost last.
 struct Range {
   uintptr_t begin, end;
+  int64_t element;
+  int dims;
+  int64_t sizes[kTensorDims], strides[kTensorDims];
   bool writable;
+
+  bool holds(uintptr_t at, int64_t bytes) const {
+    if (at < begin || at + static_cast<uintptr_t>(bytes) > end) return false;
+    int64_t rest = static_cast<int64_t>(at - begin);
+    for (int d = 0; d < dims; ++d) {
+      if (d == dims - 1 && strides[d] == element) return rest + bytes <= sizes[d] * element;
+      rest -= std::min(rest / strides[d], sizes[d] - 1) * strides[d];
+    }
+    return rest + bytes <= element;
+  }
 };
 std::vector<Range> ranges;
 int64_t grid_limit = 2147483647, shared_limit = 99 * 1024;
-int worker_limit = 0;  // 0: as many as there are cores
+int multiprocessor_count = 108;  // an A100's
+int worker_limit = 0;            // 0: as many as there are cores
 
 const char* name_of(Meeting what) {
   switch (what) {
@@ -278,7 +294,8 @@ void launch(const std::string& name, int64_t grid, int size, int64_t shared,
   }
   std::atomic<int64_t> next{0};
   std::mutex mutex;
-  std::exception_ptr error;
+  std::exception_ptr error;  // of the first block that has one, whichever thread ran it
+  int64_t where_error = grid;
   const auto work = [&] {
     Block& b = block();
     for (int64_t i = next++; i < grid; i = next++) {
@@ -290,7 +307,10 @@ void launch(const std::string& name, int64_t grid, int size, int64_t shared,
         b.run();
       } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex);
-        if (!error) error = std::current_exception();
+        if (i < where_error) {
+          error = std::current_exception();
+          where_error = i;
+        }
         next = grid;
       }
     }
@@ -307,13 +327,50 @@ void launch(const std::string& name, int64_t grid, int size, int64_t shared,
 
 int64_t max_grid() { return grid_limit; }
 int64_t max_shared_memory() { return shared_limit; }
+int multiprocessors() { return multiprocessor_count; }
 
 // ---- what kernels call --------------------------------------------------------------------------
 
-void allow(const void* begin, int64_t bytes, bool writable) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(begin);
-  ranges.push_back({at, at + static_cast<uintptr_t>(bytes), writable});
+void allow(const Elements& e, bool writable) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(e.begin);
+  Range r{at, at, e.element, 0, {}, {}, writable};
+  int64_t last = 0;
+  int order[kTensorDims], kept = 0;
+  for (int d = 0; d < e.dims; ++d) {
+    if (e.sizes[d] == 0) return;
+    if (e.sizes[d] == 1 || e.strides[d] == 0) continue;
+    last += (e.sizes[d] - 1) * e.strides[d];
+    order[kept++] = d;
+  }
+  std::sort(order, order + kept, [&](int a, int b) { return e.strides[a] > e.strides[b]; });
+  for (int i = 0; i < kept; ++i) {
+    const int64_t size = e.sizes[order[i]], stride = e.strides[order[i]];
+    if (r.dims > 0 && r.strides[r.dims - 1] == size * stride) {  // one run with the one before
+      r.sizes[r.dims - 1] *= size;
+      r.strides[r.dims - 1] = stride;
+    } else {
+      r.sizes[r.dims] = size;
+      r.strides[r.dims++] = stride;
+    }
+  }
+  r.end = at + static_cast<uintptr_t>(last + e.element);
+  int64_t within = e.element;  // what the inner dimensions span
+  for (int d = r.dims - 1; d >= 0; --d) {
+    if (r.strides[d] < within) {  // windows that overlap: only their outermost ends are known
+      r.dims = 1;
+      r.sizes[0] = (last + e.element) / e.element;
+      r.strides[0] = e.element;
+      break;
+    }
+    within += (r.sizes[d] - 1) * r.strides[d];
+  }
+  ranges.push_back(r);
 }
+
+void allow(const void* begin, int64_t bytes, bool writable) {
+  allow(Elements{begin, 1, 1, {bytes}, {1}}, writable);
+}
+
 AllowedUntilHere::~AllowedUntilHere() { ranges.clear(); }
 
 namespace {
@@ -322,7 +379,7 @@ void check_range(const void* p, int64_t bytes, bool write, const char* kind) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   bool readable = false;
   for (const Range& r : ranges) {
-    if (at < r.begin || at + static_cast<uintptr_t>(bytes) > r.end) continue;
+    if (!r.holds(at, bytes)) continue;
     if (!write || r.writable) return;
     readable = true;
   }
@@ -390,6 +447,18 @@ void* dynamic_shared_memory() { return block().shared.dynamic(); }
 void shared_read(const void* at, int64_t bytes) { block().shared.read(block().now(), at, bytes); }
 void shared_write(const void* at, int64_t bytes) { block().shared.write(block().now(), at, bytes); }
 
+uint32_t atomic_add(uint32_t* global, uint32_t value) {
+  check_access(global, 4, true);
+  return std::atomic_ref<uint32_t>(*global).fetch_add(value);
+}
+uint32_t shared_atomic_add(uint32_t* shared, uint32_t value) {
+  block().shared.atomic(block().now(), shared, 4);
+  const uint32_t before = *shared;  // the block's fibers take turns
+  *shared = before + value;
+  return before;
+}
+void memory_fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
 void copy_async(void* shared, const void* global, int bytes, int valid) {
   if (bytes != 4 && bytes != 8 && bytes != 16) {
     report("cp.async of " + std::to_string(bytes) + " bytes");
@@ -406,9 +475,11 @@ void copy_async_wait(int groups_left) { block().shared.wait(block().now(), group
 }  // namespace ft::simt
 
 extern "C" __attribute__((visibility("default"))) void ft_simt_set_limits(int64_t grid,
-                                                                          int64_t shared_memory) {
+                                                                          int64_t shared_memory,
+                                                                          int multiprocessors) {
   ft::simt::grid_limit = grid;
   ft::simt::shared_limit = shared_memory;
+  ft::simt::multiprocessor_count = multiprocessors;
 }
 extern "C" __attribute__((visibility("default"))) void ft_simt_set_workers(int workers) {
   ft::simt::worker_limit = workers;

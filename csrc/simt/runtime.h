@@ -38,10 +38,20 @@ void launch(const std::string& name, int64_t grid, int block, int64_t shared,
 
 int64_t max_grid();           // small when a test says so, that kernels' loops over rows run
 int64_t max_shared_memory();  // likewise, that rows don't fit
+int multiprocessors();        // likewise, that a rule takes either side
 
 // ---- global memory ------------------------------------------------------------------------------
 
-// Bytes that kernels may read, or write; with none allowed, accesses are not checked.
+// A tensor that kernels may read, or write: its elements and nothing between or behind them. With
+// none allowed, accesses are not checked.
+constexpr int kTensorDims = 8;
+struct Elements {
+  const void* begin;
+  int64_t element;                                   // its bytes
+  int dims;                                          // outermost first
+  int64_t sizes[kTensorDims], strides[kTensorDims];  // strides in bytes
+};
+void allow(const Elements& elements, bool writable);
 void allow(const void* begin, int64_t bytes, bool writable);
 struct AllowedUntilHere {
   ~AllowedUntilHere();
@@ -87,6 +97,10 @@ void* static_shared(const void* key, const char* name, int64_t bytes);
 void* dynamic_shared_memory();
 void shared_read(const void* at, int64_t bytes);
 void shared_write(const void* at, int64_t bytes);
+
+uint32_t atomic_add(uint32_t* global, uint32_t value);
+uint32_t shared_atomic_add(uint32_t* shared, uint32_t value);
+void memory_fence();
 
 // cp.async of `bytes`, of which the first `valid` come from `global` and the others are 0. The
 // bytes arrive when the thread waits, and not before.

@@ -135,13 +135,13 @@ void Shared::read(int thread, const void* at, int64_t bytes) {
   }
 }
 
-void Shared::check_write(int thread, int64_t offset) {
+void Shared::check_write(int thread, int64_t offset, bool atomic) {
   Cell& c = cell(offset);
   if (c.copier >= 0) {
     report("store to " + name_of(offset) + ", where a cp.async of " + thread_name(c.copier) +
            " has not been waited for");
   }
-  if (!ordered(c.write, thread)) {
+  if (!(atomic && c.atomic) && !ordered(c.write, thread)) {
     report("race: store to " + name_of(offset) + ", which " + thread_name(c.write.thread) +
            " wrote with no barrier between");
   }
@@ -162,15 +162,31 @@ void Shared::write(int thread, const void* at, int64_t bytes) {
   const int64_t begin = offset_of(at, bytes, "store");
   const size_t warp = static_cast<size_t>(thread) / 32;
   for (int64_t offset = begin; offset < begin + bytes; offset += kGranule) {
-    check_write(thread, offset);
+    check_write(thread, offset, false);
     cell(offset).write = {thread, clocks_[warp].of_warp[warp]};
+    cell(offset).atomic = false;
+  }
+}
+
+// Additions don't race with one another, but with what else is done there.
+void Shared::atomic(int thread, const void* at, int64_t bytes) {
+  const int64_t begin = offset_of(at, bytes, "atomic addition");
+  const size_t warp = static_cast<size_t>(thread) / 32;
+  for (int64_t offset = begin; offset < begin + bytes; offset += kGranule) {
+    check_write(thread, offset, true);
+    Cell& c = cell(offset);
+    if (c.write.thread < 0) {
+      report("atomic addition to " + name_of(offset) + ", which nobody has written");
+    }
+    c.write = {thread, clocks_[warp].of_warp[warp]};
+    c.atomic = true;
   }
 }
 
 void Shared::copy(int thread, void* shared, const void* global, int bytes, int valid) {
   const int64_t begin = offset_of(shared, bytes, "cp.async");
   for (int64_t offset = begin; offset < begin + bytes; offset += kGranule) {
-    check_write(thread, offset);
+    check_write(thread, offset, false);
     cell(offset).copier = thread;
   }
   const size_t t = static_cast<size_t>(thread);
@@ -193,6 +209,7 @@ void Shared::wait(int thread, int groups_left) {
     for (int64_t offset = begin; offset < begin + c.bytes; offset += kGranule) {
       cell(offset).copier = -1;
       cell(offset).write = {thread, clocks_[warp].of_warp[warp]};
+      cell(offset).atomic = false;
     }
   }
   copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(done));

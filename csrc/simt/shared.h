@@ -29,8 +29,9 @@ struct Cell {  // two bytes
   uint32_t block = 0;
   int32_t copier = -1;  // the thread whose cp.async is on its way here
   Access write;
-  Access read[2];     // the last readers, of two warps
-  bool many = false;  // read[0] stands for more than one lane of its warp
+  Access read[2];       // the last readers, of two warps
+  bool atomic = false;  // the last write was an atomic addition
+  bool many = false;    // read[0] stands for more than one lane of its warp
 };
 
 struct Copy {
@@ -48,6 +49,7 @@ class Shared {
   void* dynamic() { return base_; }
   void read(int thread, const void* at, int64_t bytes);
   void write(int thread, const void* at, int64_t bytes);
+  void atomic(int thread, const void* at, int64_t bytes);
   void copy(int thread, void* shared, const void* global, int bytes, int valid);
   void commit(int thread);
   void wait(int thread, int groups_left);
@@ -66,7 +68,7 @@ class Shared {
   std::string name_of(int64_t offset) const;
   bool ordered(const Access& before, int thread) const;
   Cell& cell(int64_t offset);
-  void check_write(int thread, int64_t offset);
+  void check_write(int thread, int64_t offset, bool atomic);
 
   std::vector<char> memory_;
   char* base_;  // aligned as the hardware's shared memory is

@@ -105,6 +105,22 @@ def _attention(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
     return tensors, options
 
 
+def _cross_entropy(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
+    rows = a.shape[:1] + a.shape[2:] if len(a.shape) > 1 else ()
+    return [a.tensor(*a.shape), a.like(*rows, dtype=torch.int64)], {}
+
+
+def _embedding(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
+    """``--shape`` is the output's, (*, length, features)."""
+    return [a.like(*a.shape[:-1], dtype=torch.int64), a.tensor(1, a.features)], {}
+
+
+def _rotary(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
+    a.rank(4, "BATCH,HEADS,SEQUENCE,HEAD_DIM")
+    tables = [a.tensor(a.shape[2], a.shape[3] // 2, grad=False) for _ in range(2)]
+    return [a.tensor(*a.shape), a.tensor(*a.shape), *tables], {}
+
+
 @dataclass(frozen=True)
 class _Family:
     """Operations that take the same options; ``options`` are the parser's names of them."""
@@ -132,6 +148,9 @@ FAMILIES: dict[str, _Family] = {
     "linear_add": _LINEAR,
     "linear_add_layer_norm": _LINEAR,
     "linear_add_rms_norm": _LINEAR,
+    "cross_entropy": _Family(_cross_entropy, frozenset()),
+    "embedding": _Family(_embedding, frozenset()),
+    "rotary_embedding": _Family(_rotary, frozenset()),
     "attention": _Family(_attention, _ALL_ATTENTION),
     "scaled_dot_product_attention": _Family(
         _attention, frozenset({"causal", "mask", "dropout", "key_shape", "value_dim"})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import NAMES, TABLE, backends
+from ..backends import NAMES, TABLE, backends, cuda_library
 from ..benchmarks._shared import cpu_name
 from ._output import command, console, escape, print_json, table
 
@@ -42,6 +42,13 @@ def hint(backend: str, reason: str) -> str | None:
         return (
             f"install the CUDA toolkit 12.4 or later (nvcc); then, in the source folder: {_REBUILD}"
         )
+    if backend == "cuda" and "holds code for" in reason:
+        return (
+            "build it for that GPU, in the source folder: FASTTRANSFORMER_CUDA_ARCHS=<its compute "
+            f"capability without the point> {_REBUILD}"
+        )
+    if backend == "cuda" and "driver is of" in reason:
+        return "install a newer NVIDIA driver, or build with an older CUDA toolkit (12.4 at least)"
     if backend == "triton" and "not installed" in reason:
         return "pip install triton (Linux)"
     return None
@@ -98,6 +105,7 @@ def gather() -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "instruction_set": isa,
+        "cuda_library": cuda_library(),
         "backends": {
             name: {
                 "available": reason is None,
@@ -135,6 +143,11 @@ def show(facts: dict[str, Any]) -> None:
         ("threads", f"{facts['threads']} (torch.set_num_threads, OMP_NUM_THREADS)"),
         ("GPU", ", ".join(machine["gpus"]) or "none that torch sees"),
     ]  # fmt: skip
+    library = facts["cuda_library"]
+    if library is not None:
+        archs = " ".join(f"sm_{arch}" for arch in library["archs"].split())
+        rows.append(("CUDA library", f"{archs}; nvcc {library['nvcc']}; "
+                     f"{library['bytes'] / 2**20:.1f} MiB"))  # fmt: skip
     rows += [(name, value) for name, value in facts["environment"].items()]
     body = table()
     for row in rows:

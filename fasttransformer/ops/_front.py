@@ -111,6 +111,11 @@ def cast(tensor: Any, dtype: torch.dtype) -> Any:
     return tensor.to(dtype)
 
 
+def float32_at_most(tensor: Tensor) -> Tensor:
+    """A vector or table beside the input in a dtype that kernels read."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
 def last_stride_one(x: Tensor) -> Tensor:
     """``x`` as kernels read it; a copy only if need be."""
     return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()

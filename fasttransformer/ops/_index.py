@@ -37,6 +37,23 @@ def checked_index(
     return torch.ops.fasttransformer.checked_index(index, size, ignore, f"{op}: {name}")
 
 
+def checked_first(
+    op: str, name: str, index: Tensor, size: int | torch.SymInt, ignore: int | None = None
+) -> Tensor:
+    """:func:`checked_index` of ids in the CPU's memory; others as they are: a GPU's kernels look at
+    each id before they read with it, and where the reference runs, it comes with the operator."""
+    if index.device.type != "cpu":
+        return index
+    return checked_index(op, name, index, size, ignore)
+
+
+def kernel_ids(index: Tensor) -> Tensor:
+    """Ids as operators take them: contiguous, int64 or int32."""
+    if index.dtype not in (torch.int64, torch.int32):
+        index = index.to(torch.int64)
+    return index.contiguous()
+
+
 def _checked_index(index: Tensor, size: int, ignore: int | None, what: str) -> Tensor:
     index = index.to(torch.int64, copy=True)
     outside = (index < 0) | (index >= size)

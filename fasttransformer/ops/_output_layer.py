@@ -71,9 +71,10 @@ def check_loss(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    check_ids: Callable[..., Tensor] = checked_index,
 ) -> Tensor:
     """Raises unless the arguments of a loss over logits of that shape fit; returns the target,
-    class ids as int64 that are known to be in range."""
+    class ids by ``check_ids``: as int64 that are known to be in range."""
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"{op}: reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}"
@@ -110,7 +111,7 @@ def check_loss(
             f"{op}: target has shape {tuple(target.shape)}; logits of shape "
             f"{logits_shape} need {shape}"
         )
-    return checked_index(op, "target", target, classes, ignore_index)
+    return check_ids(op, "target", target, classes, ignore_index)
 
 
 def reduced(

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
-from ._front import autocast_dtype, cast, is_float, needs_grad
+from ..backends import Kernel, choose
+from ._front import (
+    autocast_dtype,
+    cast,
+    fake,
+    float32_at_most,
+    is_float,
+    last_stride_one,
+    needs_grad,
+)
+from ._function import differentiable, fold, unfold, vmap_rule
+from ._index import checked_first, checked_index, kernel_ids
 from ._output_layer import by_rows, check_loss, in_one_piece, reduced
 
 _NONE: frozenset[str] = frozenset()
@@ -71,11 +81,18 @@ def cross_entropy(
             f"{op}: input has no dimensions; it must be (classes,) or (batch, classes, *)"
         )
     shape = tuple(input.shape)
-    target = check_loss(op, input, shape, target, weight, reduction, ignore_index, label_smoothing)
+    target = check_loss(
+        op, input, shape, target, weight, reduction, ignore_index, label_smoothing, checked_first
+    )
     if autocast_dtype(input.device.type) is not None:
         input = cast(input, torch.float32)  # on autocast's float32 list
-    options = _GRAD if needs_grad(input, target, weight) else _NONE
-    choose(op, input.device.type, input.dtype, options, (), backend)
+    kernel = choose(
+        op, input.device.type, input.dtype, _options(input, target, weight), (), backend
+    )
+    if kernel.forward is not None:
+        return _on_kernel(input, target, weight, reduction, ignore_index, label_smoothing, kernel)
+    if not target.is_floating_point() and target.device.type != "cpu":
+        target = checked_index(op, "target", target, shape[min(1, len(shape) - 1)], ignore_index)
     if input.dim() == 1 or in_one_piece(input.numel()):
         return reference.cross_entropy(
             input,
@@ -99,3 +116,94 @@ def cross_entropy(
 
     rows = by_rows(losses, input[0].numel(), input, target)
     return reduced(rows, target, weight, reduction, ignore_index).to(input.dtype)
+
+
+def _options(input: Tensor, target: Tensor, weight: Tensor | None) -> frozenset[str]:
+    grad, weight_grad = needs_grad(input, target, weight), needs_grad(weight)
+    if not weight_grad and not target.is_floating_point():
+        return _GRAD if grad else _NONE
+    used = {"grad": grad, "weight_grad": weight_grad, "probabilities": target.is_floating_point()}
+    return frozenset(name for name, value in used.items() if value)
+
+
+def _on_kernel(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    kernel: Kernel,
+) -> Tensor:
+    """The losses of all rows by the kernel, in float32, and their sum or mean by torch."""
+    class_dim = min(1, input.dim() - 1)
+    rows = input if input.dim() == 2 else input.movedim(class_dim, -1)
+    if rows.dim() != 2:
+        rows = rows.reshape(target.numel(), input.shape[class_dim])
+    rows = last_stride_one(rows)
+    if weight is not None:
+        weight = float32_at_most(weight).contiguous()
+    args = (rows, kernel_ids(target).view(-1), weight, ignore_index, float(label_smoothing))
+    run = _cross_entropy_with_grad if needs_grad(input) else kernel.forward
+    losses, statistics = run(*args, kernel) if needs_grad(input) else run(*args)
+    if reduction == "none":
+        return losses.view(target.shape).to(input.dtype)
+    loss = losses.sum()
+    if reduction == "mean":  # by the classes' weights, which are 0 in rows that are left out
+        loss = loss / statistics[:, 2].sum()
+    return loss.to(input.dtype)
+
+
+class _CrossEntropy:
+    @staticmethod
+    def forward(x, target, weight, ignore_index, label_smoothing, kernel):
+        return kernel.forward(x, target, weight, ignore_index, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, target, weight, ctx.ignore_index, ctx.label_smoothing, ctx.kernel = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, target, weight, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, target, weight, statistics = ctx.saved_tensors
+        options = (ctx.ignore_index, ctx.label_smoothing)
+        d_input = ctx.kernel.backward(grad, x, target, weight, statistics, *options)
+        return d_input, None, None, None, None, None
+
+
+_cross_entropy_with_grad = differentiable(_CrossEntropy, tensors=3)
+
+
+@fake("cross_entropy")
+def _(input, target, weight, ignore_index, label_smoothing):
+    rows = input.shape[0]
+    return (
+        input.new_empty((rows,), dtype=torch.float32),
+        input.new_empty((rows, 4), dtype=torch.float32),
+    )
+
+
+@fake("cross_entropy_backward")
+def _(grad, input, target, weight, statistics, ignore_index, label_smoothing):
+    return input.new_empty(input.shape)
+
+
+@vmap_rule("cross_entropy")
+def _(operator, batch_size, in_dims, input, target, weight, ignore_index, label_smoothing):
+    if in_dims[2] is not None:
+        return None
+    rows = (fold(t, d, batch_size) for t, d in zip((input, target), in_dims))
+    return unfold(operator(*rows, weight, ignore_index, label_smoothing), batch_size)
+
+
+@vmap_rule("cross_entropy_backward")
+def _(operator, batch_size, in_dims, grad, input, target, weight, statistics, *options):
+    if in_dims[3] is not None:
+        return None
+    given = zip((grad, input, target, statistics), (*in_dims[:3], in_dims[4]))
+    grad, input, target, statistics = (fold(t, d, batch_size) for t, d in given)
+    d_input = operator(grad, input, target, weight, statistics, *options)
+    return d_input.view(batch_size, -1, d_input.shape[1]), 0

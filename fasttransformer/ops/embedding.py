@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
-from ._front import is_float, needs_grad, same_device, same_dtype
-from ._index import checked_index, is_index
+from ..backends import Kernel, choose
+from ._front import fake, is_float, last_stride_one, needs_grad, same_device, same_dtype
+from ._function import differentiable, vmap_rule
+from ._index import checked_first, checked_index, is_index, kernel_ids
 
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
@@ -86,9 +88,17 @@ def embedding(
             f"{op}: positions are given, but neither position_weight nor sinusoidal "
             "says what to add for them"
         )
-    index = checked_index(op, "input", input, rows)
+    index = checked_first(op, "input", input, rows)
     options = _GRAD if needs_grad(weight, position_weight) else _NONE
-    choose(op, weight.device.type, weight.dtype, options, (), backend)
+    kernel = choose(op, weight.device.type, weight.dtype, options, (), backend)
+    if kernel.forward is not None:
+        return _on_kernel(
+            index, weight, positions, position_weight, sinusoidal, scale, padding_idx, kernel
+        )
+    if index.device.type != "cpu":
+        index = checked_index(op, "input", index, rows)
+        if positions is not None and position_weight is not None:
+            positions = checked_index(op, "positions", positions, position_weight.shape[0])
     return reference.embedding(
         index,
         weight,
@@ -98,6 +108,80 @@ def embedding(
         scale=scale,
         padding_idx=padding_idx,
     )
+
+
+def _on_kernel(
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor | None,
+    position_weight: Tensor | None,
+    sinusoidal: bool,
+    scale: float | None,
+    padding_idx: int | None,
+    kernel: Kernel,
+) -> Tensor:
+    if positions is not None:
+        positions = kernel_ids(_repeated(positions, input)).view(-1)
+    tables = (last_stride_one(weight), position_weight)
+    if position_weight is not None:
+        tables = (tables[0], last_stride_one(position_weight))
+    scale = 1.0 if scale is None else float(scale)
+    ids = kernel_ids(input)
+    if not needs_grad(weight, position_weight):
+        return kernel.forward(ids, tables[0], positions, tables[1], sinusoidal, scale)
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    return _embedding_with_grad(*tables, ids, positions, sinusoidal, scale, padding, kernel)
+
+
+def _repeated(positions: Tensor, input: Tensor) -> Tensor:
+    """The positions as operators take them: an array that repeats along the tokens."""
+    shape = tuple(positions.shape)
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    if shape == tuple(input.shape)[input.dim() - len(shape) :]:
+        return positions
+    return positions.expand(input.shape)
+
+
+class _Embedding:
+    @staticmethod
+    def forward(weight, position_weight, ids, positions, sinusoidal, scale, padding, kernel):
+        return kernel.forward(ids, weight, positions, position_weight, sinusoidal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, position_weight, ids, positions, _, ctx.scale, ctx.padding, ctx.kernel = inputs
+        ctx.rows = (weight.shape[0], 0 if position_weight is None else position_weight.shape[0])
+        ctx.save_for_backward(ids, positions)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ids, positions = ctx.saved_tensors
+        grad = last_stride_one(grad.reshape(ids.numel(), grad.shape[-1]))
+        d_weight = d_positions = None
+        if ctx.needs_input_grad[0]:
+            order = ids.view(-1).sort(stable=True)
+            d_weight = ctx.kernel.backward(grad, *order, ctx.rows[0], ctx.scale, ctx.padding)
+        if ctx.needs_input_grad[1]:
+            order = _sorted_positions(ids, positions)
+            d_positions = ctx.kernel.backward(grad, *order, ctx.rows[1], 1.0, -1)
+        return d_weight, d_positions, None, None, None, None, None, None
+
+
+_embedding_with_grad = differentiable(_Embedding, tensors=4)
+
+
+def _sorted_positions(ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each token's position in ascending order, and the tokens they are of."""
+    tokens = ids.numel()
+    if positions is not None:
+        repeats = tokens // max(1, positions.numel())
+        ordered, order = positions.repeat(repeats).sort(stable=True)
+        return ordered, order
+    length = ids.shape[-1]
+    rows = torch.arange(tokens, device=ids.device).view(-1, length) if tokens else ids.view(-1, 1)
+    order = rows.t().reshape(-1)  # a table of 0 … length − 1 needs no sorting
+    return order % max(1, length), order
 
 
 def _checked_positions(
@@ -118,4 +202,26 @@ def _checked_positions(
             f"{op}: positions of shape {tuple(own)} do not broadcast to input's shape "
             f"{tuple(shape)}"
         )
-    return positions if table is None else checked_index(op, "positions", positions, table.shape[0])
+    return positions if table is None else checked_first(op, "positions", positions, table.shape[0])
+
+
+@fake("embedding")
+def _(input, weight, positions, position_weight, sinusoidal, scale):
+    return weight.new_empty((*input.shape, weight.shape[1]))
+
+
+@fake("embedding_backward")
+def _(grad, ids, order, rows, scale, padding_idx):
+    return grad.new_empty((rows, grad.shape[1]))
+
+
+@vmap_rule("embedding")
+def _(operator, batch_size, in_dims, input, *others):
+    if in_dims[1:4] != (None, None, None):
+        return None
+    return operator(input.movedim(in_dims[0], 0).contiguous(), *others), 0
+
+
+@vmap_rule("embedding_backward")
+def _(operator, batch_size, in_dims, *args):
+    return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
+from ..backends import STEPS, choose
 from ..reference.feed_forward import GATES
+from ._activation import activation as _activation
 from ._front import is_float, needs_grad, same_device, same_dtype
 from .linear_add import ACTIVATIONS, activate, autocast_linear, linear_add
 
@@ -70,7 +71,12 @@ def feed_forward(
             input, weight_in, bias_in, weight_out, bias_out, activation=activation
         )
     on = kernel.backend
-    if activation in GATES:
+    step = STEPS["activation"].get(on)
+    if step is not None and step.unsupported(input.dtype, options, ()) is not None:
+        step = None
+    if step is not None and (activation in GATES or options):  # else linear_add applies it itself
+        hidden = _activation(linear_add(input, weight_in, bias_in, backend=on), activation, step)
+    elif activation in GATES:
         gate, up = linear_add(input, weight_in, bias_in, backend=on).chunk(2, dim=-1)
         hidden = activate(gate, GATES[activation]) * up
     else:

@@ -6,12 +6,22 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
-from ._front import is_float, needs_grad, same_device, same_dtype
-from ._index import checked_index, is_index
+from ..backends import Kernel, choose
+from ._front import (
+    fake,
+    float32_at_most,
+    is_float,
+    last_stride_one,
+    needs_grad,
+    same_device,
+    same_dtype,
+)
+from ._function import differentiable, vmap_rule
+from ._index import checked_first, checked_index, is_index, kernel_ids
 
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
+_TABLE_GRAD = frozenset({"grad", "table_grad"})
 
 
 def rotary_embedding(
@@ -88,12 +98,81 @@ def rotary_embedding(
             f"({length},), (1, {length}) or ({batch}, {length})"
         )
     else:
+        position_ids = checked_first(op, "position_ids", position_ids, positions)
+    options = _options(query, key, cos, sin)
+    kernel = choose(op, query.device.type, query.dtype, options, (), backend)
+    if kernel.forward is not None:
+        return _on_kernel(query, key, cos, sin, interleaved, position_ids, kernel)
+    if position_ids is not None and position_ids.device.type != "cpu":
         position_ids = checked_index(op, "position_ids", position_ids, positions)
-    options = _GRAD if needs_grad(query, key, cos, sin) else _NONE
-    choose(op, query.device.type, query.dtype, options, (), backend)
     return reference.rotary_embedding(
         query, key, cos, sin, interleaved=interleaved, position_ids=position_ids
     )
+
+
+def _options(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> frozenset[str]:
+    if needs_grad(cos, sin):
+        return _TABLE_GRAD
+    return _GRAD if needs_grad(query, key) else _NONE
+
+
+def _on_kernel(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    position_ids: Tensor | None,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor]:
+    cos, sin = (last_stride_one(float32_at_most(table)) for table in (cos, sin))
+    if position_ids is not None:
+        position_ids = kernel_ids(position_ids)
+    query, key = last_stride_one(query), last_stride_one(key)
+    if needs_grad(query, key):
+        return _rotary_with_grad(query, key, cos, sin, position_ids, interleaved, kernel)
+    return kernel.forward(query, key, cos, sin, interleaved, position_ids)
+
+
+class _Rotary:
+    @staticmethod
+    def forward(query, key, cos, sin, position_ids, interleaved, kernel):
+        return kernel.forward(query, key, cos, sin, interleaved, position_ids)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, cos, sin, position_ids, ctx.interleaved, ctx.kernel = inputs
+        ctx.save_for_backward(cos, sin, position_ids)
+
+    @staticmethod
+    def backward(ctx, grad_query, grad_key):
+        cos, sin, position_ids = ctx.saved_tensors
+        grads = last_stride_one(grad_query), last_stride_one(grad_key)
+        d_query, d_key = ctx.kernel.backward(*grads, cos, sin, ctx.interleaved, position_ids)
+        return d_query, d_key, None, None, None, None, None
+
+
+_rotary_with_grad = differentiable(_Rotary, tensors=5)
+
+
+@fake("rotary_embedding")
+def _(query, key, cos, sin, interleaved, position_ids):
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@fake("rotary_embedding_backward")
+def _(grad_query, grad_key, cos, sin, interleaved, position_ids):
+    return grad_query.new_empty(grad_query.shape), grad_key.new_empty(grad_key.shape)
+
+
+@vmap_rule("rotary_embedding")
+def _(operator, batch_size, in_dims, *args):
+    return None
+
+
+@vmap_rule("rotary_embedding_backward")
+def _(operator, batch_size, in_dims, *args):
+    return None
 
 
 def check_tables(

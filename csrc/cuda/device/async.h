@@ -18,6 +18,7 @@ template <int kGroupsLeft>
 FT_DEVICE void copy_async_wait() {
   simt::copy_async_wait(kGroupsLeft);
 }
+FT_DEVICE void copy_async_wait(int groups_left) { simt::copy_async_wait(groups_left); }
 #else
 FT_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -50,6 +51,15 @@ FT_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "
 template <int kGroupsLeft>
 FT_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+// The same for a number that is known at run time, the same in all threads; over 3 counts as 3.
+FT_DEVICE void copy_async_wait(int groups_left) {
+  switch (groups_left) {
+    case 0: return copy_async_wait<0>();
+    case 1: return copy_async_wait<1>();
+    case 2: return copy_async_wait<2>();
+    default: return copy_async_wait<3>();
+  }
 }
 #endif
 

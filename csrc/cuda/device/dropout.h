@@ -1,8 +1,13 @@
-// Dropout's keep bits for a chunk of consecutive positions.
+// Dropout's seed, and its keep bits for a chunk of consecutive positions.
 #pragma once
-#include "cuda/device/platform.h"
+#include "cuda/device/vector.h"
 
 namespace ft::cuda {
+
+// Read by the kernel, so that the host need not wait for it; without dropout there may be none.
+FT_DEVICE uint64_t seed_of(const Dropout& dropout) {
+  return dropout.threshold == 0 ? 0 : static_cast<uint64_t>(load_scalar(dropout.seed_ptr));
+}
 
 // Bit i says whether position + i is kept, for i < kCount. One philox call serves four positions.
 template <int kCount>

@@ -1,5 +1,5 @@
 // Fragments of tiles for tensor cores, of 16-bit types (mma.m16n8k16) and of float: there each
-// number is split into two tf32 and three m16n8k8 products are taken, which is as exact as float's
+// number is split into two tf32 and four m16n8k8 products are taken, which is as exact as float's
 // own sums are. A warp multiplies A (16 × kDepth) by B (kDepth × 8) into 16 × 8 floats; mma.h has
 // the layouts. A loop that is short of registers gives the loads hidden(lane_index()) as their
 // lane: the addresses of a tile's fragments, a register each, are then made when they are needed.
@@ -30,15 +30,36 @@ struct FragmentB<float> {
   uint32_t big[2], small[2];
 };
 
+// d[n] += a · b[n] for kCount neighbouring tiles. Tensor cores cut sums off instead of rounding
+// them, which shows in float: its products are summed from 0, the small terms first, and added to
+// d by rounding additions (Ootomo and Yokota 2022, arXiv:2203.03341).
+template <class T, int kCount>
+FT_DEVICE void mma(float (&d)[kCount][4], const FragmentA<T>& a, const FragmentB<T> (&b)[kCount]) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) mma(d[n], a.r, b[n].r, T{});
+  } else {
+    float sum[kCount][4] = {};  // in turns, since each product waits for the one before
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) mma_tf32(sum[n], a.small, b[n].small);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) mma_tf32(sum[n], a.small, b[n].big);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) mma_tf32(sum[n], a.big, b[n].small);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) { mma_tf32(sum[n], a.big, b[n].big); }
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[n][i] += sum[n][i];
+    }
+  }
+}
 template <class T>
 FT_DEVICE void mma(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
-  if constexpr (sizeof(T) == 2) {
-    mma(d, a.r, b.r, T{});
-  } else {  // the small terms first
-    mma_tf32(d, a.small, b.big);
-    mma_tf32(d, a.big, b.small);
-    mma_tf32(d, a.big, b.big);
-  }
+  using One = float (&)[1][4];
+  using OneB = const FragmentB<T>(&)[1];
+  mma<T, 1>(reinterpret_cast<One>(d), a, reinterpret_cast<OneB>(b));
 }
 
 FT_DEVICE void set(FragmentA<float>& f, int i, float x) {

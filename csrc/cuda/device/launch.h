@@ -11,6 +11,7 @@ namespace ft::cuda {
 #if defined(FT_SIMT)
 inline int64_t max_grid() { return simt::max_grid(); }
 inline int64_t max_shared_memory(const char*) { return simt::max_shared_memory(); }
+inline int multiprocessors(const char*) { return simt::multiprocessors(); }
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), int64_t grid, int block, int64_t shared, void*,
             const std::type_identity_t<Args>& args) {
@@ -31,6 +32,14 @@ inline int64_t max_shared_memory(const char* kernel) {
   check(kernel, cudaGetDevice(&device));
   check(kernel, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
+}
+
+// Multiprocessors (SMs) of the current device.
+inline int multiprocessors(const char* kernel) {
+  int device = 0, count = 0;
+  check(kernel, cudaGetDevice(&device));
+  check(kernel, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 // kernel<<<grid, block, shared, stream>>>(args). Does not wait for the kernel; an error that an

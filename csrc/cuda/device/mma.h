@@ -106,8 +106,9 @@ FT_DEVICE uint32_t to_tf32(float x) {
 }
 #endif
 
-// float = big + small to 2^-22: three tf32 products (big·big, big·small, small·big) then lose no
-// more than float's own sums do. Source: CUTLASS, example 27 (3xTF32).
+// float = big + small to 2^-24. Three tf32 products (big·big, big·small, small·big) lose up to
+// 2^-22 of a product, which shows in short sums; with small·small they lose no more than float's
+// own. Source: CUTLASS, example 27 (3xTF32).
 struct Split {
   uint32_t big, small;
 };

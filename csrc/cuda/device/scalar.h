@@ -23,6 +23,8 @@ FT_DEVICE float hyperbolic_tangent(float x) {
 }
 FT_DEVICE float natural_log(float x) { return std::log(x); }
 FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
+FT_DEVICE float error_function(float x) { return std::erf(x); }
+FT_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
 FT_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }  // the number, if one is NaN
 #else
 FT_DEVICE float infinity() { return __int_as_float(0x7f800000); }
@@ -62,7 +64,15 @@ FT_DEVICE float hyperbolic_tangent(float x) {
 }
 FT_DEVICE float natural_log(float x) { return logf(x); }
 FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / sqrtf(x); }
+FT_DEVICE float error_function(float x) { return erff(x); }
+FT_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 FT_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 #endif
+
+// exp((from − to) · size): what a sum relative to `from` is multiplied by to be relative to `to`.
+// It is 0, or NaN, if `from` is −inf.
+FT_DEVICE float rescale(float from, float to, float size) {
+  return from == -infinity() ? 0.f : exponential<float>((from - to) * size);
+}
 
 }  // namespace ft::cuda

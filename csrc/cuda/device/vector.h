@@ -51,8 +51,12 @@ FT_DEVICE Chunk load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
+// In PTX, since nvcc (13.0) makes four stores of 4 bytes of most assignments of a uint4 beside a
+// path that stores the elements one by one.
 FT_DEVICE void store16(void* p, const Chunk& c) {
-  *static_cast<uint4*>(p) = make_uint4(c.word[0], c.word[1], c.word[2], c.word[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(c.word[0]), "r"(c.word[1]), "r"(c.word[2]), "r"(c.word[3])
+               : "memory");
 }
 // Makes the compiler forget what it unpacked from the chunk: a row that waits for a reduction then
 // costs four registers per chunk, not the eight of its floats.
@@ -112,6 +116,11 @@ FT_DEVICE bool chunks_aligned(const T* row, int shift) {
   return ((reinterpret_cast<uintptr_t>(row) - shift * sizeof(T)) & 15) == 0;
 }
 
+template <class T>
+FT_DEVICE bool is_aligned(const T* chunk) {
+  return (reinterpret_cast<uintptr_t>(chunk) & 15) == 0;
+}
+
 // The chunk at `column`; only elements of [0, end) are read, the others are 0.
 template <class T, class Index>
 FT_DEVICE Chunk load_chunk(const T* row, Index column, Index end, bool aligned) {
@@ -154,10 +163,11 @@ FT_DEVICE uint32_t inside(Index column, Index end) {
   return low >= high ? 0u : ((1u << high) - 1u) & ~((1u << low) - 1u);
 }
 
-// Lanes floats of a vector of any float type from `column` on (weights of a norm), `otherwise`
+// kCount floats of a vector of any float type from `column` on (weights of a norm), `otherwise`
 // where there is no vector or no element.
 template <class T, int kCount, class Index>
-FT_DEVICE void load_as(const void* data, Index column, Index end, float (&out)[kCount]) {
+FT_DEVICE void load_as(const void* data, Index column, Index end, float otherwise,
+                       float (&out)[kCount]) {
   const T* row = static_cast<const T*>(data);
   constexpr int kStep = kLanes<T> < kCount ? kLanes<T> : kCount;
   const bool fast = kStep == kLanes<T> && column >= 0 && column + kCount <= end &&
@@ -174,6 +184,7 @@ FT_DEVICE void load_as(const void* data, Index column, Index end, float (&out)[k
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+    out[i] = otherwise;
     if (column + i >= 0 && column + i < end) out[i] = widen(load_scalar(row + column + i));
   }
 }
@@ -181,12 +192,14 @@ FT_DEVICE void load_as(const void* data, Index column, Index end, float (&out)[k
 template <int kCount, class Index>
 FT_DEVICE void load_vector(const VectorArg& v, Index column, Index end, float otherwise,
                            float (&out)[kCount]) {
+  if (v.data == nullptr) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = otherwise;
-  if (v.data == nullptr) return;
-  if (v.dtype == DType::f32) return load_as<float>(v.data, column, end, out);
-  if (v.dtype == DType::f16) return load_as<f16>(v.data, column, end, out);
-  return load_as<bf16>(v.data, column, end, out);
+    for (int i = 0; i < kCount; ++i) out[i] = otherwise;
+    return;
+  }
+  if (v.dtype == DType::f32) return load_as<float>(v.data, column, end, otherwise, out);
+  if (v.dtype == DType::f16) return load_as<f16>(v.data, column, end, otherwise, out);
+  return load_as<bf16>(v.data, column, end, otherwise, out);
 }
 
 FT_DEVICE void store_as(void* data, DType dtype, int64_t at, float value) {

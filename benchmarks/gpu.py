@@ -1,0 +1,347 @@
+"""Every kernel on an NVIDIA GPU beside its peers and the card's own ceilings; JSON out.
+
+    python -m fasttransformer.benchmarks.gpu --json results.json [--only attention] [--seconds 300]
+
+Ceilings are measured first, in the same run: a copy (bytes read and written), a read, and a bf16
+matrix product. A case is timed by Triton's ``do_bench`` (events, L2 flushed between calls); its
+candidates take turns. Peers that are installed join: torch eager and compiled, each of torch's SDPA
+backends by force, quack and Liger. A peer that fails at a case is recorded with its error.
+``benchmarks/gpu_run.sh`` calls this after it has built and tested the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fasttransformer as ft
+from fasttransformer.benchmarks._shared import (
+    OURS,
+    Candidate,
+    Case,
+    Timing,
+    backward_of,
+    dtype_name,
+    environment,
+    timing_of,
+)
+
+BF16 = torch.bfloat16
+COLUMNS = (1024, 4096, 16384, 65536, 262144)
+ELEMENTS = 1 << 28  # 512 MiB of 16-bit numbers: ten times an L2
+TRITON = f"{OURS} triton"
+COMPILED = False  # --compile: torch.compile is a peer of operations that have one torch candidate
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_(grad)
+
+
+def both(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Ours on the CUDA and on the Triton backend."""
+    return {
+        OURS: lambda *inputs: function(*inputs, backend="cuda"),
+        TRITON: lambda *inputs: function(*inputs, backend="triton"),
+    }
+
+
+def peer(module: str, name: str) -> Callable[..., Any] | None:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+# ---- cases --------------------------------------------------------------------------------------
+
+
+def forward_and_backward(
+    op: str,
+    name: str,
+    functions: dict[str, Callable[..., Any]],
+    inputs: Callable[[], list[Tensor]],
+    *,
+    forward: dict[str, int],
+    backward: dict[str, int],
+    dtype: torch.dtype = BF16,
+) -> Iterator[Case]:
+    """The two cases of an operation; a candidate makes its inputs when it is timed."""
+    if COMPILED and "torch" in functions:
+        functions = functions | {"torch.compile": torch.compile(functions["torch"], dynamic=False)}
+
+    def make(run: Callable[..., Candidate]) -> Callable[[], dict[str, Candidate]]:
+        return lambda: {
+            who: (lambda function=function: run(function, *inputs()))
+            for who, function in functions.items()
+        }
+
+    def once(function: Callable[..., Any], *tensors: Tensor) -> Candidate:
+        detached = [t.detach() for t in tensors]
+        return lambda: function(*detached)
+
+    yield Case(op, name, dtype, make(once), device="cuda", **forward)
+    yield Case(f"{op} backward", name, dtype, make(backward_of), device="cuda", **backward)
+
+
+def row_cases() -> Iterator[Case]:
+    """softmax, norms and cross entropy: bound by memory."""
+    for columns in COLUMNS:
+        rows = ELEMENTS // columns
+        size = rows * columns * 2
+        name = f"{rows}×{columns}"
+
+        def x(rows: int = rows, columns: int = columns) -> Tensor:
+            return randn(rows, columns, grad=True)
+
+        def vectors(count: int, columns: int = columns) -> list[Tensor]:
+            return [randn(columns, grad=True) for _ in range(count)]
+
+        functions = both(ft.softmax)
+        functions["torch"] = lambda x: torch.softmax(x, -1)
+        if (quack := peer("quack", "softmax")) is not None:
+            functions["quack"] = quack
+        yield from forward_and_backward(
+            "softmax", name, functions, lambda: [x()],
+            forward={"bytes": 2 * size}, backward={"bytes": 3 * size})  # fmt: skip
+
+        functions = both(lambda x, w, b, **kw: ft.layer_norm(x, x.shape[-1:], w, b, **kw))
+        functions["torch"] = lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b)
+        yield from forward_and_backward(
+            "layer_norm", name, functions, lambda: [x(), *vectors(2)],
+            forward={"bytes": 2 * size}, backward={"bytes": 3 * size})  # fmt: skip
+
+        functions = both(lambda x, w, **kw: ft.rms_norm(x, x.shape[-1:], w, 1e-6, **kw))
+        functions["torch"] = lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6)
+        if (quack := peer("quack", "rmsnorm")) is not None:
+            functions["quack"] = quack
+        if (liger := peer("liger_kernel.transformers.functional", "liger_rms_norm")) is not None:
+            functions["liger"] = lambda x, w: liger(x, w, 1e-6)
+        yield from forward_and_backward(
+            "rms_norm", name, functions, lambda: [x(), *vectors(1)],
+            forward={"bytes": 2 * size}, backward={"bytes": 3 * size})  # fmt: skip
+
+        for op, norm in (("add_layer_norm", F.layer_norm), ("add_rms_norm", F.rms_norm)):
+            ours = getattr(ft, op)
+
+            def torchs(x: Tensor, y: Tensor, w: Tensor, norm: Any = norm) -> tuple:
+                total = x + y
+                return norm(total, total.shape[-1:], w), total
+
+            functions = both(lambda x, y, w, ours=ours, **kw: ours(x, y, x.shape[-1:], w, **kw))
+            functions |= {"torch": torchs}
+            yield from forward_and_backward(
+                op, name, functions, lambda: [x(), x(), *vectors(1)],
+                forward={"bytes": 4 * size}, backward={"bytes": 4 * size})  # fmt: skip
+
+        def classes(rows: int = rows, columns: int = columns) -> Tensor:
+            return torch.randint(columns, (rows,), device="cuda")
+
+        functions = {
+            OURS: lambda x, t: ft.cross_entropy(x, t, backend="cuda"),
+            "torch": F.cross_entropy,
+        }
+        if (quack := peer("quack", "cross_entropy")) is not None:
+            functions["quack"] = quack
+        yield from forward_and_backward(
+            "cross_entropy", name, functions, lambda: [x(), classes()],
+            forward={"bytes": size}, backward={"bytes": 2 * size})  # fmt: skip
+
+
+@contextlib.contextmanager
+def sdpa(backend: Any) -> Iterator[None]:
+    from torch.nn.attention import sdpa_kernel
+
+    with sdpa_kernel([backend]):
+        yield
+
+
+def attention_cases() -> Iterator[Case]:
+    """FlashAttention-3's grid: 16k tokens, hidden size 2048."""
+    from torch.nn.attention import SDPBackend
+
+    for head_dim in (64, 128, 256):
+        for length in (512, 1024, 4096, 16384):
+            for causal in (False, True):
+                heads, batch = 2048 // head_dim, 16384 // length
+                functions = both(
+                    lambda q, k, v, causal=causal, **kw: ft.attention(
+                        q, k, v, is_causal=causal, **kw
+                    )
+                )
+                for backend in (
+                    SDPBackend.CUDNN_ATTENTION,
+                    SDPBackend.FLASH_ATTENTION,
+                    SDPBackend.EFFICIENT_ATTENTION,
+                ):
+
+                    def forced(
+                        q: Tensor, k: Tensor, v: Tensor, b: Any = backend, c: bool = causal
+                    ) -> Tensor:
+                        with sdpa(b):
+                            return F.scaled_dot_product_attention(q, k, v, is_causal=c)
+
+                    functions[f"torch {backend.name.partition('_')[0].lower()}"] = forced
+                flops = 4 * batch * heads * length * length * head_dim // (2 if causal else 1)
+                shape = (batch, length, heads, head_dim)
+                yield from forward_and_backward(
+                    "attention",
+                    f"{batch}×{heads}×{length}×{head_dim}" + (" causal" if causal else ""),
+                    functions,
+                    lambda shape=shape: [randn(*shape, grad=True).transpose(1, 2) for _ in "qkv"],
+                    forward={"flops": flops},
+                    backward={"flops": flops * 5 // 2},
+                )
+    # Decode: one query, 32 heads on 8, 16k keys.
+    keys = (8, 8, 16384, 128)
+    functions = both(ft.attention)
+    functions["torch"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    def decode(function: Callable[..., Any]) -> Candidate:
+        inputs = randn(8, 32, 1, 128), randn(*keys), randn(*keys)
+        return lambda: function(*inputs)
+
+    def make() -> dict[str, Candidate]:
+        return {
+            who: (lambda function=function: decode(function)) for who, function in functions.items()
+        }
+
+    size = 2 * 8 * 8 * 16384 * 128 * 2
+    yield Case("attention", "decode 8×32/8×1×16384×128", BF16, make, bytes=size, device="cuda")
+
+
+def linear_cases() -> Iterator[Case]:
+    for rows, features in ((16, 4096), (4096, 1024), (8192, 4096), (16384, 8192)):
+        flops = 2 * rows * features * features
+        name = f"{rows}×{features}×{features}"
+
+        def inputs(rows: int = rows, features: int = features) -> list[Tensor]:
+            return [randn(rows, features, grad=True), randn(features, features, grad=True),
+                    randn(features, grad=True), randn(rows, features, grad=True)]  # fmt: skip
+
+        functions = both(ft.linear_add)
+        functions["torch"] = lambda x, w, b, r: F.linear(x, w, b) + r
+        functions["matmul alone"] = lambda x, w, b, r: F.linear(x, w)
+        yield from forward_and_backward(
+            "linear_add", name, functions, inputs,
+            forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
+
+        functions = both(lambda x, w, b, r, **kw: ft.linear_add_layer_norm(x, w, b, r, b, b, **kw))
+        functions["torch"] = lambda x, w, b, r: F.layer_norm(F.linear(x, w, b) + r, b.shape, b, b)
+        functions["matmul alone"] = lambda x, w, b, r: F.linear(x, w)
+        yield from forward_and_backward(
+            "linear_add_layer_norm", name, functions, inputs,
+            forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
+
+
+def cases() -> Iterator[Case]:
+    yield from row_cases()
+    yield from attention_cases()
+    yield from linear_cases()
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def measure(function: Candidate, milliseconds: int = 60) -> Timing:
+    from triton.testing import do_bench
+
+    times = do_bench(function, warmup=10, rep=milliseconds, return_mode="all")
+    return timing_of([t / 1e3 for t in times])
+
+
+def ceilings() -> dict[str, float]:
+    """GB/s and GFLOP/s: the best of five medians."""
+    source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    a, b = randn(8192, 8192), randn(8192, 8192)
+    product = 2 * 8192**3
+
+    def best(function: Candidate, work: float) -> float:
+        return max(work / measure(function).median for _ in range(5)) / 1e9
+
+    return {
+        "copy": best(lambda: target.copy_(source), 2 * source.numel()),
+        "read": best(lambda: source.view(torch.int64).sum(), source.numel()),
+        "matmul_bf16": best(lambda: a @ b, product),
+    }
+
+
+def run(case: Case, limits: dict[str, float]) -> dict[str, Any]:
+    ceiling = limits["copy" if case.bytes else "matmul_bf16"]
+    row: dict[str, Any] = {
+        "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype),
+        "bytes": case.bytes, "flops": case.flops, "unit": case.unit,
+        "ceiling": {"name": "copy" if case.bytes else "matmul bf16", "value": ceiling},
+        "candidates": {},
+    }  # fmt: skip
+    for name, make in case.make().items():
+        try:
+            timing = measure(make())  # type: ignore[arg-type]
+        except Exception as error:  # a peer's failure is a result; ours too, and it is printed
+            row["candidates"][name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            continue
+        rate = case.rate(timing.median)
+        row["candidates"][name] = {
+            "seconds": timing.median, "low": timing.low, "high": timing.high,
+            "turns": timing.turns, "rate": rate, "of_ceiling": rate / ceiling,
+        }  # fmt: skip
+        torch.cuda.empty_cache()
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    cells = []
+    for name, found in row["candidates"].items():
+        text = f"{found['rate']:.0f} ({found['of_ceiling']:.0%})" if "rate" in found else "failed"
+        cells.append(f"{name} {text}")
+    print(f"{row['op']} {row['case']} [{row['unit']}]: " + ", ".join(cells), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every case")
+    parser.add_argument("--only", metavar="TEXT", help="cases whose name has TEXT")
+    parser.add_argument("--compile", action="store_true", help="torch.compile is a peer as well")
+    parser.add_argument("--seconds", type=float, default=300.0, help="stop beginning cases then")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    args = parser.parse_args(argv)
+    global COMPILED
+    COMPILED = args.compile
+    if not torch.cuda.is_available() and not args.list:
+        print("gpu: torch sees no NVIDIA GPU here", file=sys.stderr)
+        return 2
+    if args.list:
+        for case in cases():
+            print(case.id)
+        return 0
+    start = time.monotonic()
+    limits = ceilings()
+    print("ceilings: " + ", ".join(f"{k} {v:.0f} G/s" for k, v in limits.items()), flush=True)
+    result: dict[str, Any] = {"environment": environment(), "ceilings": limits, "results": []}
+    for case in cases():
+        if args.only and args.only not in case.id:
+            continue
+        if time.monotonic() - start > args.seconds:
+            result["stopped"] = f"before {case.id}: {args.seconds:.0f} s were over"
+            break
+        row = run(case, limits)
+        show(row)
+        result["results"].append(row)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,7 @@
+#include "cuda/linear_add/product.h"
+
+namespace ft::cuda {
+
+template void launch_product<float>(const char*, Form, const Plan&, const MatmulArgs&, void*);
+
+}  // namespace ft::cuda

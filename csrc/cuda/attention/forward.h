@@ -28,10 +28,11 @@ struct AlignedLoader {
   // Rows first … first + kRows − 1 of the matrix, of which `rows` exist; the others are zeros.
   FT_DEVICE static void load(const Shape& tile, const T* base, int64_t stride, int columns,
                              int first, int rows) {
-    const int row0 = thread_index() / Shape::kChunks, chunk = thread_index() % Shape::kChunks;
+    const int thread = hidden(thread_index());
+    const int row0 = thread / Shape::kChunks, chunk = thread % Shape::kChunks;
     const int column = chunk * kLanes<T>;
     const int left = at_most(at_least(columns - column, 0), kLanes<T>) * int{sizeof(T)};
-    const T* from = base + (first + row0) * stride + (left > 0 ? column : 0);
+    const T* from = base + (first + row0) * stride + static_cast<uint32_t>(column);
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
       const int row = row0 + i * kStep;
@@ -80,20 +81,34 @@ struct Place {
   int tile, split;
 };
 
+// Quotient, and the remainder in `value`; 64-bit division is a call of some 100 instructions.
+FT_DEVICE int64_t divide(int64_t& value, int64_t by) {
+  int64_t quotient;
+  if (((value | by) >> 31) == 0) {
+    quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
+  } else {
+    quotient = value / by;
+  }
+  value -= quotient * by;
+  return quotient;
+}
+
 // Items lie by sections of heads whose keys and values fit in L2 together; within a section by
-// tiles, the last, which under a causal mask is the longest, first.
+// tiles, the last, which under a causal mask is the longest, first. What is divided by is hidden,
+// as the compiler would keep the reciprocals in registers through everything.
 FT_DEVICE Place place_of(const ForwardArgs& a, int64_t item) {
   Place at;
-  at.split = static_cast<int>(item % a.splits);
-  item /= a.splits;
-  const int64_t units = a.p.batch * (a.p.heads / a.pack), per_section = a.section * a.tiles;
-  const int64_t section = item / per_section, rest = item - section * per_section;
-  const int64_t left = units - section * a.section;
-  const int64_t heads = left < a.section ? left : a.section;
-  at.tile = static_cast<int>(a.tiles - 1 - rest / heads);
-  const int64_t unit = section * a.section + rest % heads;
-  at.batch = unit / (a.p.heads / a.pack);
-  at.head = unit % (a.p.heads / a.pack) * a.pack;
+  int64_t rest = item;
+  item = divide(rest, hidden(a.splits));
+  at.split = static_cast<int>(rest);
+  rest = item;
+  const int tiles = hidden(a.tiles), heads = hidden(a.heads), section_heads = hidden(a.section);
+  const int64_t section = divide(rest, int64_t{section_heads} * tiles);
+  const int64_t left = a.p.batch * heads - section * section_heads;
+  at.tile = tiles - 1 - static_cast<int>(divide(rest, left < section_heads ? left : section_heads));
+  int64_t unit = section * section_heads + rest;
+  at.batch = divide(unit, heads);
+  at.head = unit * a.pack;
   return at;
 }
 
@@ -130,9 +145,15 @@ struct Forward {
   using Scores = float[kRowTiles][kScoreTiles][4];
   using Sums = float[kRowTiles][kOutTiles][4];
 
-  // The tile at `first` and the next.
-  FT_DEVICE static float (&pair(float (&first)[4]))[2][4] {
-    return reinterpret_cast<float (&)[2][4]>(first);
+  // Two neighbouring tiles; float's products are summed in turns.
+  FT_DEVICE static void mma_pair(float (&first)[4], float (&second)[4], const FragmentA<T>& left,
+                                 const FragmentB<T> (&right)[2]) {
+    if constexpr (sizeof(T) == 2) {
+      mma(first, left, right[0]);
+      mma(second, left, right[1]);
+    } else {
+      mma(reinterpret_cast<float (&)[2][4]>(first), left, right);
+    }
   }
 
   // s = q · kᵀ
@@ -156,7 +177,7 @@ struct Forward {
         FragmentB<T> right[2];
         load_b(right, key, k, n * 8, lane);
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) { mma(pair(s[m][n]), left[m], right); }
+        for (int m = 0; m < kRowTiles; ++m) { mma_pair(s[m][n], s[m][n + 1], left[m], right); }
       }
     }
   }
@@ -173,7 +194,7 @@ struct Forward {
         FragmentB<T> right[2];
         load_b_transposed<true>(right, value, k, n * 8, lane);
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) { mma(pair(o[m][n]), left[m], right); }
+        for (int m = 0; m < kRowTiles; ++m) { mma_pair(o[m][n], o[m][n + 1], left[m], right); }
       }
     }
   }
@@ -233,6 +254,7 @@ struct Forward {
   struct Item {
     Place at;
     Sequence seq;
+    int pack;
     int first_row, rows;  // of the tile; none: nothing to do
     Runs runs;
     int begin, end;  // of the keys of this split
@@ -251,11 +273,12 @@ struct Forward {
     if (item >= a.items) return i;
     i.at = place_of(a, item);
     i.seq = sequence_of(a.p, i.at.batch);
-    const int all_rows = i.seq.queries * a.pack;
+    i.pack = hidden(a.pack);
+    const int all_rows = i.seq.queries * i.pack;
     i.first_row = i.at.tile * kRows;
     i.rows = at_most(all_rows - i.first_row, kRows);
-    i.runs = key_runs(i.seq, row_place(a.pack, i.first_row).query,
-                      row_place(a.pack, at_most(i.first_row + kRows, all_rows) - 1).query, kKeys);
+    i.runs = key_runs(i.seq, row_place(i.pack, i.first_row).query,
+                      row_place(i.pack, at_most(i.first_row + kRows, all_rows) - 1).query, kKeys);
     i.begin = i.runs.begin;
     i.end = i.runs.end;
     if (a.splits > 1) {
@@ -285,7 +308,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
   const Place& at = here_is.at;
   const Sequence& seq = here_is.seq;
   const Runs& runs = here_is.runs;
-  const int first_row = here_is.first_row, rows = here_is.rows;
+  const int first_row = here_is.first_row, rows = here_is.rows, pack = here_is.pack;
   const int begin = here_is.begin, end = here_is.end;
   FT_SHARED_ARRAY(Kept, kept, 1);
 
@@ -297,7 +320,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
     return warp_row + 16 * m + 8 * half + lane / 4;
   };
   const auto place = [&](int m, int half, int lane) {
-    return row_place(a.pack, first_row + at_most(row_of(m, half, lane), rows - 1));
+    return row_place(pack, first_row + at_most(row_of(m, half, lane), rows - 1));
   };
   const auto score_row_of = [&](int m, int half, int lane) {
     const RowPlace here = place(m, half, lane);
@@ -346,7 +369,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
       shared_store(&kept->value, value);
     }
     load_any<kThreads>(query_tile, rows, dim, kPlain || a.query_aligned, [&](int r) {
-      const RowPlace here = row_place(a.pack, first_row + r);
+      const RowPlace here = row_place(pack, first_row + r);
       return query + here.head * p.query.head + here.query * p.query.row;
     });
     load_rows<kThreads, kPlain>(key_tile, p.key, key, dim, a.key_aligned, begin, seq.keys - begin);
@@ -361,7 +384,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
       copy_async_commit();
       const int lane = hidden(lane_index());
       Scores s;
-      if (active) score_products(query_tile, key_tile, warp_row, lane, s);
+      if (active) score_products(query_tile, key_tile, hidden(warp_row), hidden(lane_index()), s);
       copy_async_wait<0>();
       block_barrier();  // V is here, and K is free
       if (j + kKeys < shared_load(&kept->end)) {
@@ -379,7 +402,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int row = shared_load(&kept->first_row) + row_of(m, half, hidden(lane));
-              const int query = row_place(a.pack, row).query;
+              const int query = row_place(hidden(a.pack), row).query;
               const int low = query + shared_load(&kept->low_from);
               const int high =
                   at_most(query + shared_load(&kept->high_from), shared_load(&kept->keys));
@@ -418,7 +441,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
           }
         }
       }
-      value_products(s, value_tile, lane, o);
+      value_products(s, value_tile, hidden(lane_index()), o);
     }
     copy_async_wait<0>();
   }
@@ -436,13 +459,14 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
   const AttentionParams& p = a.p;
   const Place& at = item.at;
   const Sequence& seq = item.seq;
-  const int rows = item.rows, first_row = item.first_row, warp_row = warp_index() * kWarpRows;
+  const int pack = item.pack, rows = item.rows, first_row = item.first_row;
+  const int warp_row = warp_index() * kWarpRows;
   const bool masks = !kPlain && (p.mask.data != nullptr || p.bias.data != nullptr);
   const auto row_of = [&](int m, int half, int lane) {
     return warp_row + 16 * m + 8 * half + lane / 4;
   };
   const auto place = [&](int m, int half, int lane) {
-    return row_place(a.pack, first_row + at_most(row_of(m, half, lane), rows - 1));
+    return row_place(pack, first_row + at_most(row_of(m, half, lane), rows - 1));
   };
   const int lane = hidden(lane_index()), t = lane % 4;
   const float lse_scale = a.units.lse_scale;
@@ -509,11 +533,11 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
   warp_barrier();
   const int columns = static_cast<int>(p.value_dim);
   constexpr int kChunks = QueryTile::kChunks;
-#pragma unroll 4
-  for (int i = lane_index(); i < kWarpRows * kChunks; i += kWarp) {
+#pragma unroll 2
+  for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
     const int row = warp_row + i / kChunks, chunk = i % kChunks;
     if (row >= rows || chunk * kLanes<T> >= columns) continue;
-    const RowPlace here = row_place(a.pack, first_row + row);
+    const RowPlace here = row_place(pack, first_row + row);
     const int64_t token =
         (p.cu_seqlens_q == nullptr ? at.batch * p.q_len : seq.query_start) + here.query;
     T* out = static_cast<T*>(p.out) + (token * p.heads + at.head + here.head) * p.value_dim;

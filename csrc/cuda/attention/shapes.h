@@ -33,7 +33,7 @@ struct ShapeRow {
 };
 constexpr ShapeRow kShapes[] = {
     {2, Variant::plain, 32, {2, 4, 64, 3}},    {2, Variant::plain, 64, {2, 4, 64, 2}},
-    {2, Variant::plain, 128, {2, 4, 64, 2}},   {2, Variant::plain, 256, {1, 8, 32, 1}},
+    {2, Variant::plain, 128, {2, 4, 48, 2}},   {2, Variant::plain, 256, {1, 8, 32, 1}},
     {2, Variant::general, 32, {1, 4, 64, 3}},  {2, Variant::general, 64, {1, 4, 64, 3}},
     {2, Variant::general, 128, {1, 4, 64, 2}}, {2, Variant::general, 256, {1, 8, 32, 1}},
     {2, Variant::few, 32, {1, 1, 64, 8}},      {2, Variant::few, 64, {1, 1, 64, 8}},
@@ -54,9 +54,10 @@ constexpr int head_bucket(int64_t size) {
 struct ForwardArgs {
   AttentionParams p;
   Units units;
-  int pack = 1;                  // query heads that share a tile
-  int64_t tiles = 0, items = 0;  // tiles of queries (of a packed head); items of work
-  int64_t section = 1;           // heads whose tiles are taken together; see place_of
+  int pack = 1, heads = 1;  // query heads that share a tile; how many such packs there are
+  int tiles = 0;            // of queries, in a pack
+  int section = 1;          // packs whose tiles are taken together; see place_of
+  int64_t items = 0;        // of work: tiles of all packs, times splits
   int splits = 1;
   float* partial = nullptr;  // splits × rows × E sums, then splits × rows × (maximum, total)
   bool query_aligned = false, key_aligned = false, value_aligned = false, out_aligned = false;

@@ -30,7 +30,8 @@ BUILD = ROOT / "build/simt"
 TORCH = Path(torch.__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ftls-model=initial-exec",
-         "-DFT_SIMT", f"-I{CSRC}", "-isystem", str(TORCH / "include"),
+         "-DFT_SIMT", f"-I{CSRC}",
+         f"-I{ROOT / 'docs'}", "-isystem", str(TORCH / "include"),
          "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wall", "-Wextra",
          "-Wno-unknown-pragmas"]  # fmt: skip
 if " fma " in Path("/proc/cpuinfo").read_text():
@@ -142,9 +143,9 @@ def running() -> Iterator[None]:
     reason = backends._unavailable.pop("cuda", None)
     for op, kernel in rows:
         op = backends.COMPOSED.get(op, op)
-        if op == 'attention':
-            object.__setattr__(kernel, 'forward', torch.ops.fasttransformer.attention.default)
-            object.__setattr__(kernel, 'backward', operator('attention_backward'))
+        if op == "attention":
+            object.__setattr__(kernel, "forward", torch.ops.fasttransformer.attention.default)
+            object.__setattr__(kernel, "backward", operator("attention_backward"))
             continue
         object.__setattr__(kernel, "forward", operator(op))
         object.__setattr__(kernel, "backward", operator(f"{op}_backward"))

@@ -120,7 +120,8 @@ def test_b44_norm_weights_of_another_dtype(on, dtype, norm_dtype):
     with running_on(on):
         normed, summed = ft.linear_add_rms_norm(*inputs)
     assert normed.dtype == summed.dtype == dtype
-    check(ft.linear_add_rms_norm, reference.linear_add_rms_norm, inputs, on=on, redraw=draw)  # fmt: skip
+    check(ft.linear_add_rms_norm, reference.linear_add_rms_norm, inputs, on=on,
+          redraw=draw)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

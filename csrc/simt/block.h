@@ -9,6 +9,7 @@
 #include "simt/fiber.h"
 #include "simt/runtime.h"
 #include "simt/shared.h"
+#include "simt/traffic.h"
 
 namespace ft::simt {
 
@@ -56,6 +57,7 @@ class Block {
   void barrier(int id, int threads, bool wait);
 
   Shared shared;
+  TrafficCounter traffic;  // used while somebody counts
 
  private:
   friend void fiber_main();

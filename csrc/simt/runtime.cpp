@@ -37,6 +37,8 @@ std::vector<Range> ranges;
 int64_t grid_limit = 2147483647, shared_limit = 99 * 1024;
 int multiprocessor_count = 108;  // an A100's
 int worker_limit = 0;            // 0: as many as there are cores
+bool counting = false;
+Traffic traffic;
 
 const char* name_of(Meeting what) {
   switch (what) {
@@ -252,6 +254,7 @@ void Block::arrive(int warp, int id, int threads, bool wait) {
     report("barrier " + std::to_string(id) + " of " + std::to_string(threads) +
            " threads, which others use with " + std::to_string(b.expected));
   }
+  if (counting) traffic.barrier();
   b.clock.join(shared.clock(warp));
   b.arrived += kLanes;
   if (wait) {
@@ -271,6 +274,17 @@ void Block::arrive(int warp, int id, int threads, bool wait) {
   b.waiting = 0;
   ++b.rounds;
 }
+
+namespace {
+void add(Traffic& sum, const Traffic& more) {
+  sum.load_requests += more.load_requests;
+  sum.load_sectors += more.load_sectors;
+  sum.store_requests += more.store_requests;
+  sum.store_sectors += more.store_sectors;
+  sum.barriers += more.barriers;
+  sum.shuffles += more.shuffles;
+}
+}  // namespace
 
 // ---- launching ----------------------------------------------------------------------------------
 
@@ -304,7 +318,12 @@ void launch(const std::string& name, int64_t grid, int size, int64_t shared,
       here.block.x = static_cast<unsigned>(i);
       try {
         b.start(name, kernel, size, shared, here);
+        if (counting) b.traffic.start(size);
         b.run();
+        if (counting) {
+          const std::lock_guard<std::mutex> lock(mutex);
+          add(traffic, b.traffic.finish());
+        }
       } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (i < where_error) {
@@ -392,10 +411,18 @@ void check_alignment(const void* p, int64_t bytes, const char* kind) {
 }
 }  // namespace
 
+namespace {
+void count(const void* p, int64_t bytes, bool write) {
+  if (!counting) return;
+  block().traffic.access(block().now(), reinterpret_cast<uintptr_t>(p), bytes, write);
+}
+}  // namespace
+
 void check_access(const void* p, int64_t bytes, bool write) {
   const char* kind = write ? "store" : "load";
   check_alignment(p, bytes, kind);
   check_range(p, bytes, write, kind);
+  count(p, bytes, write);
 }
 
 void meet(Meeting what, int detail, void* brought, void (*act)(void* const*)) {
@@ -416,6 +443,7 @@ uint32_t shuffle_bits(uint32_t value, int from_lane) {
     int from;
   } mine{value, 0, from_lane};
   meet(Meeting::shuffle, 0, &mine, [](void* const* all) {
+    if (counting) block().traffic.shuffle();
     for (int lane = 0; lane < kLanes; ++lane) {
       Lane& l = *static_cast<Lane*>(all[lane]);
       if (l.from < 0 || l.from >= kLanes) report("shuffle from lane " + std::to_string(l.from));
@@ -466,6 +494,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid) {
   if (valid > 0) {
     check_alignment(global, bytes, "cp.async");
     check_range(global, valid, false, "cp.async");
+    count(global, valid, false);
   }
   block().shared.copy(block().now(), shared, global, bytes, valid);
 }
@@ -483,4 +512,16 @@ extern "C" __attribute__((visibility("default"))) void ft_simt_set_limits(int64_
 }
 extern "C" __attribute__((visibility("default"))) void ft_simt_set_workers(int workers) {
   ft::simt::worker_limit = workers;
+}
+// Begins to count (1), or stops and gives the counts (0).
+extern "C" __attribute__((visibility("default"))) void ft_simt_count(int begin, int64_t* counts) {
+  using namespace ft::simt;
+  if (begin) {
+    traffic = Traffic{};
+  } else {
+    const int64_t now[] = {traffic.load_requests, traffic.load_sectors, traffic.store_requests,
+                           traffic.store_sectors, traffic.barriers,     traffic.shuffles};
+    std::copy(now, now + 6, counts);
+  }
+  counting = begin != 0;
 }

@@ -211,10 +211,11 @@ def linear_gradients(
     if not (needs[0] or needs[1] or needs[2]):
         return None, None, None
     grad, rows = rows_of(grad, grad.shape[-1:]), x
-    if x.dim() == 4:  # attention's heads, joined: the weight's gradient reads whole rows
+    in_place = kernel.backend == "cuda"
+    if x.dim() == 4 and not in_place:  # attention's heads, joined: whole rows are read there
         rows = x.transpose(1, 2).reshape(math.prod(grad.shape[:-1]), weight.shape[1])
     d_input, d_weight, d_bias = kernel.backward(grad, rows, weight, needs[0], needs[1], needs[2])
-    if x.dim() == 4 and needs[0]:
+    if x.dim() == 4 and not in_place and needs[0]:
         batch, heads, length, head_dim = x.shape
         d_input = d_input.view(batch, length, heads, head_dim).transpose(1, 2)
     return (

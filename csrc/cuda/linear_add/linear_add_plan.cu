@@ -2,7 +2,7 @@
 // of time for each choice, in multiply-adds that one SM could have done meanwhile, and the least
 // wins. No number was measured: no GPU was at hand.
 //   product   ⌈tiles · splits / SMs⌉ · tile's m · n · (K / splits + kFill) / the tile's rate
-//   splits    a launch, and their float sums written and read
+//   splits    a launch, and their float sums written and read; none where tiles fill all SMs
 //   norm      in the tile (rows that fit one, 16-bit): nothing more; else a launch, and rows read
 //             and written once more
 // Float takes kFloatTimes as long: four products at half the rate.
@@ -103,7 +103,9 @@ Plan plan_product(const char* name, DType dtype, Form form, int64_t m, int64_t n
     if ((kind == TileKind::skinny) != (form == Form::forward && m <= kSkinnyRows)) continue;
     for (int splits = 1; splits <= kMostSplits; splits += splits < 4 ? 1 : splits / 4) {
       if (splits > 1 && ceil_div(k, splits) < kLeastSplit) break;
-      take_better(best, plan_with(p, kind, splits));
+      const Plan plan = plan_with(p, kind, splits);
+      if (plan.splits > 1 && plan.tiles > p.sms) break;  // sums as large as C several times
+      take_better(best, plan);
     }
   }
   if (best.cost < 0) best = plan_with(p, TileKind::medium, 1);

@@ -154,27 +154,32 @@ FT_DEVICE void multiply_float(const MatmulArgs& p, int steps, const Load& load, 
     reading = reading + 1 == p.stages ? 0 : reading + 1;
     if (p.plain) {
       const int row = m + lane_index() / 4, column = n + lane_index() % 4 * 2;
-      Sums<S> part = {};  // of a tile each: a long sum's terms don't all round at its full size
+      // In parts, so that a long sum's terms don't all round at its full size.
+      constexpr int kPart = S::kWarpsK > 1 ? 4 : 8;
+#pragma unroll 1
+      for (int begin = k; begin < k + S::kK / S::kWarpsK; begin += kPart) {
+        Sums<S> part = {};
 #pragma unroll 2
-      for (int kk = k; kk < k + S::kK / S::kWarpsK; ++kk) {
-        float a[kRows], b[kColumns];
+        for (int kk = begin; kk < begin + kPart; ++kk) {
+          float a[kRows], b[kColumns];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) a[i] = tile.a_at(row + i * 8, kk);
+          for (int i = 0; i < kRows; ++i) a[i] = tile.a_at(row + i * 8, kk);
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) b[j] = tile.b_at(kk, column + j / 2 * 8 + j % 2);
+          for (int j = 0; j < kColumns; ++j) b[j] = tile.b_at(kk, column + j / 2 * 8 + j % 2);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+              part[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i] * b[j];
+            }
+          }
+        }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            part[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i] * b[j];
+            sums[i / 2][j / 2][i % 2 * 2 + j % 2] += part[i / 2][j / 2][i % 2 * 2 + j % 2];
           }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          sums[i / 2][j / 2][i % 2 * 2 + j % 2] += part[i / 2][j / 2][i % 2 * 2 + j % 2];
         }
       }
       continue;

@@ -19,7 +19,7 @@ struct SumArgs {
 };
 
 template <class T>
-FT_GLOBAL void __launch_bounds__(kRowBlock) linear_sum_splits(const SumArgs a) {
+FT_GLOBAL void __launch_bounds__(kRowBlock, 2) linear_sum_splits(const SumArgs a) {
   constexpr int kWarps = kRowBlock / kWarp;
   const Epilogue& e = a.epilogue;
   const int64_t strips = (a.n + kStripOf<T> - 1) / kStripOf<T>;
@@ -70,7 +70,7 @@ struct NormRowsArgs {
 constexpr int kNormTurns = 4;  // chunks of a lane
 
 template <class T>
-FT_GLOBAL void __launch_bounds__(kRowBlock) linear_norm_rows(const NormRowsArgs a) {
+FT_GLOBAL void __launch_bounds__(kRowBlock, 2) linear_norm_rows(const NormRowsArgs a) {
   constexpr int kWarps = kRowBlock / kWarp;
   constexpr int64_t kSegment = int64_t{kStripOf<T>} * kNormTurns;
   const int64_t segments = (a.n + kSegment - 1) / kSegment;
@@ -126,7 +126,7 @@ struct ColumnArgs {
 
 // A block sums per_split rows of a strip of columns, its warps every eighth of them.
 template <class T>
-FT_GLOBAL void __launch_bounds__(kRowBlock) linear_column_sums(const ColumnArgs a) {
+FT_GLOBAL void __launch_bounds__(kRowBlock, 2) linear_column_sums(const ColumnArgs a) {
   constexpr int kWarps = kRowBlock / kWarp;
   FT_SHARED_ARRAY(float, parts, kWarps* kStripOf<T>);
   const int64_t strips = (a.n + kStripOf<T> - 1) / kStripOf<T>;

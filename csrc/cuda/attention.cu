@@ -39,7 +39,7 @@ struct Plan {
   int64_t tiles, units;  // units: heads, or groups of packed heads, of the whole batch
   bool query_aligned, key_aligned, value_aligned;
 
-  int64_t rows() const { return 16 * shape.row_tiles * shape.warps; }
+  int64_t rows() const { return shape.rows(); }
 };
 
 // Part of a tile's rows that exist, on average.

@@ -39,7 +39,7 @@ struct Plan {
   int64_t tiles, units;  // units: heads, or groups of packed heads, of the whole batch
   bool query_aligned, key_aligned, value_aligned;
 
-  int64_t rows() const { return 16 * shape.row_tiles * shape.warps; }
+  int64_t rows() const { return shape.rows(); }
 };
 
 // Part of a tile's rows that exist, on average.
@@ -166,13 +166,14 @@ void attention(const AttentionParams& p, void* stream) {
   a.p = p;
   a.units = units_of(p);
   a.pack = plan.pack;
-  a.tiles = plan.tiles;
+  a.heads = static_cast<int>(p.heads / plan.pack);
+  a.tiles = static_cast<int>(plan.tiles);
   a.splits = static_cast<int>(p.splits);
   a.items = plan.tiles * plan.units * p.splits;
   const int64_t size = p.dtype == DType::f32 ? 4 : 2;
   const int64_t bytes = (p.kv_len + 1) * (p.head_dim + p.value_dim + 1) * size;
   const int64_t key_heads = kSectionBytes / bytes + 1;
-  a.section = key_heads * (p.heads / p.kv_heads) / plan.pack;
+  a.section = static_cast<int>(key_heads * (p.heads / p.kv_heads) / plan.pack);
   a.partial = p.workspace;
   a.query_aligned = plan.query_aligned;
   a.key_aligned = plan.key_aligned;

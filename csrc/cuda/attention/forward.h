@@ -28,10 +28,11 @@ struct AlignedLoader {
   // Rows first … first + kRows − 1 of the matrix, of which `rows` exist; the others are zeros.
   FT_DEVICE static void load(const Shape& tile, const T* base, int64_t stride, int columns,
                              int first, int rows) {
-    const int row0 = thread_index() / Shape::kChunks, chunk = thread_index() % Shape::kChunks;
+    const int thread = hidden(thread_index());
+    const int row0 = thread / Shape::kChunks, chunk = thread % Shape::kChunks;
     const int column = chunk * kLanes<T>;
     const int left = at_most(at_least(columns - column, 0), kLanes<T>) * int{sizeof(T)};
-    const T* from = base + (first + row0) * stride + (left > 0 ? column : 0);
+    const T* from = base + (first + row0) * stride + static_cast<uint32_t>(column);
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
       const int row = row0 + i * kStep;
@@ -80,20 +81,34 @@ struct Place {
   int tile, split;
 };
 
+// Quotient, and the remainder in `value`; 64-bit division is a call of some 100 instructions.
+FT_DEVICE int64_t divide(int64_t& value, int64_t by) {
+  int64_t quotient;
+  if (((value | by) >> 31) == 0) {
+    quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
+  } else {
+    quotient = value / by;
+  }
+  value -= quotient * by;
+  return quotient;
+}
+
 // Items lie by sections of heads whose keys and values fit in L2 together; within a section by
-// tiles, the last, which under a causal mask is the longest, first.
+// tiles, the last, which under a causal mask is the longest, first. What is divided by is hidden,
+// as the compiler would keep the reciprocals in registers through everything.
 FT_DEVICE Place place_of(const ForwardArgs& a, int64_t item) {
   Place at;
-  at.split = static_cast<int>(item % a.splits);
-  item /= a.splits;
-  const int64_t units = a.p.batch * (a.p.heads / a.pack), per_section = a.section * a.tiles;
-  const int64_t section = item / per_section, rest = item - section * per_section;
-  const int64_t left = units - section * a.section;
-  const int64_t heads = left < a.section ? left : a.section;
-  at.tile = static_cast<int>(a.tiles - 1 - rest / heads);
-  const int64_t unit = section * a.section + rest % heads;
-  at.batch = unit / (a.p.heads / a.pack);
-  at.head = unit % (a.p.heads / a.pack) * a.pack;
+  int64_t rest = item;
+  item = divide(rest, hidden(a.splits));
+  at.split = static_cast<int>(rest);
+  rest = item;
+  const int tiles = hidden(a.tiles), heads = hidden(a.heads), section_heads = hidden(a.section);
+  const int64_t section = divide(rest, int64_t{section_heads} * tiles);
+  const int64_t left = a.p.batch * heads - section * section_heads;
+  at.tile = tiles - 1 - static_cast<int>(divide(rest, left < section_heads ? left : section_heads));
+  int64_t unit = section * section_heads + rest;
+  at.batch = divide(unit, heads);
+  at.head = unit * a.pack;
   return at;
 }
 
@@ -122,17 +137,29 @@ struct Forward {
   static constexpr TileShape kShape = tile_shape(sizeof(T), kVariant, kHead);
   static constexpr bool kPlain = kVariant == Variant::plain;
   static constexpr int kThreads = kShape.warps * kWarp;
-  static constexpr int kWarpRows = 16 * kShape.row_tiles, kRows = kWarpRows * kShape.warps;
+  static constexpr int kWarpRows = 16 * kShape.row_tiles, kRows = kShape.rows();
+  static constexpr int kRowWarps = kShape.warps / kShape.column_warps;
   static constexpr int kKeys = kShape.keys, kRowTiles = kShape.row_tiles;
-  static constexpr int kScoreTiles = kKeys / 8, kOutTiles = kHead / 8;
+  static constexpr int kScoreTiles = kKeys / 8, kOutTiles = kHead / 8 / kShape.column_warps;
   using QueryTile = Tile<T, kRows, kHead>;
   using KeyTile = Tile<T, kKeys, kHead>;
   using Scores = float[kRowTiles][kScoreTiles][4];
   using Sums = float[kRowTiles][kOutTiles][4];
 
-  // The tile at `first` and the next.
-  FT_DEVICE static float (&pair(float (&first)[4]))[2][4] {
-    return reinterpret_cast<float (&)[2][4]>(first);
+  // Of the output, where the warps of a tile's rows share its columns.
+  FT_DEVICE static int first_column() {
+    return kShape.column_warps == 1 ? 0 : warp_index() / kRowWarps * kOutTiles * 8;
+  }
+
+  // Two neighbouring tiles; float's products are summed in turns.
+  FT_DEVICE static void mma_pair(float (&first)[4], float (&second)[4], const FragmentA<T>& left,
+                                 const FragmentB<T> (&right)[2]) {
+    if constexpr (sizeof(T) == 2) {
+      mma(first, left, right[0]);
+      mma(second, left, right[1]);
+    } else {
+      mma(reinterpret_cast<float (&)[2][4]>(first), left, right);
+    }
   }
 
   // s = q · kᵀ
@@ -146,7 +173,8 @@ struct Forward {
         for (int c = 0; c < 4; ++c) s[m][n][c] = 0.f;
       }
     }
-#pragma unroll
+    constexpr int kTurns = 4;  // all would take more registers than there are
+#pragma unroll kTurns
     for (int k = 0; k < kHead; k += kDepth<T>) {
       FragmentA<T> left[kRowTiles];
 #pragma unroll
@@ -156,13 +184,14 @@ struct Forward {
         FragmentB<T> right[2];
         load_b(right, key, k, n * 8, lane);
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) { mma(pair(s[m][n]), left[m], right); }
+        for (int m = 0; m < kRowTiles; ++m) { mma_pair(s[m][n], s[m][n + 1], left[m], right); }
       }
     }
   }
 
   // o += p · v
-  FT_DEVICE static void value_products(const Scores& s, const KeyTile& value, int lane, Sums& o) {
+  FT_DEVICE static void value_products(const Scores& s, const KeyTile& value, int column, int lane,
+                                       Sums& o) {
 #pragma unroll
     for (int k = 0; k < kKeys; k += kDepth<T>) {
       FragmentA<T> left[kRowTiles];
@@ -171,9 +200,9 @@ struct Forward {
 #pragma unroll
       for (int n = 0; n < kOutTiles; n += 2) {
         FragmentB<T> right[2];
-        load_b_transposed<true>(right, value, k, n * 8, lane);
+        load_b_transposed<true>(right, value, k, column + n * 8, lane);
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) { mma(pair(o[m][n]), left[m], right); }
+        for (int m = 0; m < kRowTiles; ++m) { mma_pair(o[m][n], o[m][n + 1], left[m], right); }
       }
     }
   }
@@ -233,6 +262,7 @@ struct Forward {
   struct Item {
     Place at;
     Sequence seq;
+    int pack;
     int first_row, rows;  // of the tile; none: nothing to do
     Runs runs;
     int begin, end;  // of the keys of this split
@@ -240,8 +270,7 @@ struct Forward {
 
   // What the loop asks for once a tile: it waits in shared memory, as registers are scarcer.
   struct Kept {
-    int first_row, low_from, high_from;  // query i sees the keys [i + low_from, i + high_from)
-    int whole_begin, whole_end, keys, end;
+    Item item;
     const T *key, *value;
   };
 
@@ -251,11 +280,12 @@ struct Forward {
     if (item >= a.items) return i;
     i.at = place_of(a, item);
     i.seq = sequence_of(a.p, i.at.batch);
-    const int all_rows = i.seq.queries * a.pack;
+    i.pack = hidden(a.pack);
+    const int all_rows = i.seq.queries * i.pack;
     i.first_row = i.at.tile * kRows;
     i.rows = at_most(all_rows - i.first_row, kRows);
-    i.runs = key_runs(i.seq, row_place(a.pack, i.first_row).query,
-                      row_place(a.pack, at_most(i.first_row + kRows, all_rows) - 1).query, kKeys);
+    i.runs = key_runs(i.seq, row_place(i.pack, i.first_row).query,
+                      row_place(i.pack, at_most(i.first_row + kRows, all_rows) - 1).query, kKeys);
     i.begin = i.runs.begin;
     i.end = i.runs.end;
     if (a.splits > 1) {
@@ -280,33 +310,34 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
   const QueryTile query_tile{memory};
   const KeyTile key_tile{memory + kRows * kHead}, value_tile{memory + (kRows + kKeys) * kHead};
 
-  const Item here_is = locate(a, round);
-  if (here_is.rows <= 0) return;
-  const Place& at = here_is.at;
-  const Sequence& seq = here_is.seq;
-  const Runs& runs = here_is.runs;
-  const int first_row = here_is.first_row, rows = here_is.rows;
-  const int begin = here_is.begin, end = here_is.end;
+  const Item here = locate(a, round);
+  if (here.rows <= 0) return;
+  const Place& at = here.at;
+  const Sequence& seq = here.seq;
+  const Runs& runs = here.runs;
+  const int first_row = here.first_row, rows = here.rows, pack = here.pack;
+  const int begin = here.begin, end = here.end;
   FT_SHARED_ARRAY(Kept, kept, 1);
 
   // Rows of a thread: row_tiles times row g and row g + 8 of the warp's 16. What is known of them
   // is made anew in each tile that asks: registers are scarcer.
-  const int warp_row = warp_index() * kWarpRows;
+  const int warp_row = warp_index() % kRowWarps * kWarpRows;
   const bool active = warp_row < rows;
   const auto row_of = [&](int m, int half, int lane) {
     return warp_row + 16 * m + 8 * half + lane / 4;
   };
-  const auto place = [&](int m, int half, int lane) {
-    return row_place(a.pack, first_row + at_most(row_of(m, half, lane), rows - 1));
+  const auto place = [&](const Item& item, int m, int half, int lane) {
+    const int row = at_most(row_of(m, half, lane), item.rows - 1);
+    return row_place(item.pack, item.first_row + row);
   };
-  const auto score_row_of = [&](int m, int half, int lane) {
-    const RowPlace here = place(m, half, lane);
-    return score_row(p, seq, at.batch, at.head + here.head, here.query,
-                     row_of(m, half, lane) < rows);
+  const auto score_row_of = [&](const Item& item, int m, int half, int lane) {
+    const RowPlace r = place(item, m, half, lane);
+    return score_row(p, item.seq, item.at.batch, item.at.head + r.head, r.query,
+                     row_of(m, half, lane) < item.rows);
   };
 
   float top[kRowTiles][2], total[kRowTiles][2];
-  bool seen[kRowTiles][2];
+  bool seen[kRowTiles][2];  // the row has a key, by masks and biases
   Sums o;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -335,42 +366,37 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
                      key_head * p.value.head + seq.key_start * p.value.row;
     block_barrier();  // the item before has left the tiles
     if (thread_index() == 0) {
-      shared_store(&kept->first_row, first_row);
-      shared_store(&kept->low_from, seq.shift - seq.left);
-      shared_store(&kept->high_from, seq.shift + seq.right + 1);
-      shared_store(&kept->whole_begin, runs.whole_begin);
-      shared_store(&kept->whole_end, runs.whole_end);
-      shared_store(&kept->keys, seq.keys);
-      shared_store(&kept->end, end);
+      shared_store(&kept->item, here);
       shared_store(&kept->key, key);
       shared_store(&kept->value, value);
     }
     load_any<kThreads>(query_tile, rows, dim, kPlain || a.query_aligned, [&](int r) {
-      const RowPlace here = row_place(a.pack, first_row + r);
-      return query + here.head * p.query.head + here.query * p.query.row;
+      const RowPlace place = row_place(pack, first_row + r);
+      return query + place.head * p.query.head + place.query * p.query.row;
     });
     load_rows<kThreads, kPlain>(key_tile, p.key, key, dim, a.key_aligned, begin, seq.keys - begin);
     copy_async_commit();
     block_barrier();  // `kept` is there
 #pragma unroll 1
-    for (int j = begin; j < shared_load(&kept->end); j += kKeys) {
+    for (int j = begin; j < shared_load(&kept->item.end); j += kKeys) {
       copy_async_wait<0>();
       block_barrier();  // K is here, and V is free
       load_rows<kThreads, kPlain>(value_tile, p.value, shared_load(&kept->value), value_dim,
-                                  a.value_aligned, j, shared_load(&kept->keys) - j);
+                                  a.value_aligned, j, shared_load(&kept->item.seq.keys) - j);
       copy_async_commit();
       const int lane = hidden(lane_index());
       Scores s;
-      if (active) score_products(query_tile, key_tile, warp_row, lane, s);
+      if (active) score_products(query_tile, key_tile, hidden(warp_row), hidden(lane_index()), s);
       copy_async_wait<0>();
       block_barrier();  // V is here, and K is free
-      if (j + kKeys < shared_load(&kept->end)) {
+      if (j + kKeys < shared_load(&kept->item.end)) {
         load_rows<kThreads, kPlain>(key_tile, p.key, shared_load(&kept->key), dim, a.key_aligned,
-                                    j + kKeys, shared_load(&kept->keys) - j - kKeys);
+                                    j + kKeys, shared_load(&kept->item.seq.keys) - j - kKeys);
       }
       copy_async_commit();
       if (!active) continue;
-      const bool edges = j < shared_load(&kept->whole_begin) || j >= shared_load(&kept->whole_end);
+      const bool edges = j < shared_load(&kept->item.runs.whole_begin) ||
+                         j >= shared_load(&kept->item.runs.whole_end);
       const auto key_of = [&](int n, int c) { return j + n * 8 + lane % 4 * 2 + c % 2; };
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
@@ -378,11 +404,11 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
           if (edges) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int row = shared_load(&kept->first_row) + row_of(m, half, hidden(lane));
-              const int query = row_place(a.pack, row).query;
-              const int low = query + shared_load(&kept->low_from);
-              const int high =
-                  at_most(query + shared_load(&kept->high_from), shared_load(&kept->keys));
+              const Sequence seq = shared_load(&kept->item.seq);
+              const int row = shared_load(&kept->item.first_row) + row_of(m, half, hidden(lane));
+              const int position = row_place(hidden(a.pack), row).query + seq.shift;
+              const int low = position - seq.left;
+              const int high = at_most(position + seq.right + 1, seq.keys);
 #pragma unroll
               for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
@@ -395,7 +421,8 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
         } else {
           if (!a.units.raw) scale_scores<T>(p, s[m]);
           if (edges || masks || p.alibi_slopes != nullptr) {
-            const ScoreRow r[2] = {score_row_of(m, 0, lane), score_row_of(m, 1, lane)};
+            const Item now = shared_load(&kept->item);
+            const ScoreRow r[2] = {score_row_of(now, m, 0, lane), score_row_of(now, m, 1, lane)};
             mask_scores<T>(
                 p, edges, [&](int, int c) -> const ScoreRow& { return r[c / 2]; }, key_of, s[m],
                 [&](int, int c, bool allowed) { seen[m][c / 2] |= allowed; });
@@ -405,11 +432,12 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
         if constexpr (!kPlain) {
           if (p.dropout.threshold != 0) {
             const uint64_t seed = dropout_seed(p);
+            const Item now = shared_load(&kept->item);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const RowPlace here = place(m, half, lane);
+              const RowPlace r = place(now, m, half, lane);
               const int64_t position =
-                  dropout_position(p, at.batch, at.head + here.head, here.query);
+                  dropout_position(p, now.at.batch, now.at.head + r.head, r.query);
 #pragma unroll
               for (int n = 0; n < kScoreTiles; ++n) {
                 drop(a, seed, position + key_of(n, 0), s[m][n][2 * half], s[m][n][2 * half + 1]);
@@ -418,11 +446,12 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
           }
         }
       }
-      value_products(s, value_tile, lane, o);
+      value_products(s, value_tile, first_column(), hidden(lane_index()), o);
     }
     copy_async_wait<0>();
   }
   // What only the end needs is found again, rather than kept in registers through the loop.
+  if constexpr (kShape.column_warps > 1) block_barrier();  // Q becomes the output's place
   if (active) finish(a, locate(a, hidden(round)), top, total, seen, o);
 }
 
@@ -436,17 +465,18 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
   const AttentionParams& p = a.p;
   const Place& at = item.at;
   const Sequence& seq = item.seq;
-  const int rows = item.rows, first_row = item.first_row, warp_row = warp_index() * kWarpRows;
+  const int pack = item.pack, rows = item.rows, first_row = item.first_row;
+  const int warp_row = warp_index() % kRowWarps * kWarpRows;
   const bool masks = !kPlain && (p.mask.data != nullptr || p.bias.data != nullptr);
   const auto row_of = [&](int m, int half, int lane) {
     return warp_row + 16 * m + 8 * half + lane / 4;
   };
   const auto place = [&](int m, int half, int lane) {
-    return row_place(a.pack, first_row + at_most(row_of(m, half, lane), rows - 1));
+    return row_place(pack, first_row + at_most(row_of(m, half, lane), rows - 1));
   };
   const int lane = hidden(lane_index()), t = lane % 4;
   const float lse_scale = a.units.lse_scale;
-  const QueryTile staged{dynamic_shared<T>()};  // Q's, whose rows no other warp reads
+  const QueryTile staged{dynamic_shared<T>()};  // Q's, of whose rows nothing is read any more
   warp_barrier();
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -471,7 +501,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
         const int64_t all = p.batch * p.heads * p.q_len, place_here = at.split * all + row;
         float* to = a.partial + place_here * p.value_dim;
         float* stats = a.partial + a.splits * all * p.value_dim + place_here * 2;
-        if (exists && t == 0) {
+        if (exists && t == 0 && first_column() == 0) {
           store_scalar(stats, top[m][half]);
           store_scalar(stats + 1, some ? sum : -1.f);
         }
@@ -479,21 +509,21 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
         for (int n = 0; n < kOutTiles; ++n) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const int column = n * 8 + t * 2 + c;
+            const int column = first_column() + n * 8 + t * 2 + c;
             if (exists && column < p.value_dim) store_scalar(to + column, o[m][n][2 * half + c]);
           }
         }
         continue;
       }
       const Finish f = finish_row(p, lse_scale, some, top[m][half], sum, head);
-      if (exists && t == 0) {
+      if (exists && t == 0 && first_column() == 0) {
         const int64_t packed =
             p.cu_seqlens_q == nullptr ? row : (seq.query_start + here.query) * p.heads + head;
         store_scalar(p.lse + packed, f.lse);
       }
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
-        T* to = staged.at(row_of(m, half, lane), n * 8 + t * 2);
+        T* to = staged.at(row_of(m, half, lane), first_column() + n * 8 + t * 2);
         const float low = some ? o[m][n][2 * half] * f.factor : 0.f;
         const float high = some ? o[m][n][2 * half + 1] * f.factor : 0.f;
         if constexpr (sizeof(T) == 2) {
@@ -508,12 +538,13 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
   if (a.splits > 1) return;
   warp_barrier();
   const int columns = static_cast<int>(p.value_dim);
-  constexpr int kChunks = QueryTile::kChunks;
-#pragma unroll 4
-  for (int i = lane_index(); i < kWarpRows * kChunks; i += kWarp) {
-    const int row = warp_row + i / kChunks, chunk = i % kChunks;
+  constexpr int kChunks = QueryTile::kChunks / kShape.column_warps;
+#pragma unroll 2
+  for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
+    const int row = warp_row + i / kChunks;
+    const int chunk = i % kChunks + first_column() / kLanes<T>;
     if (row >= rows || chunk * kLanes<T> >= columns) continue;
-    const RowPlace here = row_place(a.pack, first_row + row);
+    const RowPlace here = row_place(pack, first_row + row);
     const int64_t token =
         (p.cu_seqlens_q == nullptr ? at.batch * p.q_len : seq.query_start) + here.query;
     T* out = static_cast<T*>(p.out) + (token * p.heads + at.head + here.head) * p.value_dim;

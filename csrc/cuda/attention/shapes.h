@@ -9,9 +9,12 @@ namespace ft::cuda {
 enum class Variant { plain, general, few };
 
 struct TileShape {
-  int row_tiles, warps;  // a block owns 16 · row_tiles · warps rows of queries
+  int row_tiles, warps;  // a block owns 16 · row_tiles · warps rows of queries, if not
   int keys;              // of a tile
   int blocks;            // that an SM is to hold, by registers and shared memory
+  int column_warps = 1;  // that share the output's columns of the same rows
+
+  constexpr int rows() const { return 16 * row_tiles * warps / column_warps; }
 };
 
 // By head size (the larger of D and E, the rest of the columns are zeros). Shared memory is Q + K +
@@ -24,7 +27,8 @@ struct TileShape {
 // - general holds more per row (mask, bias, slope), hence 16 rows.
 // - few has a warp to itself, as four of them on an SM then keep four tensor cores and 64 KB and
 //   more of loads busy; a block of 128 rows would do eight times the products for nothing.
-// - float takes three products of tf32 and twice the room.
+// - float takes four products of tf32, twice the room and more registers: at 256, two warps make
+//   the same weights and take half of the columns each.
 struct ShapeRow {
   int bytes;
   Variant variant;
@@ -33,13 +37,13 @@ struct ShapeRow {
 };
 constexpr ShapeRow kShapes[] = {
     {2, Variant::plain, 32, {2, 4, 64, 3}},    {2, Variant::plain, 64, {2, 4, 64, 2}},
-    {2, Variant::plain, 128, {2, 4, 64, 2}},   {2, Variant::plain, 256, {1, 8, 32, 1}},
+    {2, Variant::plain, 128, {2, 4, 48, 2}},   {2, Variant::plain, 256, {1, 8, 32, 1}},
     {2, Variant::general, 32, {1, 4, 64, 3}},  {2, Variant::general, 64, {1, 4, 64, 3}},
     {2, Variant::general, 128, {1, 4, 64, 2}}, {2, Variant::general, 256, {1, 8, 32, 1}},
     {2, Variant::few, 32, {1, 1, 64, 8}},      {2, Variant::few, 64, {1, 1, 64, 8}},
     {2, Variant::few, 128, {1, 1, 64, 4}},     {2, Variant::few, 256, {1, 1, 32, 4}},
     {4, Variant::general, 32, {1, 4, 64, 2}},  {4, Variant::general, 64, {1, 4, 32, 2}},
-    {4, Variant::general, 128, {1, 4, 32, 1}}, {4, Variant::general, 256, {1, 4, 16, 1}},
+    {4, Variant::general, 128, {1, 4, 32, 1}}, {4, Variant::general, 256, {1, 8, 16, 1, 2}},
 };
 constexpr TileShape tile_shape(int bytes, Variant variant, int head) {
   for (const ShapeRow& row : kShapes) {
@@ -54,9 +58,10 @@ constexpr int head_bucket(int64_t size) {
 struct ForwardArgs {
   AttentionParams p;
   Units units;
-  int pack = 1;                  // query heads that share a tile
-  int64_t tiles = 0, items = 0;  // tiles of queries (of a packed head); items of work
-  int64_t section = 1;           // heads whose tiles are taken together; see place_of
+  int pack = 1, heads = 1;  // query heads that share a tile; how many such packs there are
+  int tiles = 0;            // of queries, in a pack
+  int section = 1;          // packs whose tiles are taken together; see place_of
+  int64_t items = 0;        // of work: tiles of all packs, times splits
   int splits = 1;
   float* partial = nullptr;  // splits × rows × E sums, then splits × rows × (maximum, total)
   bool query_aligned = false, key_aligned = false, value_aligned = false, out_aligned = false;

@@ -144,21 +144,21 @@ FT_DEVICE void add_products(float (&sum)[kTiles][kColumns][4], const float (&sco
         for (int c = 0; c < 8; ++c) sum[m][n + c / 4][c % 4] += part[m][c / 4][c % 4];
       }
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int k = 0; k < 8 * kN; k += kDepth<T>) {
-    FragmentA<T> left[kTiles];
+    for (int k = 0; k < 8 * kN; k += kDepth<T>) {
+      FragmentA<T> left[kTiles];
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) products_as_a(left[m], scores[m] + k / 8);
+      for (int m = 0; m < kTiles; ++m) products_as_a(left[m], scores[m] + k / 8);
 #pragma unroll
-    for (int n = 0; n < kColumns; n += 2) {
-      FragmentB<T> right[2];
-      load_b_transposed<true>(right, walked, k, 8 * n, lane);
+      for (int n = 0; n < kColumns; n += 2) {
+        FragmentB<T> right[2];
+        load_b_transposed<true>(right, walked, k, 8 * n, lane);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        add_product<T>(sum[m][n], left[m], right[0]);
-        add_product<T>(sum[m][n + 1], left[m], right[1]);
+        for (int m = 0; m < kTiles; ++m) {
+          add_product<T>(sum[m][n], left[m], right[0]);
+          add_product<T>(sum[m][n + 1], left[m], right[1]);
+        }
       }
     }
   }

@@ -63,18 +63,20 @@ FT_GLOBAL void __launch_bounds__(kSinksBlock) attention_backward_sinks(const Sin
   for (int64_t h = blockIdx.x; h < p.heads; h += gridDim.x) {
     const float sink = load_scalar(p.sinks + h);
     float sum = 0.f, lost = 0.f;  // Kahan's summation: rows are many
-    for (int64_t k = thread_index(); k < p.batch * p.q_len; k += kSinksBlock) {
-      const int64_t r = (k / p.q_len * p.heads + h) * p.q_len + k % p.q_len;
-      if (load_scalar(p.lse + r) == -infinity()) continue;
-      const float top = load_scalar(p.top + r);
-      const float power =
-          a.plain ? sink * kLog2E - top : (sink - top) * kLog2E + load_scalar(p.shift + r);
-      float delta = load_scalar(p.delta + r);
-      if (!a.plain && p.grad_lse != nullptr) delta -= load_scalar(p.grad_lse + r);
-      const float term = -power_of_2<float>(power) * delta - lost;
-      const float next = sum + term;
-      lost = next - sum - term;
-      sum = next;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t first = (b * p.heads + h) * p.q_len;
+      for (int64_t r = first + thread_index(); r < first + p.q_len; r += kSinksBlock) {
+        if (load_scalar(p.lse + r) == -infinity()) continue;
+        const float top = load_scalar(p.top + r);
+        const float power =
+            a.plain ? sink * kLog2E - top : (sink - top) * kLog2E + load_scalar(p.shift + r);
+        float delta = load_scalar(p.delta + r);
+        if (!a.plain && p.grad_lse != nullptr) delta -= load_scalar(p.grad_lse + r);
+        const float term = -power_of_2<float>(power) * delta - lost;
+        const float next = sum + term;
+        lost = next - sum - term;
+        sum = next;
+      }
     }
     sum = group_sum(sum, kSinksBlock, scratch);
     if (thread_index() == 0) store_scalar(p.d_sinks + h, sum);

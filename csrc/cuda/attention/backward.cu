@@ -105,7 +105,12 @@ void run(const AttentionBackwardParams& p, void* stream) {
   BackwardArgs args;
   args.p = p;
   args.units = units_of(p);
-  const bool plain = sizeof(T) == 2 && args.units.raw && p.mask.data == nullptr && !p.dropout.on();
+  bool aligned = true;
+  for (const HeadsView* v : {&p.query, &p.key, &p.value, &p.grad_out}) {
+    aligned = aligned && rows_on_16_bytes(*v, sizeof(T));
+  }
+  const bool plain =
+      sizeof(T) == 2 && aligned && args.units.raw && p.mask.data == nullptr && !p.dropout.on();
   const int64_t rows = p.batch * p.heads * p.q_len;
   if (rows > 0) {
     RowsArgs of_rows = {p, plain, 1};

@@ -24,7 +24,16 @@ struct BackwardArgs {
   Units units;
   int warps = 0, stages = 0;     // of a walk: warps of a block, and buffers for what it walks over
   int64_t tiles = 0, items = 0;  // tiles of a head's rows; of all heads, and passes
+  bool own_aligned[2] = {}, walked_aligned[2] = {};  // rows begin on 16 bytes, see walk
 };
+
+// Whether the rows of a tensor of heads, of elements of `size` bytes, all begin on 16 bytes.
+inline bool rows_on_16_bytes(const HeadsView& v, int64_t size) {
+  return (reinterpret_cast<uintptr_t>(v.data) |
+          static_cast<uintptr_t>((v.row | v.head | v.batch) * size)) %
+             16 ==
+         0;
+}
 
 // The power of 2 that is a weight. p.top holds lse or the row's maximum, and +inf for a query
 // without keys, which makes weights 0; plain kernels take exp2(s·exponent − top) instead, with

@@ -24,9 +24,9 @@ constexpr int kShortRow = 256;
 // warp (kTiles 2) halve the traffic to shared memory where the sums leave room. Not measured: no
 // GPU was at hand.
 //   16-bit, plain            dQ: rows a warp, kStep, sums    dK, dV
-//   head size ≤ 32           32, 64,  32                     32, 64,  64
+//   head size ≤ 32           32, 64,  32                     32, 32,  64
 //            ≤  64           32, 32,  64                     32, 32, 128
-//            ≤ 128           32, 32, 128                     16, 64, 128
+//            ≤ 128           32, 16, 128                     16, 32, 128
 //            ≤ 256           16, 32, 128                     16, 32, 128 (in passes)
 // With options, 16 rows, as softcap's derivative needs room too, and steps of 32 (to head size 64)
 // or 16; float 16 and 16.
@@ -35,9 +35,10 @@ struct Shape {
   static constexpr bool kWide = sizeof(T) == 2 && kPlain;  // room for 32 rows
   static constexpr bool kOwnsQueries = kWalk == Walk::queries;
   static constexpr int kTiles = kWide && kHead <= (kOwnsQueries ? 128 : 64) ? 2 : 1;
-  static constexpr int kStep = sizeof(T) == 4 || (!kPlain && kHead > 64)                   ? 16
-                               : kWide && (kHead == 32 || (!kOwnsQueries && kHead == 128)) ? 64
-                                                                                           : 32;
+  static constexpr int kStep = sizeof(T) == 4 || (!kPlain && kHead > 64) ? 16
+                               : kWide && kOwnsQueries && kHead == 128   ? 16
+                               : kWide && kOwnsQueries && kHead == 32    ? 64
+                                                                         : 32;
   static constexpr int kRows = 16 * kTiles;  // of a warp
   // Bytes of shared memory for each warp's rows, and for each stage of what is walked over.
   static constexpr int64_t kWarpBytes = int64_t{2} * kRows * kHead * sizeof(T);
@@ -94,7 +95,7 @@ FT_DEVICE int for_float(int lane) {
 template <class T, int kTiles, int kN, class Own, class Walked>
 FT_DEVICE void add_score_products(float (&d)[kTiles][kN][4], const Own& own, const Walked& walked,
                                   int row, int lane) {
-#pragma unroll(sizeof(T) == 2 ? 16 : 1)
+#pragma unroll(sizeof(T) == 4 ? 1 : Own::kColumns > 128 ? 4 : 16)
   for (int k = 0; k < Own::kColumns; k += kDepth<T>) {
     FragmentA<T> left[kTiles];
 #pragma unroll
@@ -200,11 +201,12 @@ FT_DEVICE RowSums merge(const RowSums& x, const RowSums& y, const Units& u) {
   return {top, x.sum * a + y.sum * b, x.product * a + y.product * b};
 }
 
-// A row's weights from its threads' sums, whose columns are those of a quad of lanes; also left in
-// memory for the kernels that follow. NaN stays: only a row without keys has no top and no sum.
+// A row's weights from its threads' sums, whose columns are those of a quad of lanes; left in
+// memory for this kernel and those that follow. NaN stays: only a row without keys has no top and
+// no sum.
 template <class T>
-FT_DEVICE RowWeight whole_row(const BackwardArgs& a, RowSums sums, int64_t b, int64_t h, int i,
-                              RowWeight w, bool writes) {
+FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t b, int64_t h, int i,
+                         bool writes) {
   const AttentionBackwardParams& p = a.p;
 #pragma unroll
   for (int offset = 1; offset <= 2; offset *= 2) {
@@ -212,8 +214,7 @@ FT_DEVICE RowWeight whole_row(const BackwardArgs& a, RowSums sums, int64_t b, in
                            shuffle_xor(sums.product, offset)};
     sums = merge(sums, other, a.units);
   }
-  w.top = infinity();
-  w.shift = w.delta = 0.f;
+  RowWeight w = {infinity(), 0.f, 0.f, 0.f};
   if (sums.top != -infinity() || sums.sum != 0.f) {
     w.top = sums.top * a.units.lse_scale;
     w.delta = sums.product;
@@ -233,7 +234,6 @@ FT_DEVICE RowWeight whole_row(const BackwardArgs& a, RowSums sums, int64_t b, in
     store_scalar(p.shift + at, w.shift);
     store_scalar(p.delta + at, w.delta);
   }
-  return w;
 }
 
 // Writes the sums of a warp's rows: row r of the tile at out + r · stride, `rows` of them wanted;

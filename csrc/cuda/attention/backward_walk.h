@@ -14,6 +14,19 @@
 
 namespace ft::cuda {
 
+// What a warp knows of the block's item, in shared memory: the products need the registers.
+struct alignas(16) Kept {
+  int first;  // row of the block
+  int b, own_head, first_head;
+  int own_length, walked_length;
+  int per_head;  // steps
+  int values_pass;
+  Runs runs;
+  Sequence sequence;
+  uint64_t seed;
+  int64_t item;
+};
+
 // ---- the kernel ---------------------------------------------------------------------------------
 
 template <class T, int kHead, Walk kWalk, bool kPlain>
@@ -25,6 +38,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
   constexpr bool kOwnsQueries = S::kOwnsQueries;
   constexpr int kTiles = S::kTiles, kStep = S::kStep, kN = kStep / 8, kColumns = kHead / 8;
   FT_SHARED_ARRAY(uint32_t, votes, kMostWarps);
+  FT_SHARED_ARRAY(Kept, kept_items, kMostWarps);
+  Kept* const kept = kept_items + warp_index();
   const AttentionBackwardParams& p = a.p;
   const int thread = thread_index(), threads = a.warps * kWarp, lane = lane_index();
   const int g = lane / 4;
@@ -44,14 +59,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
 
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const uint64_t seed = p.dropout.threshold != 0 ? dropout_seed(p) : 0;
-  const bool own1_aligned = kOwnsQueries ? view_aligned<T>(p.query) : view_aligned<T>(p.key);
-  const bool own2_aligned = kOwnsQueries ? view_aligned<T>(p.grad_out) : view_aligned<T>(p.value);
-  const bool walked1_aligned = kOwnsQueries ? view_aligned<T>(p.key) : view_aligned<T>(p.query);
-  const bool walked2_aligned =
-      kOwnsQueries ? view_aligned<T>(p.value) : view_aligned<T>(p.grad_out);
 
-  for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < a.items; item = shared_load(&kept->item) + gridDim.x) {
     // Tiles of queries are taken from the end, where causal rows are longest.
     const int index = static_cast<int>(item % a.tiles);
     const int first = (kOwnsQueries ? static_cast<int>(a.tiles) - 1 - index : index) * rows;
@@ -76,17 +85,27 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     const int per_head = (runs.end - runs.begin + kStep - 1) / kStep;
     const int steps = per_head * (kOwnsQueries ? 1 : group);
 
+    warp_barrier();  // the item before may still read
+    if (lane == 0) {
+      const uint64_t seed = !kPlain && p.dropout.threshold != 0 ? dropout_seed(p) : 0;
+      shared_store(kept, {first, b, own_head, first_head, own_length, walked_length, per_head,
+                          values_pass, runs, sequence, seed, item});
+    }
+    warp_barrier();
+
     const auto load_walked = [&](int step) {
-      const int stage = step & (a.stages - 1);
-      const int in_head = kOwnsQueries && kPlain ? step : step % per_head,
-                thread = hidden(thread_index());
-      const int start = runs.begin + in_head * kStep, exist = walked_length - start;
-      const int h = kOwnsQueries ? own_head / group : first_head + step / per_head;
+      const int stage = step & (a.stages - 1), thread = hidden(thread_index());
+      const int per_head = shared_load(&kept->per_head), b = shared_load(&kept->b);
+      const int in_head = kOwnsQueries && kPlain ? step : step % per_head;
+      const int start = shared_load(&kept->runs.begin) + in_head * kStep;
+      const int exist = shared_load(&kept->walked_length) - start;
+      const int h = kOwnsQueries ? shared_load(&kept->own_head) / group
+                                 : shared_load(&kept->first_head) + step / per_head;
       const HeadsView& view1 = kOwnsQueries ? p.key : p.query;
       const HeadsView& view2 = kOwnsQueries ? p.value : p.grad_out;
-      load_rows(walked1(stage), kStep, exist, head_dim, walked1_aligned,
+      load_rows(walked1(stage), kStep, exist, head_dim, kPlain || a.walked_aligned[0],
                 head_of<T>(view1, b, h) + start * view1.row, view1.row, thread, threads);
-      load_rows(walked2(stage), kStep, exist, value_dim, walked2_aligned,
+      load_rows(walked2(stage), kStep, exist, value_dim, kPlain || a.walked_aligned[1],
                 head_of<T>(view2, b, h) + start * view2.row, view2.row, thread, threads);
       if constexpr (!kOwnsQueries) {
         const int64_t at = (b * p.heads + h) * p.q_len + start;
@@ -105,11 +124,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
       }
     };
 
-    float first_sum[kTiles][kColumns][4] = {};
-    float second_sum[kWalk == Walk::keys ? kTiles : 1][kWalk == Walk::keys ? kColumns : 1][4] = {};
-    RowWeight row_weights[kTiles][2] = {};
     bool again = false;  // the rows' maximum, sum and delta are found first
-    if constexpr (kOwnsQueries) {
+    if constexpr (kOwnsQueries && !kPlain) {
       bool coarse = false;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
@@ -118,32 +134,25 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
           const int i = first + own_row + 16 * m + g + 8 * half;
           if (i >= own_length) continue;
           const int64_t at = (b * p.heads + own_head) * p.q_len + i;
-          if constexpr (kPlain) {
-            row_weights[m][half] = {load_scalar(p.top + at), 0.f, load_scalar(p.delta + at), 0.f};
-          } else {
-            row_weights[m][half] = row_weight(p, at);
-            const float lse = row_weights[m][half].top;
-            coarse = coarse || ((lse > kCoarseLse || lse < -kCoarseLse) && lse - lse == 0.f);
-          }
+          const float lse = load_scalar(p.top + at);
+          coarse = coarse || ((lse > kCoarseLse || lse < -kCoarseLse) && lse - lse == 0.f);
         }
       }
-      if constexpr (!kPlain) {
-        const bool of_warp = any_lane(coarse);
-        block_barrier();  // the item before may still read
-        if (lane == 0) shared_store(votes + warp_index(), of_warp ? 1u : 0u);
-        block_barrier();
-        again = runs.end - runs.begin <= kShortRow;
-        for (int w = 0; w < a.warps; ++w) again = again || shared_load(votes + w) != 0;
-      }
+      const bool of_warp = any_lane(coarse);
+      block_barrier();  // the item before may still read
+      if (lane == 0) shared_store(votes + warp_index(), of_warp ? 1u : 0u);
+      block_barrier();
+      again = runs.end - runs.begin <= kShortRow;
+      for (int w = 0; w < a.warps; ++w) again = again || shared_load(votes + w) != 0;
     }
     const int total = again ? 2 * steps : steps;
     if (steps > 0) {
       block_barrier();  // the item before may still read
       const HeadsView& view1 = kOwnsQueries ? p.query : p.key;
       const HeadsView& view2 = kOwnsQueries ? p.grad_out : p.value;
-      load_rows(own1, rows, own_length - first, head_dim, own1_aligned,
+      load_rows(own1, rows, own_length - first, head_dim, kPlain || a.own_aligned[0],
                 head_of<T>(view1, b, own_head) + first * view1.row, view1.row, thread, threads);
-      load_rows(own2, rows, own_length - first, value_dim, own2_aligned,
+      load_rows(own2, rows, own_length - first, value_dim, kPlain || a.own_aligned[1],
                 head_of<T>(view2, b, own_head) + first * view2.row, view2.row, thread, threads);
       load_walked(0);
       copy_async_commit();
@@ -155,23 +164,10 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
         row_sums[m][0] = row_sums[m][1] = {-infinity(), 0.f, 0.f};
       }
     }
-    ScoreRow own_rows[kOwnsQueries ? kTiles : 1][2];
-    if constexpr (kOwnsQueries && !kPlain) {
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int i = first + own_row + 16 * m + g + 8 * half;
-          own_rows[m][half] = score_row(p, sequence, b, own_head, i, i < own_length);
-        }
-      }
-    }
-
+    float first_sum[kTiles][kColumns][4] = {};
+    float second_sum[kWalk == Walk::keys ? kTiles : 1][kWalk == Walk::keys ? kColumns : 1][4] = {};
 #pragma unroll 1
     for (int step = 0; step < total; ++step) {
-      const int at = step < steps ? step : step - steps;
-      const int start = runs.begin + (kOwnsQueries ? at : at % per_head) * kStep;
-      const int h = kOwnsQueries ? own_head : first_head + at / per_head;
       const int stage = step & (a.stages - 1);
       if constexpr (kOwnsQueries && !kPlain) {
         if (again && step == steps) {  // every key was seen once: the rows are known now
@@ -179,10 +175,10 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
           for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int i = first + own_row + 16 * m + g + 8 * half;
-              row_weights[m][half] =
-                  whole_row<T>(a, row_sums[m][half], b, own_head, i, row_weights[m][half],
-                               i < own_length && lane % 4 == 0);
+              const int i = shared_load(&kept->first) + own_row + 16 * m + g + 8 * half;
+              whole_row<T>(a, row_sums[m][half], shared_load(&kept->b),
+                           shared_load(&kept->own_head), i,
+                           i < shared_load(&kept->own_length) && lane % 4 == 0);
             }
           }
         }
@@ -196,14 +192,38 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
       const WalkedTile tile1 = walked1(stage), tile2 = walked2(stage);
       const float* const walked_numbers = numbers + stage * 4 * kStep;
 
-      const int here = hidden(lane), g = here / 4, t = here % 4 * 2;
+      const int here = hidden(lane_index()), g = here / 4, t = here % 4 * 2;
+      const int own_row = hidden(warp_index()) * S::kRows;
       float s[kTiles][kN][4] = {}, dp[kTiles][kN][4] = {};
       add_score_products<T>(s, own1, tile1, own_row, here);
-      if (!values_pass) add_score_products<T>(dp, own2, tile2, own_row, here);
+      const bool values_pass =
+          kWalk == Walk::keys_in_passes && shared_load(&kept->values_pass) != 0;
+      if (!values_pass) add_score_products<T>(dp, own2, tile2, own_row, hidden(here));
 
+      const int first = shared_load(&kept->first), b = shared_load(&kept->b);
+      const int per_head = shared_load(&kept->per_head);
+      const Runs runs = shared_load(&kept->runs);
+      const Sequence sequence = shared_load(&kept->sequence);
+      const uint64_t seed = shared_load(&kept->seed);
+      const int at = step < steps ? step : step - steps;
+      const int start = runs.begin + (kOwnsQueries ? at : at % per_head) * kStep;
+      const int h = kOwnsQueries ? shared_load(&kept->own_head)
+                                 : shared_load(&kept->first_head) + at / per_head;
       const bool edges = start < runs.whole_begin || start >= runs.whole_end;
       const ScoreRow head_row =
           kOwnsQueries || kPlain ? ScoreRow{} : score_row(p, sequence, b, h, 0, true);
+      // Made again each time: they would take 16 registers or more.
+      ScoreRow own_rows[kOwnsQueries && !kPlain ? kTiles : 1][2];
+      if constexpr (kOwnsQueries && !kPlain) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = first + own_row + 16 * m + g + 8 * half;
+            own_rows[m][half] = score_row(p, sequence, b, h, i, i < sequence.queries);
+          }
+        }
+      }
       const auto query_of = [&](int m, int n, int c) {
         return kOwnsQueries ? first + own_row + 16 * m + g + c / 2 * 8 : start + 8 * n + t + c % 2;
       };
@@ -227,9 +247,28 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
           return r;
         }
       };
+      // Loaded each time too; the barrier above made the row's writes of whole_row visible.
+      RowWeight own_weights[kOwnsQueries ? kTiles : 1][2] = {};
+      if constexpr (kOwnsQueries) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = first + own_row + 16 * m + g + 8 * half;
+            if (i >= sequence.queries) continue;
+            const int64_t at = (b * p.heads + h) * p.q_len + i;
+            if constexpr (kPlain) {
+              own_weights[m][half].top = load_scalar(p.top + at);
+              own_weights[m][half].delta = load_scalar(p.delta + at);
+            } else {
+              own_weights[m][half] = row_weight(p, at);
+            }
+          }
+        }
+      }
       const auto weights_of = [&](int m, int n, int c) {
         if constexpr (kOwnsQueries) {
-          return row_weights[m][c / 2];
+          return own_weights[m][c / 2];
         } else {
           const float* const from = walked_numbers + 8 * n + t + c % 2;
           RowWeight w = {shared_load(from), 0.f, shared_load(from + kStep), 0.f};
@@ -261,7 +300,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
       if (!summing) {
         gradients_of_scores<T, kPlain>(a, edges, head_position, seed, row_of, query_of, key_of,
                                        weights_of, s, dp);
-        if constexpr (kWalk == Walk::keys) add_products<T>(second_sum, s, tile2, here);
+        if constexpr (kWalk == Walk::keys) add_products<T>(second_sum, s, tile2, hidden(here));
         if constexpr (kWalk == Walk::keys_in_passes) {
           const WalkedTile factor{values_pass ? tile2.data : tile1.data};
 #pragma unroll
@@ -269,9 +308,9 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
 #pragma unroll
             for (int c = 0; c < 4; ++c) dp[0][n][c] = values_pass ? s[0][n][c] : dp[0][n][c];
           }
-          add_products<T>(first_sum, dp, factor, here);
+          add_products<T>(first_sum, dp, factor, hidden(here));
         } else {
-          add_products<T>(first_sum, dp, tile1, here);
+          add_products<T>(first_sum, dp, tile1, hidden(here));
         }
       }
       if (a.stages == 1 && step + 1 < total) {
@@ -282,19 +321,22 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     }
 
     // All rows of the output are written, those behind key_lengths too.
+    const Kept now = shared_load(kept);
     const int64_t length = kOwnsQueries ? p.q_len : p.kv_len;
-    const int exist = static_cast<int>(length) - first;
+    const int heads = static_cast<int>(kOwnsQueries ? p.heads : p.kv_heads);
+    const int exist = static_cast<int>(length) - now.first;
+    const int alive = now.own_length - now.first;
     const auto write = [&](const auto& sum, void* out, int columns, float factor) {
-      T* const to = static_cast<T*>(out) + ((b * length + first) * own_heads + own_head) * columns;
-      write_sums(sum, to, int64_t{own_heads} * columns, own_row, exist, own_length - first, columns,
-                 factor);
+      T* const to =
+          static_cast<T*>(out) + ((now.b * length + now.first) * heads + now.own_head) * columns;
+      write_sums(sum, to, int64_t{heads} * columns, own_row, exist, alive, columns, factor);
     };
     if constexpr (kOwnsQueries) {
       write(first_sum, p.d_query, head_dim, p.scale);
     } else if constexpr (kWalk == Walk::keys) {
       write(first_sum, p.d_key, head_dim, p.scale);
       write(second_sum, p.d_value, value_dim, 1.f);
-    } else if (values_pass) {
+    } else if (now.values_pass != 0) {
       write(first_sum, p.d_value, value_dim, 1.f);
     } else {
       write(first_sum, p.d_key, head_dim, p.scale);
@@ -311,7 +353,7 @@ void launch_walk(BackwardArgs args, void* stream) {
   const AttentionBackwardParams& p = args.p;
   const char* const name = S::kOwnsQueries ? "attention_backward_dq" : "attention_backward_dkdv";
   const int64_t length = S::kOwnsQueries ? p.q_len : p.kv_len;
-  const int64_t most = max_shared_memory(name) - 64;  // of the votes
+  const int64_t most = max_shared_memory(name) - 960;  // of votes and kept items
   const auto bytes = [](int warps, int stages) {
     return warps * S::kWarpBytes + stages * S::kStageBytes;
   };
@@ -324,6 +366,11 @@ void launch_walk(BackwardArgs args, void* stream) {
   const int64_t rows = warps * S::kRows;
   args.warps = warps;
   args.stages = stages;
+  const HeadsView* const views[] = {&p.query, &p.grad_out, &p.key, &p.value};
+  for (int i = 0; i < 2; ++i) {
+    args.own_aligned[i] = rows_on_16_bytes(*views[S::kOwnsQueries ? i : 2 + i], sizeof(T));
+    args.walked_aligned[i] = rows_on_16_bytes(*views[S::kOwnsQueries ? 2 + i : i], sizeof(T));
+  }
   args.tiles = (length + rows - 1) / rows;
   const int64_t heads = S::kOwnsQueries ? p.heads : p.kv_heads;
   args.items = args.tiles * heads * p.batch * (kWalk == Walk::keys_in_passes ? 2 : 1);
@@ -338,7 +385,9 @@ void launch_walk(const BackwardArgs& args, bool plain, void* stream) {
   constexpr Walk kLargest = kWalk == Walk::queries ? Walk::queries : Walk::keys_in_passes;
   const auto run = [&]<bool kPlain>() {
     if (dim <= 32) return launch_walk<T, 32, kWalk, kPlain>(args, stream);
-    if (dim <= 64) return launch_walk<T, 64, kWalk, kPlain>(args, stream);
+    if (dim <= 64) {
+      return launch_walk<T, 64, sizeof(T) == 2 ? kWalk : kLargest, kPlain>(args, stream);
+    }
     if (dim <= 128) {
       return launch_walk<T, 128, sizeof(T) == 2 ? kWalk : kLargest, kPlain>(args, stream);
     }

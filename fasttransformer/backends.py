@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import mmap
 import os
@@ -182,21 +183,27 @@ def _load_cuda() -> str | None:
         return f"it needs the C++ library's schemas: {_unavailable['cpu']}"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    devices = range(torch.cuda.device_count())
-    for device in devices:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"{_gpu(device)} is of compute capability {major}.{minor}; the CUDA kernels need 8.0 or later"  # noqa: E501
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"the CUDA library does not load: {error.__cause__ or error}"
-    problem_of = ctypes.CDLL(str(path)).ft_cuda_problem
+    return None
+
+
+@functools.cache
+def _gpu_problem() -> str | None:
+    """Why the CUDA library can't run on a GPU that is here. Asked before the first call on one and
+    not at import, since the question starts CUDA, after which a process can't fork."""
+    problem_of = ctypes.CDLL(str(_library("cuda"))).ft_cuda_problem
     problem_of.restype = ctypes.c_char_p
-    for device in devices:
-        problem = problem_of(device).decode()
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        gpu = f"GPU {device} ({torch.cuda.get_device_name(device)})"
+        if major < 8:
+            return f"{gpu} is of compute capability {major}.{minor}; the CUDA kernels need 8.0 or later"  # noqa: E501
+        problem = problem_of(major, minor).decode()
         if problem:
-            return f"{_gpu(device)}: {problem}"
+            return f"{gpu}: {problem}"
     return None
 
 
@@ -210,10 +217,6 @@ def cuda_library() -> dict[str, Any] | None:
         found = re.search(marker, content)
         archs, nvcc = (group.decode() for group in found.groups()) if found else ("unknown",) * 2
     return {"archs": archs, "nvcc": nvcc, "bytes": path.stat().st_size}
-
-
-def _gpu(device: int) -> str:
-    return f"GPU {device} ({torch.cuda.get_device_name(device)})"
 
 
 def interpreted() -> bool:
@@ -327,7 +330,7 @@ def _device_reason(backend: str, device_type: str) -> str | None:
         return None
     if backend not in ORDER.get(device_type, ()):
         return f"it does not run on {device_type} tensors"
-    return None
+    return _gpu_problem() if backend == "cuda" else None
 
 
 #: (op, device type, dtype, options, sizes, forced) → kernel. Metadata repeats from call to call,
@@ -397,6 +400,13 @@ def considered(
 # ---- looking ------------------------------------------------------------------------------------
 
 
+def unavailable(name: str) -> str | None:
+    """Why a backend can't run in this process, or None."""
+    if name == "cuda" and name not in _unavailable and name not in EMULATED:
+        return _gpu_problem()
+    return _unavailable.get(name)
+
+
 def backends() -> dict[str, str | None]:
     """Backend → None if it can run in this process, else why not.
 
@@ -404,7 +414,7 @@ def backends() -> dict[str, str | None]:
     >>> ft.backends()["torch"] is None
     True
     """
-    return {name: _unavailable.get(name) for name in NAMES}
+    return {name: unavailable(name) for name in NAMES}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import nn
 from .backends import TABLE as KERNELS
-from .backends import backends, forced_backend
+from .backends import forced_backend, unavailable
 from .nn._plain import activation_name, addition, path_of
 
 Reason = Callable[[Module], "str | None"]
@@ -108,11 +108,11 @@ def _bypass_reason(child: Module, name: str) -> str | None:
 
 def kernel_reason(op: str, module: Module) -> str | None:
     """The reason when the C++ library, which alone is faster than torch on a CPU, is missing."""
-    if forced_backend() is not None or backends()["cpu"] is None:
+    if forced_backend() is not None or unavailable("cpu") is None:
         return None
     tensor = next(module.parameters(), None)
     if tensor is not None and tensor.device.type == "cpu":
-        return f"no faster {op} runs on this CPU: {backends()['cpu']}"
+        return f"no faster {op} runs on this CPU: {unavailable('cpu')}"
     return None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import ctypes
 import functools
 import importlib.util
 import json
@@ -248,7 +249,7 @@ def load_cuda(tmp_path, monkeypatch):
         library = tmp_path / f"library{len(list(tmp_path.iterdir()))}.so"  # a name is loaded once
         marker = "fasttransformer CUDA library: archs 80 90a; nvcc 13.0;"
         source.write_text(
-            f'extern "C" const char* ft_cuda_problem(int) {{ return "{problem}"; }}\n'
+            f'extern "C" const char* ft_cuda_problem(int, int) {{ return "{problem}"; }}\n'
             f'const char* volatile marker = "{marker}";\n'
         )
         compiler = os.environ.get("CXX", "g++")
@@ -264,9 +265,11 @@ def load_cuda(tmp_path, monkeypatch):
             ("get_device_name", "GPU Z"),
         ):
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-        return backends._load_cuda()
+        backends._gpu_problem.cache_clear()
+        return backends._load_cuda() or backends._gpu_problem()
 
-    return call
+    yield call
+    backends._gpu_problem.cache_clear()
 
 
 def test_a_gpu_that_the_cuda_library_can_run_on(load_cuda):
@@ -283,6 +286,29 @@ def test_a_gpu_that_it_can_not_run_on_has_a_reason(load_cuda):
     problem = "the CUDA library holds code for 90a: no kernel image is available"
     assert load_cuda((8, 6), problem) == f"GPU 0 (GPU Z): {problem}"
     assert load_cuda((9, 0), broken=True).startswith("the CUDA library does not load: ")
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "runs_not"),
+    (
+        ("80 90a", ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)), ((7, 5),)),  # by PTX from 9.0 on
+        ("90a", ((9, 0),), ((8, 6), (10, 0))),
+        ("86", ((8, 6), (8, 9), (9, 0)), ((8, 0),)),
+        ("100f", ((10, 0), (10, 3)), ((9, 0), (12, 0))),
+    ),
+)
+def test_which_gpus_code_for_an_architecture_runs_on(archs, runs, runs_not, tmp_path):
+    target = tmp_path / "library.so"
+    subprocess.run(
+        [NVCC, "-std=c++20", "-DFT_CUDA", f"-I{ROOT / 'csrc'}", f'-DFT_CUDA_ARCHS="{archs}"',
+         "-shared", "-Xcompiler=-fPIC", ROOT / "csrc/cuda/device/library.cu", "-o", target],
+        check=True,
+    )  # fmt: skip
+    problem_of = ctypes.CDLL(str(target)).ft_cuda_problem
+    problem_of.restype = ctypes.c_char_p
+    for capability in (*runs, *runs_not):
+        holds = f"the CUDA library holds code for {archs}, not" in problem_of(*capability).decode()
+        assert holds == (capability in runs_not), capability
 
 
 # ---- setup.py's choice --------------------------------------------------------------------------

@@ -394,7 +394,7 @@ def test_attention_without_a_pattern_is_named():
 
 
 def test_without_the_cpu_library_nothing_gets_slower(monkeypatch):
-    monkeypatch.setattr(patterns, "backends", lambda: {"cpu": "it was not built"})
+    monkeypatch.setattr(patterns, "unavailable", lambda name: "it was not built")
     monkeypatch.setattr(patterns, "forced_backend", lambda: None)
     assert "it was not built" in reasons(ft.swap(nn.LayerNorm(4)))[""]
     with torch.device("meta"):

@@ -144,8 +144,10 @@ def _on_kernel(
     if weight is not None:
         weight = float32_at_most(weight).contiguous()
     args = (rows, kernel_ids(target).view(-1), weight, ignore_index, float(label_smoothing))
-    run = _cross_entropy_with_grad if needs_grad(input) else kernel.forward
-    losses, statistics = run(*args, kernel) if needs_grad(input) else run(*args)
+    if needs_grad(input):
+        losses, statistics = _cross_entropy_with_grad(*args, kernel)
+    else:
+        losses, statistics = kernel.forward(*args)
     if reduction == "none":
         return losses.view(target.shape).to(input.dtype)
     loss = losses.sum()

@@ -8,6 +8,7 @@
 // Scores pass over a thread's accumulators one option at a time: an option costs one uniform branch
 // per tile where it is off.
 #pragma once
+#include "cuda/device/dropout.h"
 #include "cuda/device/scalar.h"
 #include "cuda/device/vector.h"
 #include "params/attention.h"
@@ -210,11 +211,6 @@ FT_DEVICE void mask_scores(const AttentionCase& p, bool edges, const RowOf& row_
 }
 
 // ---- dropout ------------------------------------------------------------------------------------
-
-FT_DEVICE uint64_t dropout_seed(const AttentionCase& p) {
-  return p.dropout.seed_ptr == nullptr ? p.dropout.seed
-                                       : static_cast<uint64_t>(load_scalar(p.dropout.seed_ptr));
-}
 
 // The position of query i's key 0; key j is j further. Packed sequences are numbered as padded.
 FT_DEVICE int64_t dropout_position(const AttentionCase& p, int64_t b, int64_t h, int64_t i) {

@@ -12,15 +12,15 @@ namespace {
 constexpr const char* kForward = "linear_add";
 constexpr const char* kBackward = "linear_add_backward";
 
-Plan forward_plan(const LinearAddParams& p) {
+ProductPlan forward_plan(const LinearAddParams& p) {
   return plan_product(kForward, p.dtype, Form::forward, p.rows, p.out_features, p.in_features,
                       false);
 }
-Plan d_input_plan(const LinearAddParams& p) {
+ProductPlan d_input_plan(const LinearAddParams& p) {
   return plan_product(kBackward, p.dtype, Form::d_input, p.rows, p.in_features, p.out_features,
                       false);
 }
-Plan d_weight_plan(const LinearAddParams& p) {
+ProductPlan d_weight_plan(const LinearAddParams& p) {
   return plan_product(kBackward, p.dtype, Form::d_weight, p.out_features, p.in_features, p.rows,
                       false);
 }

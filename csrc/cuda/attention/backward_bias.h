@@ -49,7 +49,7 @@ FT_GLOBAL void __launch_bounds__(kBiasThreads, 2) attention_backward_dbias(const
   const AttentionBackwardParams& p = a.p;
   const int lane = lane_index(), g = lane / 4, t = lane % 4 * 2, row = warp_index() * 16;
   const int group = static_cast<int>(p.heads / p.kv_heads);
-  const uint64_t seed = p.dropout.threshold != 0 ? dropout_seed(p) : 0;
+  const uint64_t seed = p.dropout.threshold != 0 ? seed_of(p.dropout) : 0;
   const bool query_aligned = view_aligned<T>(p.query), key_aligned = view_aligned<T>(p.key);
   const bool grad_aligned = view_aligned<T>(p.grad_out), value_aligned = view_aligned<T>(p.value);
   const int64_t* const sizes = p.d_bias_sizes;

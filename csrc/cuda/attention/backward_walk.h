@@ -87,7 +87,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
 
     warp_barrier();  // the item before may still read
     if (lane == 0) {
-      const uint64_t seed = !kPlain && p.dropout.threshold != 0 ? dropout_seed(p) : 0;
+      const uint64_t seed = !kPlain && p.dropout.threshold != 0 ? seed_of(p.dropout) : 0;
       shared_store(kept, {first, b, own_head, first_head, own_length, walked_length, per_head,
                           values_pass, runs, sequence, seed, item});
     }

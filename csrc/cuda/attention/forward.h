@@ -12,6 +12,7 @@
 #include "cuda/attention/shapes.h"
 #include "cuda/attention_scores.h"
 #include "cuda/device/fragment.h"
+#include "cuda/device/index.h"
 #include "cuda/device/launch.h"
 
 namespace ft::cuda {
@@ -81,34 +82,20 @@ struct Place {
   int tile, split;
 };
 
-// Quotient, and the remainder in `value`; 64-bit division is a call of some 100 instructions.
-FT_DEVICE int64_t divide(int64_t& value, int64_t by) {
-  int64_t quotient;
-  if (((value | by) >> 31) == 0) {
-    quotient = static_cast<uint32_t>(value) / static_cast<uint32_t>(by);
-  } else {
-    quotient = value / by;
-  }
-  value -= quotient * by;
-  return quotient;
-}
-
 // Items lie by sections of heads whose keys and values fit in L2 together; within a section by
 // tiles, the last, which under a causal mask is the longest, first. What is divided by is hidden,
 // as the compiler would keep the reciprocals in registers through everything.
 FT_DEVICE Place place_of(const ForwardArgs& a, int64_t item) {
   Place at;
-  int64_t rest = item;
-  item = divide(rest, hidden(a.splits));
-  at.split = static_cast<int>(rest);
-  rest = item;
+  at.split = static_cast<int>(divide(item, hidden(a.splits)));
   const int tiles = hidden(a.tiles), heads = hidden(a.heads), section_heads = hidden(a.section);
-  const int64_t section = divide(rest, int64_t{section_heads} * tiles);
+  int64_t section = item;
+  int64_t tile = divide(section, int64_t{section_heads} * tiles);
   const int64_t left = a.p.batch * heads - section * section_heads;
-  at.tile = tiles - 1 - static_cast<int>(divide(rest, left < section_heads ? left : section_heads));
-  int64_t unit = section * section_heads + rest;
-  at.batch = divide(unit, heads);
-  at.head = unit * a.pack;
+  const int64_t within = divide(tile, left < section_heads ? left : section_heads);
+  at.tile = tiles - 1 - static_cast<int>(tile);
+  at.batch = section * section_heads + within;
+  at.head = divide(at.batch, heads) * a.pack;
   return at;
 }
 
@@ -246,7 +233,8 @@ struct Forward {
     }
   }
 
-  // What of the weights of a row and two neighbouring keys dropout keeps.
+  // What of the weights of a row and two neighbouring keys dropout keeps. keep_bits<2> by hand: its
+  // loop takes registers that float at 128 does not have.
   FT_DEVICE static void drop(const ForwardArgs& a, uint64_t seed, int64_t position, float& first,
                              float& second) {
     const uint32_t threshold = a.p.dropout.threshold;
@@ -431,7 +419,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::run(const ForwardArgs& a, int round)
         softmax(a.units.exponent, s[m], top[m], total[m], o[m]);
         if constexpr (!kPlain) {
           if (p.dropout.threshold != 0) {
-            const uint64_t seed = dropout_seed(p);
+            const uint64_t seed = seed_of(p.dropout);
             const Item now = shared_load(&kept->item);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

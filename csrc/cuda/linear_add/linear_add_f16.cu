@@ -2,6 +2,6 @@
 
 namespace ft::cuda {
 
-template void launch_product<f16>(const char*, Form, const Plan&, const MatmulArgs&, void*);
+template void launch_product<f16>(const char*, Form, const ProductPlan&, const MatmulArgs&, void*);
 
 }  // namespace ft::cuda

@@ -2,6 +2,7 @@
 
 namespace ft::cuda {
 
-template void launch_product<float>(const char*, Form, const Plan&, const MatmulArgs&, void*);
+template void launch_product<float>(const char*, Form, const ProductPlan&, const MatmulArgs&,
+                                    void*);
 
 }  // namespace ft::cuda

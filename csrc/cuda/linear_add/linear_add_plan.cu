@@ -59,9 +59,9 @@ struct Problem {
 };
 
 // The plan with `splits`, or fewer where a split would be empty; without a cost where impossible.
-Plan plan_with(const Problem& p, TileKind kind, int splits) {
+ProductPlan plan_with(const Problem& p, TileKind kind, int splits) {
   const TileSpec& t = tile_spec(p.is_float, kind);
-  Plan plan;
+  ProductPlan plan;
   plan.cost = -1;
   if (t.m == 0 || (plan.stages = stages_for(t, p.shared)) == 0) return plan;
   const int64_t deep = t.depth / p.size();
@@ -87,23 +87,23 @@ Plan plan_with(const Problem& p, TileKind kind, int splits) {
   return plan;
 }
 
-void take_better(Plan& best, const Plan& other) {
+void take_better(ProductPlan& best, const ProductPlan& other) {
   if (other.cost >= 0 && (best.cost < 0 || other.cost < best.cost)) best = other;
 }
 
 }  // namespace
 
-Plan plan_product(const char* name, DType dtype, Form form, int64_t m, int64_t n, int64_t k,
-                  bool norm) {
+ProductPlan plan_product(const char* name, DType dtype, Form form, int64_t m, int64_t n, int64_t k,
+                         bool norm) {
   const Problem p = {
       m, n, k, dtype == DType::f32, norm, multiprocessors(name), max_shared_memory(name)};
-  Plan best;
+  ProductPlan best;
   best.cost = -1;
   for (TileKind kind : {TileKind::large, TileKind::medium, TileKind::skinny}) {
     if ((kind == TileKind::skinny) != (form == Form::forward && m <= kSkinnyRows)) continue;
     for (int splits = 1; splits <= kMostSplits; splits += splits < 4 ? 1 : splits / 4) {
       if (splits > 1 && ceil_div(k, splits) < kLeastSplit) break;
-      const Plan plan = plan_with(p, kind, splits);
+      const ProductPlan plan = plan_with(p, kind, splits);
       if (plan.splits > 1 && plan.tiles > p.sms) break;  // sums as large as C several times
       take_better(best, plan);
     }
@@ -119,11 +119,11 @@ Plan plan_product(const char* name, DType dtype, Form form, int64_t m, int64_t n
   return best;
 }
 
-int64_t product_workspace(const Plan& plan, int64_t m, int64_t n, bool norm) {
+int64_t product_workspace(const ProductPlan& plan, int64_t m, int64_t n, bool norm) {
   return plan.sum_floats(m) + (norm && !plan.norms_rows() ? 2 * m * plan.strips(n) : 0);
 }
 
-void run_product(const char* name, DType dtype, Form form, const Plan& plan, MatmulArgs args,
+void run_product(const char* name, DType dtype, Form form, const ProductPlan& plan, MatmulArgs args,
                  float* workspace, void* stream) {
   if (args.m == 0 || args.n == 0) return;
   const bool norm = args.norm.normed != nullptr;
@@ -271,14 +271,14 @@ MatmulArgs forward_args(const LinearAddParams& p) {
 
 int64_t linear_add_norm_workspace(const LinearAddNormParams& p) {
   const LinearAddParams& l = p.linear;
-  const Plan plan = plan_product("linear_add_norm", l.dtype, Form::forward, l.rows, l.out_features,
-                                 l.in_features, true);
+  const ProductPlan plan = plan_product("linear_add_norm", l.dtype, Form::forward, l.rows,
+                                        l.out_features, l.in_features, true);
   return product_workspace(plan, l.rows, l.out_features, true);
 }
 
 void linear_add_norm(const char* name, const LinearAddNormParams& p, void* stream) {
   const LinearAddParams& l = p.linear;
-  const Plan plan =
+  const ProductPlan plan =
       plan_product(name, l.dtype, Form::forward, l.rows, l.out_features, l.in_features, true);
   MatmulArgs a = forward_args(l);
   a.epilogue.centred = p.norm.mean != nullptr;

@@ -75,7 +75,7 @@ struct MatmulArgs {
   bool plain = false;  // float without tensor cores
 };
 
-struct Plan {
+struct ProductPlan {
   TileKind kind = TileKind::medium;
   int stages = 2, splits = 1, block = 0;
   int64_t per_split = 0, tiles = 0, shared = 0, sum_stride = 0;
@@ -89,12 +89,12 @@ struct Plan {
 };
 
 // For C (m × n) with a sum over k; `norm` says that C's rows are normed.
-Plan plan_product(const char* name, DType dtype, Form form, int64_t m, int64_t n, int64_t k,
-                  bool norm);
+ProductPlan plan_product(const char* name, DType dtype, Form form, int64_t m, int64_t n, int64_t k,
+                         bool norm);
 // Floats of scratch memory that run_product needs.
-int64_t product_workspace(const Plan& plan, int64_t m, int64_t n, bool norm);
+int64_t product_workspace(const ProductPlan& plan, int64_t m, int64_t n, bool norm);
 // The product, its split sums added up, and the norm where args.norm.normed is set.
-void run_product(const char* name, DType dtype, Form form, const Plan& plan, MatmulArgs args,
+void run_product(const char* name, DType dtype, Form form, const ProductPlan& plan, MatmulArgs args,
                  float* workspace, void* stream);
 
 // out[n] = Σ rows, summed in parts of rows and the parts in order.
@@ -104,7 +104,7 @@ void run_column_sums(const char* name, DType dtype, const Matrix& rows, void* ou
 
 // Instances: linear_add_{f32,f16,bf16}.cu.
 template <class T>
-void launch_product(const char* name, Form form, const Plan& plan, const MatmulArgs& args,
+void launch_product(const char* name, Form form, const ProductPlan& plan, const MatmulArgs& args,
                     void* stream);
 
 // Launcher-side views of the operators' params.

@@ -506,7 +506,7 @@ FT_GLOBAL void __launch_bounds__(S::kThreads, S::kBlocks) linear_product(const M
 }
 
 template <class T, TileKind kKind, Form kForm>
-void launch_tile(const char* name, const Plan& plan, const MatmulArgs& args, void* stream) {
+void launch_tile(const char* name, const ProductPlan& plan, const MatmulArgs& args, void* stream) {
   using S = typename ShapeOf<T, kKind>::Is;
   constexpr bool kNorm = kKind == TileKind::row256 || kKind == TileKind::row512;
   launch(name, linear_product<S, kForm, kNorm>, grid_for(args.items, 1), S::kThreads, plan.shared,
@@ -514,7 +514,7 @@ void launch_tile(const char* name, const Plan& plan, const MatmulArgs& args, voi
 }
 
 template <class T>
-void launch_product(const char* name, Form form, const Plan& plan, const MatmulArgs& args,
+void launch_product(const char* name, Form form, const ProductPlan& plan, const MatmulArgs& args,
                     void* stream) {
   const auto with = [&]<Form kForm>() {
     if (plan.kind == TileKind::large) {

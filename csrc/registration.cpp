@@ -122,7 +122,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "alibi_slopes, Tensor? sinks, float scale) -> (Tensor out, Tensor lse)");
   m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(
-      "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> "
+      "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) "
+      "-> "
       "(Tensor[] d_outs, Tensor[] d_lses)");
 }
 

@@ -23,10 +23,10 @@ struct alignas(16) Kept {
   int own_length;
   int walked_first, walked_end;  // rows of memory that are walked over
   int per_head;                  // steps
-  int exist;                     // rows of the output from `first` on: those behind key_lengths too
-  int64_t out_row;               // of `first` and the head
-  int values_pass;
   Runs runs;
+  int64_t out_row;  // of `first` and the head
+  int exist;        // rows of the output from `first` on: those behind key_lengths too
+  int values_pass;
   Sequence sequence;
   uint64_t seed;
   int64_t item;
@@ -102,8 +102,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
       const int64_t token =
           (kOwnsQueries ? first_query_of(p, sequence, b) : first_key_of(p, sequence, b)) + first;
       shared_store(kept, {first, b, own_head, first_head, own_length, base + runs.begin,
-                          base + walked_length, per_head, length - first,
-                          token * own_heads + own_head, values_pass, runs, sequence, seed, item});
+                          base + walked_length, per_head, runs, token * own_heads + own_head,
+                          length - first, values_pass, sequence, seed, item});
     }
     warp_barrier();
 

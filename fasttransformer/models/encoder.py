@@ -49,17 +49,32 @@ class Stack(TextModel):
         return {"config": self.config}
 
     def run(
-        self, batch: PackedBatch, memory: Tensor | None = None, source: PackedBatch | None = None
+        self,
+        batch: PackedBatch,
+        memory: Tensor | None = None,
+        source: PackedBatch | None = None,
+        kept: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """(tokens, embed_dim) of a packed batch, which with a memory has a packed source."""
+        """(tokens, embed_dim) of a packed batch, which with a memory has a packed source; ``kept``
+        gets each layer's keys and values of self-attention."""
         normed = summed = self.embedding(batch.ids, batch.positions)
-        norms: list[Any] = [None] * (len(self.layers) + 1)
-        if self.norm is not None:
-            norms = [*(layer.norm1 for layer in self.layers), self.norm]
-            normed = norms[0](summed)
-        for layer, next_norm in zip(self.layers, norms[1:]):
-            normed, summed = layer(normed, summed, batch, next_norm, memory, source)
+        norms = self.next_norms()
+        first = self.first_norm()
+        if first is not None:
+            normed = first(summed)
+        for layer, next_norm in zip(self.layers, norms):
+            normed, summed = layer(normed, summed, batch, next_norm, memory, source, kept)
         return normed
+
+    def first_norm(self) -> Any:
+        """The norm at the entry of the first block, None where norms come last."""
+        return None if self.norm is None else [*(x.norm1 for x in self.layers), self.norm][0]
+
+    def next_norms(self) -> list[Any]:
+        """For each layer the norm at the entry of what follows it, None where norms come last."""
+        if self.norm is None:
+            return [None] * len(self.layers)
+        return [*(layer.norm1 for layer in self.layers[1:]), self.norm]
 
 
 @dataclass

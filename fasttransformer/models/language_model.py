@@ -32,7 +32,7 @@ class LanguageModel(Generator, TextModel):
     Called with texts: strings, which get ``<s>`` and ``</s>``, lists of ids or a padded tensor of
     ids (B, L), which are taken as they are; each token is predicted from those before it. With
     ``target``, continuations of as many prompts, only the continuations are predicted. The Trainer
-    of transformers calls it by ``input_ids``, ``attention_mask`` and ``labels``: the ids again, −100
+    of transformers calls it by ``input_ids``, ``attention_mask``, ``labels``: the ids again, −100
     where nothing is to be predicted; they are shifted here. Returns a
     :class:`~fasttransformer.models.outputs.TextOutput`; its logits (B, L, vocab) at a place are
     those of the next token.

@@ -79,8 +79,14 @@ class SelfAttention(nn.Module):
         )
         return context.flatten(1)
 
-    def forward(self, x: Tensor, batch: PackedBatch) -> Tensor:
-        return self.attend(*self.project(x, batch), batch)
+    def forward(
+        self, x: Tensor, batch: PackedBatch, kept: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """``kept`` gets the keys and values, for a cache."""
+        query, key, value = self.project(x, batch)
+        if kept is not None:
+            kept.append((key, value))
+        return self.attend(query, key, value, batch)
 
 
 class CrossAttention(nn.Module):
@@ -146,14 +152,16 @@ class Layer(nn.Module):
         next_norm: nn.Module | None,
         memory: Tensor | None = None,
         source: PackedBatch | None = None,
+        kept: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``next_norm`` is the norm at the entry of what follows a pre-norm layer."""
+        """``next_norm`` is the norm at the entry of what follows a pre-norm layer; ``kept`` gets
+        self-attention's keys and values."""
         attention, cross, feed_forward = self.self_attn, self.cross_attn, self.feed_forward
         # The norm that follows each block: its own, or with pre_norm the next block's.
         norms = [self.norm1, self.norm2, self.norm3] if cross else [self.norm1, self.norm3]
         if self.pre_norm:
             norms = [*norms[1:], next_norm]
-        context = attention(normed, batch)
+        context = attention(normed, batch, kept)
         normed, summed = self._end(context, attention.out_proj, summed, norms[0])
         if cross is not None:
             assert memory is not None and source is not None

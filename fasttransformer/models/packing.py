@@ -1,7 +1,8 @@
 """Sequences of different lengths laid end to end, so that nothing is computed on padding.
 
-What works row by row (embedding, linear layers, norms, the loss) takes (tokens, features) as it is; attention takes ``cu_seqlens``, where each sequence starts and ends. A batch that is 90 %
-padding costs a tenth of what it would cost padded.
+What works row by row (embedding, linear layers, norms, the loss) takes (tokens, features) as it is;
+attention takes ``cu_seqlens``, where each sequence starts and ends. A batch that is 90 % padding
+costs a tenth of what it would cost padded.
 
 Source: Krell et al., Efficient Sequence Packing without Cross-contamination, 2021
 (arXiv:2107.02027).

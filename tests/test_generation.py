@@ -208,14 +208,16 @@ def test_a_step_computes_one_token_and_equals_the_uncached_pass(name, monkeypatc
     assert steps > decoding_module.FIRST_CAPACITY
     read = torch.randint(4, V, (3, steps), generator=torch.Generator().manual_seed(7))
     seen = []
-    for op in ("linear_add", "linear_add_layer_norm", "attention_decode", "embedding"):
-        function = getattr(decoding_module, op)
+    calls = decoding_module._Calls
+    for owner, name in ((calls, "linear"), (calls, "linear_norm"), (calls, "attend"),
+                        (decoding_module, "embedding")):  # fmt: skip
+        function = getattr(owner, name)
 
-        def counted(x, *args, _function=function, **kwargs):
-            seen.append(x.shape[0])
-            return _function(x, *args, **kwargs)
+        def counted(*args, _function=function, _first=owner is calls, **kwargs):
+            seen.append(args[_first].shape[0])
+            return _function(*args, **kwargs)
 
-        monkeypatch.setattr(decoding_module, op, counted)
+        monkeypatch.setattr(owner, name, counted)
     with torch.no_grad():
         if isinstance(model, Seq2SeqModel):
             memory = model.encoder(sources)

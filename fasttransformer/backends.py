@@ -91,6 +91,8 @@ def _lacks(*names: str) -> frozenset[str]:
 
 #: The slopes' own gradient, and what attention_decode asks for beside attention's options.
 _ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes")
+#: Targets that are probabilities, and the gradient of the class weights.
+_CROSS_ENTROPY_LACKS = _lacks("probabilities", "weight_grad")
 
 #: The backward operators that the two fused with a linear layer are joined from.
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
@@ -119,7 +121,10 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
-    "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
+    "cross_entropy": {
+        "cuda": Kernel("cuda", lacks=_CROSS_ENTROPY_LACKS),
+        "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
+    },
     "embedding": {"cuda": Kernel("cuda")},
     "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
     **{

@@ -66,7 +66,10 @@ FT_INLINE vf2 fma(vf2 a, vf2 b, vf2 c) {
   return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)};
 }
 FT_INLINE vf2 exp(vf2 x) { return {exp(x.even), exp(x.odd)}; }
-FT_INLINE vf2 exp2(vf2 x) { return {exp2(x.even), exp2(x.odd)}; }
+template <class T>
+FT_INLINE vf2 exp2_for(vf2 x) {
+  return {exp2_for<T>(x.even), exp2_for<T>(x.odd)};
+}
 FT_INLINE vf2 load(const float* p, Pair) { return {load(p), load(p + W)}; }
 FT_INLINE void store(float* p, vf2 x, Pair) {
   store(p, x.even);

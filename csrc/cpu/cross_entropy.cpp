@@ -43,7 +43,7 @@ FT_INLINE void add_block(const T* x, const float* w, int64_t count, Sums& s) {
   over_columns<2, T>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
     __builtin_prefetch(x + j + kBlock);  // of the next block: this one is bound by arithmetic
     const auto z = load(x + j, part) - about;
-    accumulate(total, u, keep(exp2(z * splat(kLog2E)), part));
+    accumulate(total, u, keep(exp2_for<T>(z * splat(kLog2E)), part));
     if constexpr (Smooth) {
       if (w != nullptr) {
         const auto wj = load(w + j, part);
@@ -121,13 +121,24 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// e^z, where z ≤ 0 but for rounding.
+template <class T, class V>
+FT_INLINE V probability(V z) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return exp(z);
+  } else {
+    return exp2_for<T>(z * splat(kLog2E));
+  }
+}
+
 // Where the gradients of a row go; the weights' share is absent without smoothing.
 template <bool Weighted, class T>
 void grad_row(const T* x, const float* w, int64_t n, float top, float log_sum, float by_p,
               float by_w, T* dx) {
   const vf high = splat(top), log_of = splat(log_sum), scale = splat(by_p), share = splat(by_w);
   over_columns<2, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-    const auto p = exp((load(x + j, part) - high) - log_of);
+    const auto z = (load(x + j, part) - high) - log_of;
+    const auto p = probability<T>(z);
     if constexpr (Weighted) {
       store(dx + j, scale * p - share * load(w + j, part), part);
     } else {

@@ -125,7 +125,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cuda": Kernel("cuda", lacks=_CROSS_ENTROPY_LACKS),
         "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
     },
-    "embedding": {"cuda": Kernel("cuda")},
+    "embedding": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
     "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
     **{
         op: {}

@@ -218,6 +218,14 @@ FT_INLINE void store_in_order(T* p, vf2 x, Pair) {
   const __m256 b = _mm256_unpackhi_ps((__m256)x.even, (__m256)x.odd);
   store(p, (vf)_mm256_permute2f128_ps(a, b, 0x20));
   store(p + W, (vf)_mm256_permute2f128_ps(a, b, 0x31));
+#else
+  float lane[2 * W];
+  for (int i = 0; i < W; ++i) {
+    lane[2 * i] = x.even[i];
+    lane[2 * i + 1] = x.odd[i];
+  }
+  store(p, load(lane));
+  store(p + W, load(lane + W));
 #endif
 }
 

@@ -89,10 +89,12 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-#: The slopes' own gradient, and what attention_decode asks for beside attention's options.
-_ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes")
 #: Targets that are probabilities, and the gradient of the class weights.
 _CROSS_ENTROPY_LACKS = _lacks("probabilities", "weight_grad")
+#: The slopes' own gradient.
+_ATTENTION_LACKS = _lacks("alibi_slopes_grad")
+#: A cache of another dtype than the query's.
+_DECODE_LACKS = _lacks("mixed_dtypes")
 
 #: The backward operators that the two fused with a linear layer are joined from.
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
@@ -121,6 +123,16 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
+    "attention_varlen": {
+        "cuda": Kernel("cuda", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
+        "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
+    },
+    "attention_decode": {
+        "cuda": Kernel("cuda", limits={"head_dim": 256}, lacks=_DECODE_LACKS),
+        "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_DECODE_LACKS),
+        "cpu": Kernel("cpu", lacks=_DECODE_LACKS),
+    },
+    "merge_attention": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
     "cross_entropy": {
         "cuda": Kernel("cuda", lacks=_CROSS_ENTROPY_LACKS),
         "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
@@ -130,8 +142,6 @@ TABLE: dict[str, dict[str, Kernel]] = {
     **{
         op: {}
         for op in (
-            "attention_varlen",
-            "merge_attention",
             "linear_cross_entropy",
             "linear_softmax",
             "linear_topk",
@@ -145,7 +155,7 @@ for _row in TABLE.values():
     _row["torch"] = Kernel("torch")
 
 #: Operations made of calls of another: they run wherever that one does, so its row is theirs.
-COMPOSED = {"feed_forward": "linear_add", "attention_decode": "attention"}
+COMPOSED = {"feed_forward": "linear_add"}
 TABLE.update((op, TABLE[other]) for op, other in COMPOSED.items())
 
 #: Operations whose kernels are found in another's file (same schema family, same row of the table).

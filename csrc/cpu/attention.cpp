@@ -122,8 +122,8 @@ inline void drop_row(const AttentionParams& p, int64_t position, int64_t begin, 
 }
 
 template <class T>
-void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, int64_t g,
-           const Strips& strips) {
+void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequence& seq, int64_t b,
+           int64_t g, const Strips& strips) {
   const int64_t dim = p.head_dim, columns = w.columns;
   int64_t first = p.kv_len, last = 0;
   for (int64_t i = 0; i < strips.rows; ++i) {
@@ -143,8 +143,8 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, in
   }
   for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
     const int64_t n = min64(kKeys, last - j);
-    pack_keys(at<T>(p.key, b, g, j), p.key.row, n, dim, w.keys);
-    pack_values(at<T>(p.value, b, g, j), p.value.row, n, p.value_dim, w.values);
+    pack_keys(at<T>(p.key, b, g, seq.key_start + j), p.key.row, n, dim, w.keys);
+    pack_values(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim, w.values);
     for (int64_t band = 0; band < strips.count; band += kBandStrips) {
       const int64_t band_end = min64(band + kBandStrips, strips.count);
       Seen seen[kBandStrips];
@@ -210,13 +210,15 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, in
 
 // Divides by the sums and writes a block's rows.
 template <class T>
-void write(const AttentionParams& p, const Units& u, const Workspace& w, int64_t b, int64_t rows) {
+void write(const AttentionParams& p, const Units& u, const Workspace& w, const Sequence& seq,
+           int64_t b, int64_t rows) {
   const int64_t dim = p.value_dim;
   for (int64_t i = 0; i < rows; ++i) {
     const Row& row = w.rows[i];
-    T* out = static_cast<T*>(p.out) + ((b * p.q_len + row.index) * p.heads + row.head) * dim;
+    const int64_t token = first_query_of(p, seq, b) + row.index;
+    T* out = static_cast<T*>(p.out) + (token * p.heads + row.head) * dim;
     float top = w.top[i], factor = 0.f;
-    float* lse = p.lse + (b * p.heads + row.head) * p.q_len + row.index;
+    float* lse = p.lse + first_row_of(p, seq, b, row.head) + row.index;
     if (!row.any) {  // told by the masks, never by the sum
       for (int64_t e = 0; e < dim; ++e) out[e] = from_float<T>(0.f);
       *lse = -__builtin_inff();
@@ -243,8 +245,7 @@ void write(const AttentionParams& p, const Units& u, const Workspace& w, int64_t
 
 template <class T>
 void run(const AttentionParams& p) {
-  const int64_t work =
-      p.batch * p.heads * p.q_len * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
+  const int64_t work = p.rows() * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
   const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
   const Plan plan = make_plan(p, static_cast<int>(threads));
   const Units u = units_of_case(p);
@@ -262,16 +263,17 @@ void run(const AttentionParams& p) {
       const int64_t head = at / plan.blocks_per_head * plan.heads_per_block;
       const int64_t heads = min64(plan.heads_per_block, group - head);
       const int64_t begin = at % plan.blocks_per_head * plan.rows;
-      const int64_t end = min64(begin + plan.rows, p.q_len);
+      const Sequence seq = sequence_of(p, b);
+      const int64_t end = min64(begin + plan.rows, seq.queries);
       if (begin >= end) continue;
       int64_t rows = 0;
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t i = begin; i < end; ++i) {
-          w.rows[rows++] = make_row(p, b, g * group + head + h, i);
+          w.rows[rows++] = make_row(p, seq, b, g * group + head + h, i);
         }
       }
-      block<T>(p, u, w, b, g, Strips(rows));
-      write<T>(p, u, w, b, rows);
+      block<T>(p, u, w, seq, b, g, Strips(rows));
+      write<T>(p, u, w, seq, b, rows);
     }
   });
 }

@@ -50,7 +50,8 @@ inline __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t d
 // key_lengths leave it.
 struct Row {
   int64_t head, index;  // index: its place in the sequence
-  int64_t position;     // as the keys see it: index (+ kv_len − q_len when bottom_right)
+  int64_t token;        // … and among the rows of the query: the same unless sequences are packed
+  int64_t position;     // as the keys see it: index + the sequence's shift
   int64_t first, last;
   const bool* mask;
   const char* bias;
@@ -80,13 +81,47 @@ FT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 FT_INLINE size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-inline Row make_row(const AttentionCase& p, int64_t b, int64_t h, int64_t i) {
+// Of batch entry b.
+struct Sequence {
+  int64_t queries, keys;           // keys: those behind key_lengths too
+  int64_t shift;                   // query i stands at key i + shift
+  int64_t query_start, key_start;  // its first row where sequences are packed, else 0
+};
+
+inline Sequence sequence_of(const AttentionCase& p, int64_t b) {
+  Sequence s = {p.q_len, p.kv_len, 0, 0, 0};
+  if (p.cu_seqlens_q) {
+    s.query_start = p.cu_seqlens_q[b];
+    s.queries = p.cu_seqlens_q[b + 1] - s.query_start;
+    s.key_start = p.cu_seqlens_k[b];
+    s.keys = p.cu_seqlens_k[b + 1] - s.key_start;
+  }
+  if (p.bottom_right) s.shift = s.keys - s.queries;
+  if (p.query_at_end) s.shift = p.key_lengths[b] - s.queries;
+  return s;
+}
+
+// Where query 0 of (b, h) stands among what there is one of per query …
+inline int64_t first_row_of(const AttentionCase& p, const Sequence& s, int64_t b, int64_t h) {
+  return ((p.cu_seqlens_q ? 0 : b) * p.heads + h) * p.head_rows + s.query_start;
+}
+// … and, of all heads, among the tokens of a tensor that has a token's heads beside each other; and
+// key 0.
+inline int64_t first_query_of(const AttentionCase& p, const Sequence& s, int64_t b) {
+  return p.cu_seqlens_q ? s.query_start : b * p.q_len;
+}
+inline int64_t first_key_of(const AttentionCase& p, const Sequence& s, int64_t b) {
+  return p.cu_seqlens_k ? s.key_start : b * p.kv_len;
+}
+
+inline Row make_row(const AttentionCase& p, const Sequence& s, int64_t b, int64_t h, int64_t i) {
   Row r;
   r.head = h;
   r.index = i;
-  r.position = p.bottom_right ? i + p.kv_len - p.q_len : i;
+  r.token = s.query_start + i;
+  r.position = i + s.shift;
   r.first = 0;
-  r.last = p.kv_len;
+  r.last = s.keys;
   if (p.key_lengths) r.last = max64(0, min64(r.last, p.key_lengths[b]));
   if (p.is_causal) r.last = min64(r.last, r.position + 1);
   if (p.window_right >= 0) r.last = min64(r.last, r.position + p.window_right + 1);
@@ -128,7 +163,7 @@ inline void pack_strip(const HeadsView& view, int64_t b, const Row* rows, int n,
   for (int base = 0; base < kPanelRows; base += W) {
     const T* from[W];
     for (int i = 0; i < W; ++i) {
-      from[i] = base + i < n ? at<T>(view, b, rows[base + i].head, rows[base + i].index) : nullptr;
+      from[i] = base + i < n ? at<T>(view, b, rows[base + i].head, rows[base + i].token) : nullptr;
     }
     for (int64_t k = 0; k < dim; k += W) {
       vi r[W];

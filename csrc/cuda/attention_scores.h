@@ -42,9 +42,23 @@ FT_DEVICE Sequence sequence_of(const AttentionCase& p, int64_t b) {
   if (p.is_causal) s.right = 0;
   if (p.key_lengths != nullptr) {
     const int length = load_scalar(p.key_lengths + b);
+    if (p.query_at_end) s.shift = length - s.queries;
     s.keys = length < 0 ? 0 : length < s.keys ? length : s.keys;
   }
   return s;
+}
+
+// Where query 0 of (b, h) stands among what there is one of per query …
+FT_DEVICE int64_t first_row_of(const AttentionCase& p, const Sequence& s, int64_t b, int64_t h) {
+  return ((p.cu_seqlens_q != nullptr ? 0 : b) * p.heads + h) * p.head_rows + s.query_start;
+}
+// … and, of all heads, among the tokens of a tensor that has a token's heads beside each other; and
+// key 0.
+FT_DEVICE int64_t first_query_of(const AttentionCase& p, const Sequence& s, int64_t b) {
+  return p.cu_seqlens_q != nullptr ? s.query_start : b * p.q_len;
+}
+FT_DEVICE int64_t first_key_of(const AttentionCase& p, const Sequence& s, int64_t b) {
+  return p.cu_seqlens_k != nullptr ? s.key_start : b * p.kv_len;
 }
 
 // ---- which tiles are seen -----------------------------------------------------------------------

@@ -205,8 +205,7 @@ FT_DEVICE RowSums merge(const RowSums& x, const RowSums& y, const Units& u) {
 // memory for this kernel and those that follow. NaN stays: only a row without keys has no top and
 // no sum.
 template <class T>
-FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t b, int64_t h, int i,
-                         bool writes) {
+FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t h, int64_t at, bool writes) {
   const AttentionBackwardParams& p = a.p;
 #pragma unroll
   for (int offset = 1; offset <= 2; offset *= 2) {
@@ -229,7 +228,6 @@ FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t b, int64_t
     w.shift = -natural_log(sums.sum) * kLog2E;
   }
   if (writes) {
-    const int64_t at = (b * p.heads + h) * p.q_len + i;
     store_scalar(p.top + at, w.top);
     store_scalar(p.shift + at, w.shift);
     store_scalar(p.delta + at, w.delta);

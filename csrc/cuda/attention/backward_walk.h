@@ -101,14 +101,16 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
       const int exist = shared_load(&kept->walked_length) - start;
       const int h = kOwnsQueries ? shared_load(&kept->own_head) / group
                                  : shared_load(&kept->first_head) + step / per_head;
+      const int64_t base = shared_load(kOwnsQueries ? &kept->sequence.key_start
+                                                    : &kept->sequence.query_start);
       const HeadsView& view1 = kOwnsQueries ? p.key : p.query;
       const HeadsView& view2 = kOwnsQueries ? p.value : p.grad_out;
       load_rows(walked1(stage), kStep, exist, head_dim, kPlain || a.walked_aligned[0],
-                head_of<T>(view1, b, h) + start * view1.row, view1.row, thread, threads);
+                head_of<T>(view1, b, h) + (base + start) * view1.row, view1.row, thread, threads);
       load_rows(walked2(stage), kStep, exist, value_dim, kPlain || a.walked_aligned[1],
-                head_of<T>(view2, b, h) + start * view2.row, view2.row, thread, threads);
+                head_of<T>(view2, b, h) + (base + start) * view2.row, view2.row, thread, threads);
       if constexpr (!kOwnsQueries) {
-        const int64_t at = (b * p.heads + h) * p.q_len + start;
+        const int64_t at = first_row_of(p, shared_load(&kept->sequence), b, h) + start;
         for (int i = thread; i < kStep; i += threads) {
           float* const to = numbers + stage * 4 * kStep + i;
           const bool there = i < exist;  // the others' weights meet zeros only
@@ -133,7 +135,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
         for (int half = 0; half < 2; ++half) {
           const int i = first + own_row + 16 * m + g + 8 * half;
           if (i >= own_length) continue;
-          const int64_t at = (b * p.heads + own_head) * p.q_len + i;
+          const int64_t at = first_row_of(p, sequence, b, own_head) + i;
           const float lse = load_scalar(p.top + at);
           coarse = coarse || ((lse > kCoarseLse || lse < -kCoarseLse) && lse - lse == 0.f);
         }
@@ -148,12 +150,13 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     const int total = again ? 2 * steps : steps;
     if (steps > 0) {
       block_barrier();  // the item before may still read
+      const int64_t own_first = first + (kOwnsQueries ? sequence.query_start : sequence.key_start);
       const HeadsView& view1 = kOwnsQueries ? p.query : p.key;
       const HeadsView& view2 = kOwnsQueries ? p.grad_out : p.value;
       load_rows(own1, rows, own_length - first, head_dim, kPlain || a.own_aligned[0],
-                head_of<T>(view1, b, own_head) + first * view1.row, view1.row, thread, threads);
+                head_of<T>(view1, b, own_head) + own_first * view1.row, view1.row, thread, threads);
       load_rows(own2, rows, own_length - first, value_dim, kPlain || a.own_aligned[1],
-                head_of<T>(view2, b, own_head) + first * view2.row, view2.row, thread, threads);
+                head_of<T>(view2, b, own_head) + own_first * view2.row, view2.row, thread, threads);
       load_walked(0);
       copy_async_commit();
     }
@@ -176,8 +179,10 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int i = shared_load(&kept->first) + own_row + 16 * m + g + 8 * half;
-              whole_row<T>(a, row_sums[m][half], shared_load(&kept->b),
-                           shared_load(&kept->own_head), i,
+              const int own_head = shared_load(&kept->own_head);
+              const int64_t at = first_row_of(p, shared_load(&kept->sequence),
+                                              shared_load(&kept->b), own_head);
+              whole_row<T>(a, row_sums[m][half], own_head, at + i,
                            i < shared_load(&kept->own_length) && lane % 4 == 0);
             }
           }
@@ -256,7 +261,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
           for (int half = 0; half < 2; ++half) {
             const int i = first + own_row + 16 * m + g + 8 * half;
             if (i >= sequence.queries) continue;
-            const int64_t at = (b * p.heads + h) * p.q_len + i;
+            const int64_t at = first_row_of(p, sequence, b, h) + i;
             if constexpr (kPlain) {
               own_weights[m][half].top = load_scalar(p.top + at);
               own_weights[m][half].delta = load_scalar(p.delta + at);
@@ -322,13 +327,16 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
 
     // All rows of the output are written, those behind key_lengths too.
     const Kept now = shared_load(kept);
-    const int64_t length = kOwnsQueries ? p.q_len : p.kv_len;
+    const bool packed = p.cu_seqlens_q != nullptr;
+    const int64_t first_token = kOwnsQueries ? first_query_of(p, now.sequence, now.b)
+                                             : first_key_of(p, now.sequence, now.b);
     const int heads = static_cast<int>(kOwnsQueries ? p.heads : p.kv_heads);
-    const int exist = static_cast<int>(length) - now.first;
     const int alive = now.own_length - now.first;
+    const int exist =
+        packed ? alive : static_cast<int>(kOwnsQueries ? p.q_len : p.kv_len) - now.first;
     const auto write = [&](const auto& sum, void* out, int columns, float factor) {
       T* const to =
-          static_cast<T*>(out) + ((now.b * length + now.first) * heads + now.own_head) * columns;
+          static_cast<T*>(out) + ((first_token + now.first) * heads + now.own_head) * columns;
       write_sums(sum, to, int64_t{heads} * columns, own_row, exist, alive, columns, factor);
     };
     if constexpr (kOwnsQueries) {

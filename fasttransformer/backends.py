@@ -138,7 +138,10 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
     },
     "embedding": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
-    "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
+    "rotary_embedding": {
+        "cuda": Kernel("cuda", lacks=_lacks("table_grad")),
+        "cpu": Kernel("cpu", lacks=_lacks("table_grad")),
+    },
     **{
         op: {}
         for op in (
@@ -149,7 +152,9 @@ TABLE: dict[str, dict[str, Kernel]] = {
     },
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
-STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}
+STEPS: dict[str, dict[str, Kernel]] = {
+    "activation": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")}
+}
 
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")

@@ -406,6 +406,17 @@ FT_INLINE vf scale_by_power(vf x, vf n) {
 
 #endif
 
+// Each two neighbouring lanes, the other way round.
+FT_INLINE vf swap_pairs(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permute_ps((__m512)x, 0xb1);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permute_ps((__m256)x, 0xb1);
+#else
+  return vf{x[1], x[0], x[3], x[2]};
+#endif
+}
+
 // ---- functions --------------------------------------------------------------------------------
 
 // 2^x. Cody–Waite reduction to [−1/2, 1/2]; the clamp keeps NaN (it is the second operand).
@@ -466,9 +477,9 @@ FT_INLINE vf exp2_for(vf x) {
   return scale_by_power(fma(p, f, splat(1.f)), n);
 }
 
-// x·Φ(x), Φ the normal distribution: log2 of its tail is a polynomial (our own fit on [0, 5.5],
-// absolute error of the product 4e-8), which falls to −inf beyond, so one branch serves all x.
-FT_INLINE vf gelu(vf x) {
+// Φ(−|x|), Φ the normal distribution: the tail's log2 is a polynomial (our own fit on [0, 5.5],
+// absolute error of the product x · Φ 4e-8), which falls to −inf beyond.
+FT_INLINE vf normal_tail(vf x) {
   const vf a = select(x < zero(), zero() - x, x);
   vf q = splat(-2.096443949994864e-06f);
   q = fma(q, a, splat(3.0661038181278855e-05f));
@@ -478,11 +489,14 @@ FT_INLINE vf gelu(vf x) {
   q = fma(q, a, splat(-5.2578240633010864e-02f));
   q = fma(q, a, splat(-4.5918202400207520e-01f));
   q = fma(q, a, splat(-1.1511082649230957f));
-  q = fma(q, a, splat(-9.999999403953552e-01f));
-  const vf tail = exp2(q);
+  return exp2(fma(q, a, splat(-9.999999403953552e-01f)));
+}
+FT_INLINE vf gelu_of_tail(vf x, vf tail) {  // x·Φ(x)
   const vf bounded = min(splat(100.f), x);  // where the tail is 0 long since: keeps inf · 0 away
   return select(x < zero(), x * tail, fma(zero() - bounded, tail, x));
 }
+FT_INLINE vf gelu(vf x) { return gelu_of_tail(x, normal_tail(x)); }
+FT_INLINE vf sigmoid(vf x) { return splat(1.f) / (splat(1.f) + exp(zero() - x)); }
 FT_INLINE vf silu(vf x) { return x / (splat(1.f) + exp(zero() - x)); }
 FT_INLINE vf gelu_tanh(vf x) {  // ½x(1 + tanh u) = x / (1 + e^(−2u)), u = √(2/π)(x + 0.044715x³)
   const vf u = fma(x * x, splat(0.044715f), splat(1.f)) * x;

@@ -69,11 +69,11 @@ def checked_first(
     return index
 
 
-def _outside(what: str, bad: int, size: int, ignore: int | None) -> str:
+def _outside(what: str, bad: int, size: int | torch.SymInt, ignore: int | None) -> str:
     return f"{what} holds {bad}; {_rule(size, ignore)}"
 
 
-def _rule(size: int, ignore: int | None) -> str:
+def _rule(size: int | torch.SymInt, ignore: int | None) -> str:
     return f"it must be in [0, {size})" + ("" if ignore is None else f" or ignore_index {ignore}")
 
 

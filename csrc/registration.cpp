@@ -70,6 +70,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "linear_add_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
       "norm_weight, float eps, bool return_sum) -> (Tensor normed, Tensor summed, Tensor rstd)");
 
+  // The place of the first of contiguous ids that is outside of [0, size) and not `ignore`, or −1.
+  m.def("find_outside(Tensor ids, int size, int? ignore) -> int");
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
       "label_smoothing) -> (Tensor losses, Tensor statistics)");

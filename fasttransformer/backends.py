@@ -89,6 +89,8 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+#: Targets that are probabilities, and the gradient of the class weights.
+_CROSS_ENTROPY_LACKS = _lacks("probabilities", "weight_grad")
 #: The slopes' own gradient.
 _ATTENTION_LACKS = _lacks("alibi_slopes_grad")
 #: A cache of another dtype than the query's.
@@ -131,9 +133,15 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cpu": Kernel("cpu", lacks=_DECODE_LACKS),
     },
     "merge_attention": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
-    "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
-    "embedding": {"cuda": Kernel("cuda")},
-    "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
+    "cross_entropy": {
+        "cuda": Kernel("cuda", lacks=_CROSS_ENTROPY_LACKS),
+        "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
+    },
+    "embedding": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
+    "rotary_embedding": {
+        "cuda": Kernel("cuda", lacks=_lacks("table_grad")),
+        "cpu": Kernel("cpu", lacks=_lacks("table_grad")),
+    },
     **{
         op: {}
         for op in (
@@ -144,7 +152,9 @@ TABLE: dict[str, dict[str, Kernel]] = {
     },
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
-STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}
+STEPS: dict[str, dict[str, Kernel]] = {
+    "activation": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")}
+}
 
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")

@@ -37,13 +37,6 @@ FT_INLINE vf2 masked(vf2 s, const bool* mask, int64_t j, Pair) {
   return {select(flags.even, s.even, nothing), select(flags.odd, s.odd, nothing)};
 }
 
-// The larger of each, `b` where one is NaN, for the partial maximum that a walk's u names.
-FT_INLINE void raise(vf* high, int u, vf s) { high[u] = max(s, high[u]); }
-FT_INLINE void raise(vf* high, int, vf2 s) {
-  high[0] = max(s.even, high[0]);
-  high[1] = max(s.odd, high[1]);
-}
-
 template <class T>
 void fill(T* out, int64_t n, float value) {
   over_columns<1>(n, [&](int64_t j, int, auto part)

@@ -96,6 +96,8 @@ _ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes"
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
 _LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
 
+_LINEAR_LOSS_LACKS = _lacks("probabilities", "weight_grad", "more_dimensions")
+
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
     "softmax": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
@@ -122,12 +124,14 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
     "embedding": {"cuda": Kernel("cuda")},
     "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
+    "linear_cross_entropy": {
+        "cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS),
+    },
     **{
         op: {}
         for op in (
             "attention_varlen",
             "merge_attention",
-            "linear_cross_entropy",
             "linear_softmax",
             "linear_topk",
         )

@@ -94,7 +94,8 @@ void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c
 // out.
 constexpr int64_t kAliasBytes = 4096;
 
-// Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1.
+// Whether A, of T, can be multiplied where it lies: stored as units already, in rows that spread
+// over L1.
 template <class Unit, class T>
 bool in_place(const Gemm& p) {
   return sizeof(T) * Unit::elements == 4 && p.depth % Unit::elements == 0 && !p.a.transposed &&
@@ -115,7 +116,8 @@ struct Ahead {
   }
 };
 
-template <class Unit, class T>
+// T: the type of B, TA: that of A.
+template <class Unit, class T, class TA = T>
 struct Engine {
   const Gemm& p;
   int64_t units, panel_floats;
@@ -140,10 +142,10 @@ struct Engine {
   // `rows` rows from `row` on, elements [k, k + depth); nothing where rows do not lie in a line.
   Ahead ahead(int64_t row, int64_t rows, int64_t k, int64_t depth) const {
     if (p.a.transposed || p.a.segment != INT64_MAX || p.a.inner_rows != INT64_MAX) return {};
-    const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+    const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(TA));
     const char* data = static_cast<const char*>(p.a.data) + row * stride;
-    return {data + k * static_cast<int64_t>(sizeof(T)), stride, min64(rows, p.rows - row),
-            depth * static_cast<int64_t>(sizeof(T))};
+    return {data + k * static_cast<int64_t>(sizeof(TA)), stride, min64(rows, p.rows - row),
+            depth * static_cast<int64_t>(sizeof(TA))};
   }
 
   // One task: a tile of C over the whole summed dimension. `next_row`: where the thread's next
@@ -157,15 +159,15 @@ struct Engine {
       const float* panel = panels + done * NR;
       const Ahead next = s + 1 < blocks ? ahead(tile.row, tile.rows, k + depth, depth)
                                         : ahead(next_row, tile.rows, 0, depth);
-      if (in_place<Unit, T>(p)) {
-        const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+      if (in_place<Unit, TA>(p)) {
+        const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(TA));
         const char* rows = static_cast<const char*>(p.a.data) + tile.row * stride;
         multiply(InPlace{rows + done * 4, stride}, tile, panel, n, next, s > 0);
       } else if (p.a.transposed) {
-        copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        copy_a_transposed<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(Columns<kBlockRows>{a_block}, tile, panel, n, next, s > 0);
       } else {
-        copy_a<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        copy_a<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(Rows<kRowUnits>{a_block}, tile, panel, n, next, s > 0);
       }
       done += n;
@@ -215,10 +217,13 @@ struct Engine {
     height = height < MR ? MR : height / MR * MR;
     // Enough tasks for the threads: first narrower, then lower; never below one register tile.
     const auto count = [&] { return ceil_div(p.rows, height) * ceil_div(columns, width); };
-    while (count() < 4 * threads && !p.whole_rows && width > 4 * NR) {
-      width = ceil_div(ceil_div(width, 2), NR) * NR;
+    if (!p.fixed_tiles) {
+      while (count() < 4 * threads && !p.whole_rows && width > 4 * NR) {
+        width = ceil_div(ceil_div(width, 2), NR) * NR;
+      }
+      while (count() < 3 * threads && height > MR) height -= MR;
+      height = ceil_div(ceil_div(p.rows, ceil_div(p.rows, height)), MR) * MR;  // even ones
     }
-    while (count() < 3 * threads && height > MR) height -= MR;
     const int64_t row_blocks = ceil_div(p.rows, height), column_blocks = ceil_div(columns, width);
     const int64_t total = row_blocks * column_blocks;
     const int64_t stride = ceil_div(width, NR) * NR;
@@ -377,7 +382,7 @@ void skinny(const Gemm& p) {
 enum class Form { packed, exchanged, skinny };
 
 Form form_of(const Gemm& p) {
-  if (p.a.transposed || !p.b.transposed || p.whole_rows) return Form::packed;
+  if (p.a.transposed || !p.b.transposed || p.whole_rows || p.fixed_tiles) return Form::packed;
   if (p.rows <= kSkinnyRows) return Form::skinny;
   return p.rows <= kExchangedRows && p.rows <= p.columns ? Form::exchanged : Form::packed;
 }
@@ -403,14 +408,25 @@ bool can_own_whole_rows(const Gemm& p) {
   return p.columns <= kWholeRowColumns && form_of(p) == Form::packed;
 }
 
+bool multiplies_pairs([[maybe_unused]] DType dtype) {
+#if defined(__AVX512BF16__)
+  return dtype == DType::bf16 && bf16_dot_is_fast();
+#else
+  return false;
+#endif
+}
+
 void gemm(const Gemm& p) {
   if (p.rows == 0 || p.columns == 0) return;
   switch (p.dtype) {
     case DType::f32: return run<Float, float>(p);
-    case DType::f16: return run<Float, f16>(p);
+    case DType::f16:
+      if (p.wide_a) return Engine<Float, f16, float>{p, 0, 0}.run();
+      return run<Float, f16>(p);
     case DType::bf16:
+      if (p.wide_a) return Engine<Float, bf16, float>{p, 0, 0}.run();
 #if defined(__AVX512BF16__)
-      if (bf16_dot_is_fast()) return run<BfPair, bf16>(p);
+      if (multiplies_pairs(p.dtype)) return run<BfPair, bf16>(p);
 #endif
       return run<Float, bf16>(p);
   }

@@ -96,6 +96,7 @@ _ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes"
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
 _LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
 
+#: What goes to the reference: targets as probabilities, and losses over more dimensions.
 _LINEAR_LOSS_LACKS = _lacks("probabilities", "weight_grad", "more_dimensions")
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
@@ -124,18 +125,10 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
     "embedding": {"cuda": Kernel("cuda")},
     "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
-    "linear_cross_entropy": {
-        "cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS),
-    },
-    **{
-        op: {}
-        for op in (
-            "attention_varlen",
-            "merge_attention",
-            "linear_softmax",
-            "linear_topk",
-        )
-    },
+    "linear_cross_entropy": {"cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS)},
+    "linear_softmax": {"cpu": Kernel("cpu", backward_from=("softmax", "linear_add"))},
+    "linear_topk": {"cpu": Kernel("cpu")},
+    **{op: {} for op in ("attention_varlen", "merge_attention")},
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
 STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}

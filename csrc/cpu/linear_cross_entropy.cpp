@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "cpu/columns.h"
@@ -87,8 +86,8 @@ struct Chunk {
   float* lines = nullptr;  // (classes, stride): exponentials, then G as T; null: not wanted
   float *tops = nullptr, *sums = nullptr, *smooth = nullptr;  // (tiles, stride)
   float *top = nullptr, *log_sum = nullptr, *target_logit = nullptr;
-  float *scale = nullptr, *hot = nullptr,
-        *even = nullptr;  // G = scale · p − hot at the target − even · class weight
+  // G = scale · p − hot at the target − even · class weight
+  float *scale = nullptr, *hot = nullptr, *even = nullptr;
   int32_t* target = nullptr;
   float* d_input = nullptr;     // (count, features)
   const void* input = nullptr;  // the chunk's rows, `input_stride` elements apart
@@ -469,11 +468,10 @@ void run(const Call& call) {
   T* copy = place<T>(c, parts);
 
   const int64_t weights = p.classes * p.features;
-  std::unique_ptr<float[]> wide;  // d_weight's sum over chunks
   float* total = static_cast<float*>(p.d_weight);
   if (p.d_weight && sizeof(T) != sizeof(float) && chunks > 1) {
-    wide.reset(new float[static_cast<size_t>(weights)]);
-    total = wide.get();
+    total = static_cast<float*>(
+        thread_scratch(Scratch::sums, static_cast<size_t>(weights) * sizeof(float)));
   }
   std::vector<float> d_bias(static_cast<size_t>(p.d_bias ? p.classes : 0));
   for (int64_t at = 0; at < kept; at += c.count) {

@@ -15,14 +15,13 @@ from ._front import (
     fake,
     float32_at_most,
     is_float,
-    last_stride_one,
     needs_grad,
     same_device,
     same_dtype,
 )
 from ._function import differentiable, fold, unfold, vmap_rule
 from ._index import checked_first, checked_index, kernel_ids
-from ._output_layer import by_rows, check_loss, reduced
+from ._output_layer import by_rows, check_loss, kernel_operands, reduced
 from .linear_add import autocast_linear
 
 #: dtypes whose gradients may be rounded before the upstream gradient multiplies them. float16 has
@@ -180,13 +179,10 @@ def _on_kernel(
     kernel: Kernel,
 ) -> Tensor:
     """The loss or losses in float32."""
-    rows = last_stride_one(input if input.dim() == 2 else input.unsqueeze(0))
     if weight is not None:
         weight = float32_at_most(weight).contiguous()
     operands = (
-        rows,
-        linear_weight.contiguous(),
-        None if linear_bias is None else linear_bias.contiguous(),
+        *kernel_operands(input, linear_weight, linear_bias),
         kernel_ids(target).view(-1),
         weight,
     )
@@ -198,7 +194,7 @@ def _on_kernel(
     elif reduction != "none" and input.dtype in _SCALED_LATER:
         return _reduced_with_grad(*operands, *options, mean, wanted, kernel)
     else:
-        losses, statistics = _losses_with_grad(*operands, *options, wanted, kernel)
+        losses, statistics = _losses_with_grad(*operands, *options, kernel)
     if reduction == "none":
         return losses.view(target.shape)
     return _reduced(losses, statistics, mean)
@@ -214,7 +210,7 @@ class _Losses:
     """Loss by loss; their gradients need the logits once more."""
 
     @staticmethod
-    def forward(x, weight, bias, target, class_weight, ignore_index, smoothing, wanted, kernel):
+    def forward(x, weight, bias, target, class_weight, ignore_index, smoothing, kernel):
         no_grads = (False, False, False, False)
         return kernel.forward(
             x, weight, bias, target, class_weight, ignore_index, smoothing, *no_grads
@@ -222,18 +218,18 @@ class _Losses:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.ignore_index, ctx.smoothing, ctx.wanted, ctx.kernel = inputs
+        *tensors, ctx.ignore_index, ctx.smoothing, ctx.kernel = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
-        x, weight, bias, target, class_weight, statistics = ctx.saved_tensors
-        operands = (x, weight, bias, target, class_weight, statistics)
-        options = (ctx.ignore_index, ctx.smoothing)
-        gradients = ctx.kernel.backward(grad, *operands, *options, *ctx.wanted)
-        return (*_given(gradients, ctx.wanted), *(None,) * 6)
+        wanted = ctx.needs_input_grad[:3]
+        gradients = ctx.kernel.backward(
+            grad, *ctx.saved_tensors, ctx.ignore_index, ctx.smoothing, *wanted
+        )
+        return (*_given(gradients, wanted), *(None,) * 5)
 
 
 class _Reduced:
@@ -318,9 +314,7 @@ def _(operator, batch_size, in_dims, input, weight, bias, target, class_weight, 
     if any(d is not None for d in (in_dims[1], in_dims[2], in_dims[4])) or any(options[-3:]):
         return None
     rows = fold(input, in_dims[0], batch_size), fold(target, in_dims[3], batch_size)
-    losses, statistics, *absent = operator(
-        rows[0], weight, bias, rows[1], class_weight, *options
-    )
+    losses, statistics, *absent = operator(rows[0], weight, bias, rows[1], class_weight, *options)
     outputs, dims = unfold((losses, statistics), batch_size)
     return (*outputs, *absent), (*dims, *(None,) * len(absent))
 

@@ -32,6 +32,12 @@ constexpr int64_t kSerialWork = 262144;  // multiply-adds below which a second t
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The grain of a parallel loop over parts of `work` multiply-adds or elements, of which `least` are
+// worth a thread.
+int64_t grain_of(const Gemm& p, int64_t least, int64_t work) {
+  return p.one_thread ? INT64_MAX : ceil_div(least, work + 1);
+}
+
 // Rows [row, row + rows) and elements [k, k + depth) of A as units with row stride kRowUnits.
 template <class Unit, class T>
 void copy_a(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) {
@@ -124,7 +130,7 @@ struct Engine {
 
   void pack(int64_t column, int64_t columns, float* out) const {
     const T* b = static_cast<const T*>(p.b.data);
-    parallel_for(ceil_div(columns, NR), ceil_div(16384, p.depth * NR + 1),
+    parallel_for(ceil_div(columns, NR), grain_of(p, 16384, p.depth * NR),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
                      const int64_t j = column + i * NR, n = min64(NR, column + columns - j);
@@ -201,7 +207,7 @@ struct Engine {
       const int64_t fit = kPackBytes / 4 / panel_floats * NR;
       chunk = min64(p.columns, fit < 4 * NR ? 4 * NR : fit);
     }
-    const int threads = num_threads();
+    const int threads = p.one_thread ? 1 : num_threads();
     for (int64_t column = 0; column < p.columns; column += chunk) {
       const int64_t columns = min64(chunk, p.columns - column);
       float* panels = static_cast<float*>(thread_scratch(
@@ -344,7 +350,7 @@ void skinny(const Gemm& p) {
   const T* w = static_cast<const T*>(p.b.data);
   constexpr int64_t kWidth = 32;  // columns per task
   const int64_t tasks = ceil_div(p.columns, kWidth);
-  parallel_for(tasks, ceil_div(32768, p.depth * kWidth + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(tasks, grain_of(p, 32768, p.depth * kWidth), [&](int64_t begin, int64_t end) {
     alignas(64) float c[rows * kWidth];
     for (int64_t t = begin; t < end; ++t) {
       const int64_t column = t * kWidth, columns = min64(kWidth, p.columns - column);

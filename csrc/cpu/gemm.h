@@ -42,6 +42,7 @@ struct Gemm {
   GemmB b;
   bool whole_rows = false;   // the epilogue wants tiles that span all columns
   bool fixed_tiles = false;  // tiles of kBlockRows rows, whatever the number of threads
+  bool one_thread = false;   // all on the calling thread, tiles of a row from left to right
   GemmEpilogue epilogue = nullptr;
   const void* context = nullptr;
 };

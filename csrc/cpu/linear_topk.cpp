@@ -176,6 +176,7 @@ void run_lists(const LinearTopkParams& p) {
         const int64_t classes = std::min(width, l.classes - share.first);
         if (classes <= 0) break;
         Gemm g = output_product(l, row, rows, share.first, classes);
+        g.one_thread = true;
         g.epilogue = keep_largest;
         g.context = &share;
         gemm(g);

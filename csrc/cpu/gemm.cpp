@@ -9,7 +9,8 @@
 // Exchanged (few rows): Cᵀ = Bᵀ · Aᵀ, so that the weight is read once, in place, and the small A is
 // what gets packed; finished tiles are turned before the epilogue sees them.
 //
-// Skinny (up to four rows): dot products along the weight's rows, bound by reading the weight.
+// Skinny (up to four rows, eight with AVX-512): dot products along the weight's rows, bound by
+// reading the weight.
 #include "cpu/gemm.h"
 
 #include "cpu/dot_product.h"
@@ -24,7 +25,11 @@ constexpr int64_t kPackBytes = int64_t{12}
 constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
 constexpr int64_t kTaskColumns = 1536;       // columns of a task that may split them
 constexpr int64_t kWholeRowColumns = 4096;
+#if defined(__AVX512F__)
+constexpr int64_t kSkinnyRows = 8;  // as many sums as registers hold
+#else
 constexpr int64_t kSkinnyRows = 4;
+#endif
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
 
 constexpr int64_t kSerialWork = 262144;  // multiply-adds below which a second thread costs more
@@ -84,12 +89,28 @@ void copy_a_transposed(const GemmA& a, int64_t row, int64_t rows, int64_t k, int
   }
 }
 
+// The part of A that is wanted next, fetched into L2 a few rows at a time between the register
+// tiles of the part at work.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+
+  void fetch(int64_t part, int64_t parts) const {
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+      const char* row = data + i * stride;
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
+  }
+};
+
+// Rows × one panel, the `part`-th of `parts` panels.
 template <class Unit, int nv, class A>
 void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
-           bool accumulate) {
+           bool accumulate, const Ahead& next, int64_t part, int64_t parts) {
   const int64_t tiles = ceil_div(rows, MR);
   for (int64_t t = 0, done = 0; t < tiles; ++t) {  // even heights: 16 rows are 8 + 8, not 14 + 2
     const int64_t n = ceil_div(rows - done, tiles - t);
+    next.fetch(part * tiles + t, parts * tiles);
     micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
                          c_stride, AddToIf{accumulate});
     done += n;
@@ -108,19 +129,6 @@ bool in_place(const Gemm& p) {
          p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
          p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
-
-// The part of A that is wanted next, fetched into L2 a few rows per panel of the part at work.
-struct Ahead {
-  const char* data = nullptr;
-  int64_t stride = 0, rows = 0, bytes = 0;
-
-  void fetch(int64_t panel, int64_t panels) const {
-    for (int64_t i = rows * panel / panels; i < rows * (panel + 1) / panels; ++i) {
-      const char* row = data + i * stride;
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-    }
-  }
-};
 
 // T: the type of B, TA: that of A.
 template <class Unit, class T, class TA = T>
@@ -189,11 +197,10 @@ struct Engine {
     for (int64_t i = 0; i < count; ++i, panel += panel_floats) {
       const int64_t j = i * NR;
       float* c = tile.data + j;
-      next.fetch(i, count);
       if (tile.columns - j > W) {
-        block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+        block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate, next, i, count);
       } else {
-        block<Unit, 1>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+        block<Unit, 1>(tile.rows, n, a, panel, c, tile.stride, accumulate, next, i, count);
       }
     }
   }
@@ -318,28 +325,34 @@ void run_exchanged(const Gemm& p) {
 
 // ---- skinny -----------------------------------------------------------------------------------
 
-constexpr int64_t kSkinnyColumns = 4;  // weight rows at a time: enough streams, few enough sums
+constexpr int64_t kSkinnyAhead = 8192;  // bytes of the weight between what is fetched and read
 
+// c[i · c_stride] = x[i] · w. One row of the weight after another: a single stream is what the
+// memory delivers fastest (four at a time: half of it).
 template <class Unit, class T, int rows>
-void skinny_columns(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth,
-                    float* c, int64_t c_stride) {
-  vf acc[rows][kSkinnyColumns];
-  for (auto& row : acc) {
-    for (vf& a : row) a = zero();
-  }
-  for (int64_t k = 0; k < depth; k += W * Unit::elements) {
-    vf a[rows];
-#pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) a[i] = (vf)load_units<Unit>(x + i * x_stride + k, depth - k);
-#pragma GCC unroll 4
-    for (int j = 0; j < kSkinnyColumns; ++j) {
-      const vf b = (vf)load_units<Unit>(w + j * w_stride + k, depth - k);
-#pragma GCC unroll 4
-      for (int i = 0; i < rows; ++i) acc[i][j] = Unit::fma(a[i], b, acc[i][j]);
+void skinny_column(const T* x, int64_t x_stride, const T* w, int64_t depth, float* c,
+                   int64_t c_stride) {
+  constexpr int parts = rows > 4 ? 2 : 4;  // sums along the row: more than an addition's latency
+  constexpr int64_t step = W * Unit::elements;
+  vf acc[rows][parts] = {};
+  const auto add = [&](int64_t k, int64_t n, int part) __attribute__((always_inline)) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kSkinnyAhead, 0, 3);
+    const vf b = (vf)load_units<Unit>(w + k, n);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      acc[i][part] = Unit::fma((vf)load_units<Unit>(x + i * x_stride + k, n), b, acc[i][part]);
     }
+  };
+  int64_t k = 0;
+  for (; k + parts * step <= depth; k += parts * step) {
+#pragma GCC unroll 4
+    for (int u = 0; u < parts; ++u) add(k + u * step, step, u);
   }
+  for (; k < depth; k += step) add(k, depth - k, 0);
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < kSkinnyColumns; ++j) c[i * c_stride + j] = reduce_add(acc[i][j]);
+    vf total = acc[i][0] + acc[i][1];
+    if constexpr (parts == 4) total += acc[i][2] + acc[i][3];
+    c[i * c_stride] = reduce_add(total);
   }
 }
 
@@ -354,29 +367,9 @@ void skinny(const Gemm& p) {
     alignas(64) float c[rows * kWidth];
     for (int64_t t = begin; t < end; ++t) {
       const int64_t column = t * kWidth, columns = min64(kWidth, p.columns - column);
-      for (int64_t j = 0; j < columns; j += kSkinnyColumns) {
-        // The last group steps back rather than past the end; the first may read one row
-        // repeatedly.
-        const int64_t at = min64(column + j, p.columns - kSkinnyColumns);
-        const bool short_matrix = at < 0;
-        if (!short_matrix) {
-          float group[rows * kSkinnyColumns];
-          skinny_columns<Unit, T, rows>(x, x_stride, w + at * p.b.row_stride, p.b.row_stride,
-                                        p.depth, group, kSkinnyColumns);
-          for (int i = 0; i < rows; ++i) {
-            for (int64_t n = 0; n < kSkinnyColumns; ++n) {
-              const int64_t to = at + n - column;
-              if (to >= 0) c[i * kWidth + to] = group[i * kSkinnyColumns + n];
-            }
-          }
-        } else {
-          for (int64_t n = 0; n < columns; ++n) {
-            float group[rows * kSkinnyColumns];
-            skinny_columns<Unit, T, rows>(x, x_stride, w + n * p.b.row_stride, 0, p.depth, group,
-                                          kSkinnyColumns);
-            for (int i = 0; i < rows; ++i) c[i * kWidth + n] = group[i * kSkinnyColumns];
-          }
-        }
+      for (int64_t j = 0; j < columns; ++j) {
+        skinny_column<Unit, T, rows>(x, x_stride, w + (column + j) * p.b.row_stride, p.depth, c + j,
+                                     kWidth);
       }
       p.epilogue({c, kWidth, 0, rows, column, columns}, p.context);
     }
@@ -404,7 +397,16 @@ void run(const Gemm& p) {
     case 1: return skinny<Unit, T, 1>(p);
     case 2: return skinny<Unit, T, 2>(p);
     case 3: return skinny<Unit, T, 3>(p);
-    default: return skinny<Unit, T, 4>(p);
+    case 4: return skinny<Unit, T, 4>(p);
+    default: break;
+  }
+  if constexpr (kSkinnyRows > 4) {
+    switch (p.rows) {
+      case 5: return skinny<Unit, T, 5>(p);
+      case 6: return skinny<Unit, T, 6>(p);
+      case 7: return skinny<Unit, T, 7>(p);
+      default: return skinny<Unit, T, 8>(p);
+    }
   }
 }
 

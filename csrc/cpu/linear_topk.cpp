@@ -86,10 +86,11 @@ FT_INLINE Sum sum_of(float* x, const float* bias, float factor, int64_t n) {
 struct Share {
   const LinearTopkParams& p;
   const float* bias;
-  int64_t first;   // class
-  Sum* sums;       // (rows)
-  int32_t* sizes;  // (rows)
-  Entry* lists;    // (rows, k), falling
+  int64_t first;    // class
+  Sum* sums;        // (rows)
+  int32_t* sizes;   // (rows)
+  Entry* lists;     // (rows, k), falling
+  int32_t* bounds;  // (rows), of all shares: the k-th key is no less than that
 };
 
 // Puts an entry behind those that are not smaller: of equal keys the first that came stays first.
@@ -111,16 +112,26 @@ void keep_largest(const GemmTile& tile, const void* context) {
     s.sums[row].add(tile_sum.top, tile_sum.total);
     Entry* list = s.lists + row * k;
     int32_t& size = s.sizes[row];
+    // Another share's k-th key spares this one most insertions. Which it has seen changes no
+    // result: what equals the bound is kept.
+    const auto least_of = [&] {
+      const int32_t bound = __atomic_load_n(&s.bounds[row], __ATOMIC_RELAXED) - 1;
+      return size < k ? bound : std::max(bound, list[k - 1].key);
+    };
     over_columns<1>(tile.columns, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
       const vi keys = keys_of(keep(load(x + j, part), part, -INFINITY));
-      int32_t least = size < k ? INT32_MIN : list[k - 1].key;
+      int32_t least = least_of();
       const int64_t count = std::min<int64_t>(tile.columns - j, W);
       uint32_t above = bits_of(keys > splat_int(least)) & ((uint64_t{1} << count) - 1);
       for (; above != 0; above &= above - 1) {
         const int lane = __builtin_ctz(above);
         if (keys[lane] <= least) continue;
         insert(list, size, k, {keys[lane], static_cast<int32_t>(first + j + lane)});
-        if (size == k) least = list[k - 1].key;
+        if (size < k) continue;
+        if (list[k - 1].key > s.bounds[row]) {
+          __atomic_store_n(&s.bounds[row], list[k - 1].key, __ATOMIC_RELAXED);
+        }
+        least = least_of();
       }
     });
   }
@@ -161,18 +172,20 @@ void run_lists(const LinearTopkParams& p) {
   const size_t cells = static_cast<size_t>(count * most);
   char* memory = static_cast<char*>(thread_scratch(
       Scratch::logits,
-      cells * (sizeof(Sum) + sizeof(int32_t) + static_cast<size_t>(p.k) * sizeof(Entry))));
+      cells * (sizeof(Sum) + 2 * sizeof(int32_t) + static_cast<size_t>(p.k) * sizeof(Entry))));
   Entry* lists = reinterpret_cast<Entry*>(memory);
   Sum* sums = reinterpret_cast<Sum*>(lists + cells * static_cast<size_t>(p.k));
   int32_t* sizes = reinterpret_cast<int32_t*>(sums + cells);
+  int32_t* bounds = sizes + cells;
   for (int64_t row = 0; row < l.rows; row += most) {
     const int64_t rows = std::min(most, l.rows - row);
     std::fill(sums, sums + cells, Sum{});
     std::fill(sizes, sizes + cells, 0);
+    std::fill(bounds, bounds + most, INT32_MIN + 1);
     parallel_for(count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
         const int64_t at = s * most;
-        const Share share = {p, bias, s * width, sums + at, sizes + at, lists + at * p.k};
+        const Share share = {p, bias, s * width, sums + at, sizes + at, lists + at * p.k, bounds};
         const int64_t classes = std::min(width, l.classes - share.first);
         if (classes <= 0) break;
         Gemm g = output_product(l, row, rows, share.first, classes);

@@ -96,6 +96,8 @@ _ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes"
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
 _LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
 
+_LINEAR_SOFTMAX = ("softmax", "linear_add")
+
 #: What goes to the reference: targets as probabilities, and losses over more dimensions.
 _LINEAR_LOSS_LACKS = _lacks("probabilities", "weight_grad", "more_dimensions")
 
@@ -125,9 +127,15 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
     "embedding": {"cuda": Kernel("cuda")},
     "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
-    "linear_cross_entropy": {"cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS)},
-    "linear_softmax": {"cpu": Kernel("cpu", backward_from=("softmax", "linear_add"))},
-    "linear_topk": {"cpu": Kernel("cpu")},
+    "linear_cross_entropy": {
+        "triton": Kernel("triton", lacks=_LINEAR_LOSS_LACKS),
+        "cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS),
+    },
+    "linear_softmax": {
+        "triton": Kernel("triton", backward_from=_LINEAR_SOFTMAX),
+        "cpu": Kernel("cpu", backward_from=_LINEAR_SOFTMAX),
+    },
+    "linear_topk": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
     **{op: {} for op in ("attention_varlen", "merge_attention")},
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.

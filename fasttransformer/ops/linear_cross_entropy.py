@@ -97,6 +97,8 @@ def linear_cross_entropy(
     kernel = choose(op, input.device.type, input.dtype, options, (), backend)
     wide = torch.promote_types(input.dtype, torch.float32)
     out_dtype = wide if autocast else input.dtype
+    if not target.is_floating_point() and target.device.type != "cpu" and kernel.backend != "cuda":
+        target = checked_index(op, "target", target, linear_weight.shape[0], ignore_index)
     if kernel.forward is not None:
         loss = _on_kernel(
             input,
@@ -110,8 +112,6 @@ def linear_cross_entropy(
             kernel,
         )
         return loss.to(out_dtype)
-    if not target.is_floating_point() and target.device.type != "cpu":
-        target = checked_index(op, "target", target, linear_weight.shape[0], ignore_index)
 
     def losses(rows: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
         # The rows are widened first so that the losses are rounded once, after the reduction.

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backends import NAMES
-from . import bench, check, demo, explain, info
+from . import bench, check, demo, explain, info, train
 from ._output import UsageError
 
-COMMANDS = (info, explain, check, bench, demo)
+COMMANDS = (info, explain, check, bench, demo, train)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,88 @@
+"""Opinions from templates: sentences in which a word, perhaps negated, says what is thought.
+
+Held out are things (nouns) and openings that training never has, in new sentences; and, as a second
+held-out set, opinion words that it never has. A model from scratch can do the first, where it has
+to find the word and see the negation. It can't do the second: nothing says what a word means that
+was never read. A pretrained model can.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from .records import Record
+
+_GOOD = (
+    "great excellent lovely superb pleasant wonderful delightful charming brilliant enjoyable "
+    "impressive fantastic splendid remarkable satisfying perfect beautiful amazing magnificent "
+    "marvellous"
+).split()
+_BAD = (
+    "bad awful boring dreadful terrible poor disappointing horrible unpleasant dull annoying "
+    "miserable tedious mediocre disgusting pathetic ugly lousy frustrating worthless"
+).split()
+_NEW_GOOD = (
+    "outstanding fabulous terrific gorgeous admirable refreshing flawless captivating".split()
+)
+_NEW_BAD = "atrocious appalling hideous abysmal dismal shoddy unbearable revolting".split()
+_NOUNS = (
+    "film book hotel meal trip concert phone lamp garden chair story song room teacher dinner play "
+    "show museum camera jacket service actor painting game weather soup bicycle beach speech view"
+).split()
+_NEW_NOUNS = (
+    "restaurant novel laptop apartment orchestra holiday sandwich lecture castle ferry".split()
+)
+_OPENINGS = (
+    "", "I think ", "We found that ", "My sister says ", "Everybody knows ", "In the end ",
+    "To be honest, ", "As far as I can tell, ",
+)  # fmt: skip
+_NEW_OPENINGS = ("Between you and me, ", "Last year I noticed that ", "Frankly, ")
+_ADVERBS = ("", "very ", "really ", "quite ", "truly ", "rather ")
+_PLAIN = (
+    "It was on a Tuesday.", "We were there for two hours.", "It stands near the station.",
+    "I paid with a card.", "There were four of us.", "It rained outside.", "",
+)  # fmt: skip
+
+
+def _sentence(rng: random.Random, words: dict[str, list[str]], nouns: list[str],
+              openings: tuple[str, ...]) -> Record:  # fmt: skip
+    label = rng.choice(("positive", "negative"))
+    negated = rng.random() < 0.3
+    other = {"positive": "negative", "negative": "positive"}[label]
+    word = rng.choice(words[other if negated else label])
+    opening, noun, adverb = rng.choice(openings), rng.choice(nouns), rng.choice(_ADVERBS)
+    verb = rng.choice(("is", "was", "seemed"))
+    if negated:
+        adverb = rng.choice(("", "at all "))
+        verb = {"is": "is not", "was": "was not", "seemed": "did not seem"}[verb]
+    text = f"{opening}the {noun} {verb} {adverb}{word}."
+    pieces = [text[0].upper() + text[1:], rng.choice(_PLAIN)]
+    rng.shuffle(pieces)
+    return {"text": " ".join(piece for piece in pieces if piece), "label": label}
+
+
+def records(count: int = 4000, seed: int = 0) -> tuple[list[Record], ...]:
+    """(for training, held out with new things, held out with new opinion words).
+
+    >>> train, new_things, new_words = records(50)
+    >>> len(train), train[0]["label"] in ("positive", "negative")
+    (50, True)
+    """
+    rng = random.Random(seed)
+    known = {"positive": _GOOD, "negative": _BAD}
+    unknown = {"positive": _NEW_GOOD, "negative": _NEW_BAD}
+
+    def some(count: int, *parts: object) -> list[Record]:
+        unique: dict[str, Record] = {}
+        for _ in itertools.takewhile(lambda _: len(unique) < count, range(20 * count)):
+            record = _sentence(rng, *parts)  # type: ignore[arg-type]
+            unique.setdefault(record["text"], record)
+        return list(unique.values())
+
+    tenth = max(count // 10, 1)
+    return (
+        some(count, known, _NOUNS, _OPENINGS),
+        some(tenth, known, _NEW_NOUNS, _NEW_OPENINGS),
+        some(tenth, unknown, _NEW_NOUNS, _NEW_OPENINGS),
+    )

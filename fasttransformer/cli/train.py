@@ -185,8 +185,8 @@ def add_parser(commands: Any) -> None:
         commands, "train",
         "train a model from a file of JSON lines: summaries, translations, answers, text, labels",
         "  fasttransformer train --task classify --data reviews.jsonl --out reviews\n"
-        "  fasttransformer train --task summarize --data pages.jsonl --eval-data held_out.jsonl \\\n"
-        "      --out summaries --steps 4000 --patience 5\n"
+        "  fasttransformer train --task summarize --data pages.jsonl --out summaries \\\n"
+        "      --eval-data held_out.jsonl --steps 4000 --patience 5\n"
         "  fasttransformer train --task classify --data reviews.jsonl --out reviews --resume\n"
         "  torchrun --nproc-per-node 2 -m fasttransformer train --task translate …\n",
     )  # fmt: skip

@@ -7,6 +7,7 @@ held-out records has learned nothing worth having.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -355,14 +356,14 @@ class Generate(Task):
         for example in self.examples(model, training):
             ids = example.inputs[0]
             single.update(ids[1:])
-            pairs.update(zip(ids, ids[1:]))
+            pairs.update(itertools.pairwise(ids))
             before.update(ids[:-1])
         count, size = single.total(), model.tokenizer.vocab_size
         examples = self.examples(model, records)
         alone = together = 0.0
         for example in examples:
             ids = example.inputs[0]
-            for first, second in zip(ids, ids[1:]):
+            for first, second in itertools.pairwise(ids):
                 p = (single[second] + 1) / (count + size)
                 # A pair counts as if it had been seen p times more (Dirichlet smoothing).
                 q = (pairs[first, second] + 5.0 * p) / (before[first] + 5.0)

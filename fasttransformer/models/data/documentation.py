@@ -8,7 +8,7 @@ reference in ``pydoc_data.topics``. Another version of Python gives somewhat oth
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -80,7 +80,7 @@ def entry_of(
     paragraphs = [p for p in inspect.cleandoc(docstring).split("\n\n") if p.strip()]
     # Older docstrings of compiled functions begin with their signature.
     while paragraphs and re.match(r"[\w.]+\s*\(.*\)\s*(->.*)?$", paragraphs[0].split("\n")[0]):
-        head, _, rest = paragraphs[0].partition("\n")
+        _, _, rest = paragraphs[0].partition("\n")
         paragraphs = [rest, *paragraphs[1:]] if rest.strip() else paragraphs[1:]
     if not paragraphs:
         return None
@@ -116,7 +116,8 @@ def _definitions(node: ast.AST, module: str, prefix: str) -> Iterator[Entry | No
         if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield from _definitions(child, module, prefix)
             continue
-        docstring, parameters, kind = ast.get_docstring(child), (), "class"
+        docstring, kind = ast.get_docstring(child), "class"
+        parameters: tuple[str, ...] = ()
         if not isinstance(child, ast.ClassDef):
             kind = "function"
             named = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]

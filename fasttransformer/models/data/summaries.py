@@ -45,8 +45,8 @@ def split_entries(
 def record_of(entry: Entry) -> Record:
     """An entry as text and summary.
 
-    >>> record_of(Entry("os", "getcwd", "function", "Say where one is.", "As a string.", ("a", "b")))
-    {'text': 'function getcwd (a, b)\\nAs a string.', 'summary': 'Say where one is.'}
+    >>> record_of(Entry("os", "getcwd", "function", "Say where one is.", "As a string.", ("a",)))
+    {'text': 'function getcwd (a)\\nAs a string.', 'summary': 'Say where one is.'}
     """
     parameters = f" ({', '.join(entry.parameters)})" if entry.parameters else ""
     text = f"{entry.heading}{parameters}\n{entry.text}".rstrip()

@@ -387,7 +387,8 @@ class _Run:
 
 def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """AdamW; biases, norms and embeddings don't decay."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         decays = parameter.dim() > 1 and "embedding" not in name
         (decayed if decays else others).append(parameter)

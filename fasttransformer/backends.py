@@ -158,9 +158,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "linear_topk": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
-STEPS: dict[str, dict[str, Kernel]] = {
-    "activation": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")}
-}
+STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")}}
 
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")

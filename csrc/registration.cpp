@@ -70,12 +70,28 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "linear_add_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
       "norm_weight, float eps, bool return_sum) -> (Tensor normed, Tensor summed, Tensor rstd)");
 
+  // The place of the first of contiguous ids that is outside of [0, size) and not `ignore`, or −1.
+  m.def("find_outside(Tensor ids, int size, int? ignore) -> int");
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
       "label_smoothing) -> (Tensor losses, Tensor statistics)");
   m.def(
       "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor "
       "statistics, int ignore_index, float label_smoothing) -> Tensor");
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? "
+      "class_weight, int ignore_index, float label_smoothing, bool mean, bool input_grad, bool "
+      "weight_grad, bool bias_grad) -> (Tensor losses, Tensor statistics, Tensor d_input, Tensor "
+      "d_weight, Tensor d_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight, Tensor? bias, "
+      "Tensor target, Tensor? class_weight, Tensor statistics, int ignore_index, float "
+      "label_smoothing, bool input_grad, bool weight_grad, bool bias_grad) -> (Tensor d_input, "
+      "Tensor d_weight, Tensor d_bias)");
+  m.def("linear_softmax(Tensor input, Tensor weight, Tensor? bias, float temperature) -> Tensor");
+  m.def(
+      "linear_topk(Tensor input, Tensor weight, Tensor? bias, int k, float temperature) -> (Tensor "
+      "values, Tensor indices)");
   m.def(
       "embedding(Tensor input, Tensor weight, Tensor? positions, Tensor? position_weight, bool "
       "sinusoidal, float scale) -> Tensor");
@@ -122,7 +138,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "alibi_slopes, Tensor? sinks, float scale) -> (Tensor out, Tensor lse)");
   m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(
-      "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> "
+      "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) "
+      "-> "
       "(Tensor[] d_outs, Tensor[] d_lses)");
 }
 

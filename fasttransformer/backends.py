@@ -89,6 +89,8 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+#: Targets that are probabilities, and the gradient of the class weights.
+_CROSS_ENTROPY_LACKS = _lacks("probabilities", "weight_grad")
 #: The slopes' own gradient.
 _ATTENTION_LACKS = _lacks("alibi_slopes_grad")
 #: A cache of another dtype than the query's.
@@ -97,6 +99,11 @@ _DECODE_LACKS = _lacks("mixed_dtypes")
 #: The backward operators that the two fused with a linear layer are joined from.
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
 _LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
+
+_LINEAR_SOFTMAX = ("softmax", "linear_add")
+
+#: What goes to the reference: targets as probabilities, and losses over more dimensions.
+_LINEAR_LOSS_LACKS = _lacks("probabilities", "weight_grad", "more_dimensions")
 
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
@@ -131,20 +138,29 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cpu": Kernel("cpu", lacks=_DECODE_LACKS),
     },
     "merge_attention": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
-    "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
-    "embedding": {"cuda": Kernel("cuda")},
-    "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
-    **{
-        op: {}
-        for op in (
-            "linear_cross_entropy",
-            "linear_softmax",
-            "linear_topk",
-        )
+    "cross_entropy": {
+        "cuda": Kernel("cuda", lacks=_CROSS_ENTROPY_LACKS),
+        "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
     },
+    "embedding": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
+    "rotary_embedding": {
+        "cuda": Kernel("cuda", lacks=_lacks("table_grad")),
+        "cpu": Kernel("cpu", lacks=_lacks("table_grad")),
+    },
+    "linear_cross_entropy": {
+        "triton": Kernel("triton", lacks=_LINEAR_LOSS_LACKS),
+        "cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS),
+    },
+    "linear_softmax": {
+        "triton": Kernel("triton", backward_from=_LINEAR_SOFTMAX),
+        "cpu": Kernel("cpu", backward_from=_LINEAR_SOFTMAX),
+    },
+    "linear_topk": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
-STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}
+STEPS: dict[str, dict[str, Kernel]] = {
+    "activation": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")}
+}
 
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")

@@ -504,9 +504,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
         continue;
       }
       const Finish f = finish_row(p, lse_scale, some, top[m][half], sum, head);
-      if (exists && t == 0 && first_column() == 0) {
-        store_scalar(p.lse + row, f.lse);
-      }
+      if (exists && t == 0 && first_column() == 0) { store_scalar(p.lse + row, f.lse); }
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
         T* to = staged.at(row_of(m, half, lane), first_column() + n * 8 + t * 2);

@@ -596,5 +596,6 @@ KERNELS = {
     "_norm._weight_gradients", "_reduce._sum_partials", "_attention.forward_kernel",
     "_attention_backward.delta_kernel", "_attention_backward.dkdv_kernel",
     "_attention_backward.dq_kernel", "_attention_backward.dbias_kernel", "_matmul.matmul_kernel",
-    "_matmul.matmul_norm_kernel", "_matmul.column_sums_kernel",
+    "_matmul.matmul_norm_kernel", "_matmul.column_sums_kernel", "linear_cross_entropy._rows",
+    "linear_topk._largest",
 }  # fmt: skip

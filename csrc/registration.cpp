@@ -70,6 +70,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "linear_add_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
       "norm_weight, float eps, bool return_sum) -> (Tensor normed, Tensor summed, Tensor rstd)");
 
+  // The place of the first of contiguous ids that is outside of [0, size) and not `ignore`, or −1.
+  m.def("find_outside(Tensor ids, int size, int? ignore) -> int");
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, float "
       "label_smoothing) -> (Tensor losses, Tensor statistics)");
@@ -117,6 +119,28 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "Tensor? sinks, Tensor? key_lengths, float scale, float dropout_p, Tensor? seed, bool "
       "bias_grad, bool sinks_grad) -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor "
       "d_bias, Tensor d_sinks)");
+  m.def(
+      "attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor "
+      "cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? mask, Tensor? bias, bool "
+      "is_causal, bool bottom_right, int window_left, int window_right, float softcap, Tensor? "
+      "alibi_slopes, Tensor? sinks, float scale, float dropout_p, Tensor? seed) -> (Tensor out, "
+      "Tensor lse)");
+  m.def(
+      "attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int "
+      "max_seqlen_q, int max_seqlen_k, Tensor? mask, Tensor? bias, bool is_causal, bool "
+      "bottom_right, int window_left, int window_right, float softcap, Tensor? alibi_slopes, "
+      "Tensor? sinks, float scale, float dropout_p, Tensor? seed, bool bias_grad, bool sinks_grad) "
+      "-> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_bias, Tensor d_sinks)");
+  m.def(
+      "attention_decode(Tensor query, Tensor key, Tensor value, Tensor key_lengths, Tensor? mask, "
+      "Tensor? bias, bool is_causal, int window_left, int window_right, float softcap, Tensor? "
+      "alibi_slopes, Tensor? sinks, float scale) -> (Tensor out, Tensor lse)");
+  m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) "
+      "-> "
+      "(Tensor[] d_outs, Tensor[] d_lses)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttransformer, CompositeExplicitAutograd, m) {

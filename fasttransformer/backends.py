@@ -89,8 +89,12 @@ def _lacks(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-#: The slopes' own gradient, and what attention_decode asks for beside attention's options.
-_ATTENTION_LACKS = _lacks("alibi_slopes_grad", "query_positions", "mixed_dtypes")
+#: Targets that are probabilities, and the gradient of the class weights.
+_CROSS_ENTROPY_LACKS = _lacks("probabilities", "weight_grad")
+#: The slopes' own gradient.
+_ATTENTION_LACKS = _lacks("alibi_slopes_grad")
+#: A cache of another dtype than the query's.
+_DECODE_LACKS = _lacks("mixed_dtypes")
 
 #: The backward operators that the two fused with a linear layer are joined from.
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
@@ -124,9 +128,25 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
-    "cross_entropy": {"cuda": Kernel("cuda", lacks=_lacks("probabilities", "weight_grad"))},
-    "embedding": {"cuda": Kernel("cuda")},
-    "rotary_embedding": {"cuda": Kernel("cuda", lacks=_lacks("table_grad"))},
+    "attention_varlen": {
+        "cuda": Kernel("cuda", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
+        "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
+    },
+    "attention_decode": {
+        "cuda": Kernel("cuda", limits={"head_dim": 256}, lacks=_DECODE_LACKS),
+        "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_DECODE_LACKS),
+        "cpu": Kernel("cpu", lacks=_DECODE_LACKS),
+    },
+    "merge_attention": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
+    "cross_entropy": {
+        "cuda": Kernel("cuda", lacks=_CROSS_ENTROPY_LACKS),
+        "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
+    },
+    "embedding": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
+    "rotary_embedding": {
+        "cuda": Kernel("cuda", lacks=_lacks("table_grad")),
+        "cpu": Kernel("cpu", lacks=_lacks("table_grad")),
+    },
     "linear_cross_entropy": {
         "triton": Kernel("triton", lacks=_LINEAR_LOSS_LACKS),
         "cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS),
@@ -136,16 +156,17 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "cpu": Kernel("cpu", backward_from=_LINEAR_SOFTMAX),
     },
     "linear_topk": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
-    **{op: {} for op in ("attention_varlen", "merge_attention")},
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
-STEPS: dict[str, dict[str, Kernel]] = {"activation": {"cuda": Kernel("cuda")}}
+STEPS: dict[str, dict[str, Kernel]] = {
+    "activation": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")}
+}
 
 for _row in TABLE.values():
     _row["torch"] = Kernel("torch")
 
 #: Operations made of calls of another: they run wherever that one does, so its row is theirs.
-COMPOSED = {"feed_forward": "linear_add", "attention_decode": "attention"}
+COMPOSED = {"feed_forward": "linear_add"}
 TABLE.update((op, TABLE[other]) for op, other in COMPOSED.items())
 
 #: Operations whose kernels are found in another's file (same schema family, same row of the table).

@@ -11,6 +11,7 @@ if __name__ != "kernels":
     from . import add_layer_norm as add_layer_norm
     from . import add_rms_norm as add_rms_norm
     from . import attention as attention
+    from . import attention_decode as attention_decode
     from . import layer_norm as layer_norm
     from . import linear_add as linear_add
     from . import linear_add_layer_norm as linear_add_layer_norm

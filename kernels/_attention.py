@@ -164,9 +164,9 @@ def forward_kernel(
     slope_strides, H, group, S, T, shift, left, right, softcap, scale, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    SINKS: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    UNIT: tl.constexpr,
+    SINKS: tl.constexpr, LENGTHS: tl.constexpr, AT_END: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(S, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -184,6 +184,8 @@ def forward_kernel(
     limit = T
     if LENGTHS:
         limit = tl.minimum(T, tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0))
+    if AT_END:  # the queries are the last of a cache's tokens
+        shift = limit - S
     q_ptr += b * q_strides[0] + h * q_strides[1] + first.to(tl.int64) * q_strides[2]
     k_ptr += b * k_strides[0] + (h // group) * k_strides[1]
     v_ptr += b * v_strides[0] + (h // group) * v_strides[1]

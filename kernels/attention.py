@@ -140,6 +140,37 @@ def _heads_last(like: Tensor, x: Tensor, dim: int) -> Tensor:
     return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
 
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
+    is_causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, key_lengths: Tensor | None, scale: float,
+    dropout_p: float, seed: Tensor | None, at_end: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """attention, or with ``at_end`` attention_decode, whose queries are the last tokens."""
+    B, H, S, D = query.shape
+    E = value.shape[3]
+    out = _heads_last(query, query, E)
+    lse = query.new_empty((B, H, S), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    if key.shape[2] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    call = _describe(
+        query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
+        alibi_slopes, key_lengths, scale, dropout_p, seed, (out,), False,
+    )  # fmt: skip
+    tile = tile_for(FORWARD, FORWARD_F32, query, max(D, E))
+    tile = short(lighter(tile) if heavy(call.options) else tile, S)
+    forward_kernel[(triton.cdiv(S, tile.m) * B * H,)](
+        q_ptr=query, k_ptr=key, v_ptr=value, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
+        q_strides=query.stride(), k_strides=key.stride(), v_strides=value.stride(),
+        out_strides=out.stride(), SINKS=sinks is not None, AT_END=at_end, BLOCK_M=tile.m,
+        BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **call.runtime,
+        **call.options,
+    )  # fmt: skip
+    return out, lse
+
+
 @operator("out", "lse")
 def attention(
     query: Tensor,
@@ -159,27 +190,10 @@ def attention(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    B, H, S, D = query.shape
-    E = value.shape[3]
-    out = _heads_last(query, query, E)
-    lse = query.new_empty((B, H, S), dtype=torch.float32)
-    if lse.numel() == 0:
-        return out, lse
-    if key.shape[2] == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    call = _describe(
+    return forward(
         query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
-        alibi_slopes, key_lengths, scale, dropout_p, seed, (out,), False,
+        alibi_slopes, sinks, key_lengths, scale, dropout_p, seed, False,
     )  # fmt: skip
-    tile = tile_for(FORWARD, FORWARD_F32, query, max(D, E))
-    tile = short(lighter(tile) if heavy(call.options) else tile, S)
-    forward_kernel[(triton.cdiv(S, tile.m) * B * H,)](
-        q_ptr=query, k_ptr=key, v_ptr=value, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
-        q_strides=query.stride(), k_strides=key.stride(), v_strides=value.stride(),
-        out_strides=out.stride(), SINKS=sinks is not None, BLOCK_M=tile.m, BLOCK_N=tile.n,
-        num_warps=tile.warps, num_stages=tile.stages, **call.runtime, **call.options,
-    )  # fmt: skip
-    return out, lse
 
 
 @operator("d_query", "d_key", "d_value", "d_bias", "d_sinks")

@@ -6,6 +6,8 @@ import torch
 from fronts import refuses
 
 import fasttransformer as ft
+from contract import backends_of, check
+from fasttransformer import reference
 
 
 def filled(lengths=(3, 5), capacity=8, dtype=torch.float64, heads=2):
@@ -24,6 +26,76 @@ def new(count, dtype=torch.float64):
     """query, new_key, new_value of ``count`` tokens."""
     return (torch.randn(2, 4, count, 8, dtype=dtype), torch.randn(2, 2, count, 8, dtype=dtype),
             torch.randn(2, 2, count, 6, dtype=dtype))  # fmt: skip
+
+
+def run_on(on, module, tensors, keys, values, lengths, **options):
+    """attention_decode over a cache that holds the given keys and values."""
+    query, new_key, new_value = tensors
+    cache = ft.KVCache(keys[None].clone(), values[None].clone(), lengths[None].clone())
+    return module.attention_decode(
+        query, cache, new_key=new_key, new_value=new_value, return_lse=True, **options
+    )
+
+
+GRID = {
+    "plain": {},
+    "not causal": {"is_causal": False},
+    "window": {"window": (20, 0)},
+    "softcap, scale": {"softcap": 3.0, "scale": 0.3},
+    "alibi": {"alibi_slopes": torch.rand(3, 4)},
+    "sinks": {"sinks": torch.randn(4)},
+    "mask": {"mask": torch.rand(3, 1, 1, 150) < 0.7},
+    "bias": {"bias": torch.randn(4, 1, 150)},
+}
+
+
+@pytest.mark.parametrize("on", backends_of("attention_decode"))
+@pytest.mark.parametrize("options", GRID)
+def test_contract(on, options):
+    """Samples of different lengths, with garbage behind them, by what each of them holds."""
+    lengths, small = torch.tensor([120, 0, 17], dtype=torch.int32), on == "triton"
+    for dtype in [torch.bfloat16] if small else [torch.float32, torch.bfloat16, torch.float16]:
+        for count, dim in [(1, 16)] if small else [(1, 64), (3, 24), (17, 128)]:
+            tensors = [torch.randn(3, heads, count, dim).to(dtype) for heads in (4, 2, 2)]
+            keys, values = torch.randn(2, 3, 2, 150, dim).to(dtype).unbind()
+            for b, length in enumerate(lengths):
+                keys[b, :, length:] = float("nan")
+                values[b, :, length:] = float("nan")
+
+            def call(module, keys=keys, values=values):
+                def run(*tensors):
+                    wide = tensors[0].dtype
+                    with torch.no_grad():
+                        return run_on(on, module, tensors, keys.to(wide), values.to(wide), lengths,
+                                      **GRID[options])  # fmt: skip
+
+                return run
+
+            check(call(ft), call(reference), tensors, grads=False, on=on)
+
+
+def test_operator_keeps_torchs_rules():
+    query, keys = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8)
+    lengths = torch.tensor([4, 9], dtype=torch.int32)
+    torch.library.opcheck(
+        torch.ops.fasttransformer.attention_decode.default,
+        (query, keys, keys, lengths, None, None, True, -1, -1, 0.0, None, None, 0.3),
+    )
+
+
+def test_lengths_that_are_set_by_hand_are_seen():
+    cache, (q, k, v) = filled((3, 3)), new(1)
+    assert cache.extremes(1) == (3, 3)
+    ft.attention_decode(q, cache, layer=1, new_key=k, new_value=v)
+    assert cache.extremes(1) == (4, 4) and cache.extremes(0) == (0, 0)
+    cache.lengths[1, 0] = 7
+    assert cache.extremes(1) == (4, 7)
+    cache.lengths = torch.full_like(cache.lengths, 2)
+    assert cache.extremes(1) == (2, 2)
+    with torch.inference_mode():
+        other = ft.KVCache.allocate(1, 2, 2, 8, 8, 6)
+        ft.attention_decode(q.float(), other, new_key=k.float(), new_value=v.float())
+        assert other.extremes(0) == (1, 1)
 
 
 OPTIONS = [{}, {"window": (2, None)}, {"softcap": 3.0, "scale": 0.3},
@@ -109,10 +181,12 @@ def test_cache_of_another_dtype_and_autocast():
 
 def test_explain_writes_nothing_and_names_what_is_missing():
     cache, (q, k, v) = filled(dtype=torch.float32), new(2, torch.float32)
+    q.requires_grad_()
     explanation = ft.explain("attention_decode", q, cache, layer=1, new_key=k, new_value=v)
     assert cache.lengths[1].tolist() == [3, 5]
-    if explanation.backend == "torch":
-        assert "query_positions" in str(explanation) or not explanation.rejected
+    assert explanation.backend == "torch" and (
+        "backward" in str(explanation) or not explanation.rejected
+    )
 
 
 @pytest.mark.parametrize("change, error, text", [

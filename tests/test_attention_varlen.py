@@ -1,10 +1,20 @@
-"""attention_varlen: each sequence as attention alone gives it, empty sequences, bad boundaries."""
+"""attention_varlen on every backend: each sequence as attention alone gives it, options, empty
+sequences, bad boundaries."""
+
+import sys
+from unittest import mock
 
 import pytest
 import torch
+from attention_cases import DTYPES, other_signs, skip_if_unsupported
 from fronts import refuses, runs_on_the_reference
 
 import fasttransformer as ft
+from contract import backends_of, check, running_on
+from fasttransformer import reference
+
+BACKENDS = backends_of("attention_varlen")
+KERNELS = [name for name in BACKENDS if name != "torch"]
 
 
 def bounds(*lengths):
@@ -28,6 +38,127 @@ def one_by_one(q, k, v, lengths_q, lengths_k, **options):
         lses.append(lse[0].T)
         at_q, at_k = at_q + n, at_k + m
     return torch.cat(outs), torch.cat(lses)
+
+
+def compare(on, tensors, lengths_q, lengths_k, bias=None, sinks=None, grads=True, **options):
+    """out and lse, and the gradients of query, key, value, bias and sinks, against float64."""
+    cu = [bounds(*lengths_q), bounds(*lengths_k)]
+
+    seed = torch.tensor([1234567])
+
+    def call(module, **more):
+        def run(query, key, value, bias, sinks):
+            return module.attention_varlen(
+                query, key, value, *cu, bias=bias, sinks=sinks, return_lse=True, **options, **more
+            )
+
+        return run
+
+    front = sys.modules["fasttransformer.ops.attention_varlen"]
+    with skip_if_unsupported(), mock.patch.object(front, "new_seed", lambda device: seed):
+        check(
+            call(ft), call(reference, seed=seed), [*tensors, bias, sinks], grads=grads, on=on,
+            redraw=lambda: [*other_signs(tensors), bias, sinks],
+        )  # fmt: skip
+
+
+def packed(lengths_q, lengths_k, dtype, heads=4, kv_heads=2, dim=16, value_dim=None):
+    """Slices of one projection, so that rows are strided."""
+    value_dim = value_dim or dim
+    both = torch.randn(sum(lengths_k), kv_heads, dim + value_dim).to(dtype)
+    return [torch.randn(sum(lengths_q), heads, dim).to(dtype), both[..., :dim], both[..., dim:]]
+
+
+GRID = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},
+    "window": {"window": (9, 4), "causal_alignment": "bottom_right"},
+    "softcap, scale": {"softcap": 3.0, "scale": 0.3},
+    "alibi per sequence": {"alibi_slopes": torch.rand(5, 4)},
+    "mask": {"mask": torch.rand(5, 1, 70, 150) < 0.7},
+    "mask of keys": {"mask": torch.rand(150) < 0.5},
+    "dropout": {"dropout_p": 0.3},
+    "longer maximum": {"max_seqlen_q": 100, "max_seqlen_k": 200, "dropout_p": 0.3},
+}
+LENGTHS = ((33, 0, 1, 70, 16), (40, 5, 150, 70, 0))
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+@pytest.mark.parametrize("options", GRID)
+def test_options(on, options):
+    dtypes = [torch.float32, torch.bfloat16] if on in ("simt", "cpu:avx512") else [torch.float32]
+    for dtype in dtypes:
+        compare(on, packed(*LENGTHS, dtype), *LENGTHS, **GRID[options])
+
+
+@pytest.mark.parametrize("on", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_and_head_sizes(on, dtype):
+    lengths = (20, 7), (35, 64)
+    for dim, value_dim in ((64, None), (24, 40), (5, 3), (128, 128)):
+        compare(on, packed(*lengths, dtype, dim=dim, value_dim=value_dim), *lengths)
+        compare(on, packed(*lengths, dtype, dim=dim, value_dim=value_dim), *lengths,
+                is_causal=True, causal_alignment="bottom_right")  # fmt: skip
+
+
+@pytest.mark.parametrize("on", KERNELS)
+@pytest.mark.parametrize("shape", [(70, 150), (5, 4, 70, 150), (5, 1, 1, 150), (4, 70, 1)], ids=str)
+def test_gradient_of_a_bias_and_of_sinks(on, shape):
+    compare(on, packed(*LENGTHS, torch.float32), *LENGTHS, bias=torch.randn(shape))
+    compare(on, packed(*LENGTHS, torch.float32), *LENGTHS, sinks=torch.randn(4))
+
+
+@pytest.mark.parametrize("on", KERNELS)
+def test_rows_whose_lse_says_little(on):
+    """The maximum and sum of such rows are found again in the backward, by their own sequence."""
+    bias = torch.full((5, 1, 70, 150), -3e4)
+    bias[1:3] = 0
+    compare(on, packed(*LENGTHS, torch.float32), *LENGTHS, bias=bias)
+
+
+@pytest.mark.parametrize("on", KERNELS)
+def test_other_sequences_are_never_read(on):
+    tensors = packed((6, 9), (6, 9), torch.float32)
+    with running_on(on):
+        want = ft.attention_varlen(*tensors, bounds(6, 9), bounds(6, 9))
+        for x in tensors:
+            x[6:] = float("nan")
+        got = ft.attention_varlen(*tensors, bounds(6, 9), bounds(6, 9))
+    torch.testing.assert_close(got[:6], want[:6], rtol=0, atol=0)
+    assert got[6:].isnan().all()
+
+
+@pytest.mark.parametrize("on", [name for name in KERNELS if name in ("simt", "cuda")])
+def test_many_keys_are_split(on):
+    lengths = (1, 2), (700, 90)
+    compare(on, packed(*lengths, torch.bfloat16), *lengths, grads=False)
+    compare(on, packed(*lengths, torch.float32), *lengths, grads=False, sinks=torch.randn(4))
+
+
+def test_operators_keep_torchs_rules():
+    q, k, v = packed((5, 3), (4, 6), torch.float32)
+    cu = bounds(5, 3), bounds(4, 6)
+    arguments = (q, k.contiguous(), v.contiguous(), *cu, 5, 6, None, None, True, False, -1, -1, 0.0,
+                 None, None, 0.25, 0.0, None)  # fmt: skip
+    operator = torch.ops.fasttransformer.attention_varlen.default
+    torch.library.opcheck(operator, arguments)
+    out, lse = operator(*arguments)
+    backward = torch.ops.fasttransformer.attention_varlen_backward.default
+    torch.library.opcheck(
+        backward, (out, None, *arguments[:3], out, lse, *arguments[3:], False, False)
+    )
+
+
+def test_compiles_with_given_lengths():
+    q, k, v = packed((5, 3), (4, 6), torch.float32)
+    cu_q, cu_k = bounds(5, 3), bounds(4, 6)
+
+    def run(q, k, v):
+        return ft.attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=5, max_seqlen_k=6)
+
+    compiled = torch.compile(run, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
 
 
 OPTIONS = [
@@ -103,7 +234,7 @@ def test_autocast_dtypes_and_backend():
         ft.attention_varlen(q, k, v, cu.long(), cu.long(), max_seqlen_q=9, max_seqlen_k=5),
         ft.attention_varlen(q, k, v, cu, cu),
     )
-    runs_on_the_reference("attention_varlen", q, k, v, cu, cu)
+    runs_on_the_reference("attention_varlen", *(x.double() for x in (q, k, v)), cu, cu)
 
 
 CU = bounds(3, 2)

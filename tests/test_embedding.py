@@ -104,7 +104,7 @@ def test_compiles_and_backend():
         lambda w, p: ft.embedding(IDS, w, position_weight=p, sinusoidal=True, scale=2.0),
         torch.randn(3, 6), torch.randn(4, 6),
     )  # fmt: skip
-    runs_on_the_reference("embedding", IDS, torch.randn(3, 6))
+    runs_on_the_reference("embedding", IDS, torch.randn(3, 6).double())
     meta = ft.embedding(IDS.to("meta"), torch.randn(3, 6, device="meta"), sinusoidal=True)
     assert meta.shape == (2, 3, 6)
 

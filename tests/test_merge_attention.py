@@ -5,7 +5,7 @@ import torch
 from fronts import refuses, runs_on_the_reference, same_compiled
 
 import fasttransformer as ft
-from contract import check
+from contract import backends_of, check, running_on
 from fasttransformer import reference
 
 
@@ -36,14 +36,64 @@ def test_order_and_grouping_do_not_matter():
     torch.testing.assert_close(ft.merge_attention(*zip(*halves)), whole)
 
 
+@pytest.mark.parametrize("on", backends_of("merge_attention"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_contract(dtype):
+@pytest.mark.parametrize("shape", [(3, 5), (2, 0, 4), (2, 7, 33), (4, 2, 3, 9, 64), (2, 1, 2, 1, 3, 8),
+                                   (20, 6, 130)], ids=str)  # fmt: skip
+def test_contract(on, dtype, shape):
     def run(module):
         return lambda o, l: module.merge_attention(
             o, l.to(torch.promote_types(o.dtype, torch.float32))
         )
 
-    check(run(ft), run(reference), [torch.randn(3, 4, 5).to(dtype), torch.randn(3, 4)])
+    outs, lses = torch.randn(shape).to(dtype), torch.randn(shape[:-1]) * 3
+    if len(lses) > 2 and lses[0].numel() > 1:
+        lses.view(len(lses), -1)[0, 0] = -float("inf")  # a part without a key
+        lses.view(len(lses), -1)[:, 1] = -float("inf")  # a row without one
+    check(run(ft), run(reference), [outs, lses], on=on,
+          redraw=lambda: [torch.where(torch.rand(shape) < 0.5, outs, -outs), lses])  # fmt: skip
+
+
+@pytest.mark.parametrize("on", backends_of("merge_attention"))
+def test_strided_parts_and_other_values(on):
+    inf, nan = float("inf"), float("nan")
+    outs = torch.randn(2, 5, 3, 2, 8).transpose(2, 3)  # as attention gives them
+    lses = torch.randn(2, 2, 5, 3).permute(0, 2, 1, 3).contiguous()
+    lses[:, 0, 0, 0] = torch.tensor([nan, 1.0])
+    lses[:, 1, 0, 0] = torch.tensor([-inf, 2.0])
+    outs[0, 1, 0, 0] = nan  # of a part without a key: not felt
+    with running_on(on):
+        out, lse = ft.merge_attention(outs, lses)
+    want, want_lse = reference.merge_attention(outs.nan_to_num(), lses)
+    torch.testing.assert_close((out, lse), (want, want_lse), equal_nan=True)
+    assert out[0, 0, 0].isnan().all() and out[1].isfinite().all()
+
+
+def test_transforms():
+    outs, lses = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4)
+    whole = ft.merge_attention(outs, lses)
+    per_sample = torch.func.vmap(ft.merge_attention, in_dims=1)(outs, lses)
+    torch.testing.assert_close(per_sample, whole)
+
+    def loss(outs, lses):
+        out, lse = ft.merge_attention(outs, lses)
+        return out.square().sum() + lse.square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=1)(outs, lses)
+    want = torch.func.grad(loss, argnums=(0, 1))(outs, lses)
+    torch.testing.assert_close(tuple(g.transpose(0, 1) for g in got), want)
+
+
+def test_operators_keep_torchs_rules():
+    for outs in (torch.randn(2, 3, 4, 5), torch.randn(2, 2, 4, 3, 5).transpose(2, 3)):
+        lses = list(torch.randn(outs.shape[:-1]).contiguous())
+        merge = torch.ops.fasttransformer.merge_attention.default
+        torch.library.opcheck(merge, (list(outs), lses))
+        out, lse = merge(list(outs), lses)
+        torch.library.opcheck(
+            torch.ops.fasttransformer.merge_attention_backward.default,
+            (out, lse, list(outs), lses),
+        )
 
 
 def test_parts_without_keys():
@@ -60,7 +110,7 @@ def test_parts_without_keys():
 def test_compiles_and_backend():
     outs, lses = torch.randn(2, 3, 4), torch.randn(2, 3)
     same_compiled(ft.merge_attention, outs, lses)
-    runs_on_the_reference("merge_attention", outs, lses)
+    runs_on_the_reference("merge_attention", outs.double(), lses.double())
 
 
 @pytest.mark.parametrize("change, error, text", [

@@ -41,7 +41,11 @@ def test_against_torch(flags, dtype, ids_dtype):
         (got,) = torch.autograd.grad(out, ours.weight, cotangent)
         (want,) = torch.autograd.grad(want, theirs.weight, cotangent)
         assert got.is_sparse == want.is_sparse == flags["sparse"]
-        assert torch.equal(*(g.coalesce().to_dense() if g.is_sparse else g for g in (got, want)))
+        got, want = (g.coalesce().to_dense() if g.is_sparse else g for g in (got, want))
+        if dtype == torch.bfloat16:  # torch rounds each partial sum
+            torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+        else:
+            assert torch.equal(got, want)
     reason = reason_of(flags)
     assert ft.nn.fallbacks(ours) == (
         {} if reason is None else {"": {reason: 4 + (not flags["sparse"])}}

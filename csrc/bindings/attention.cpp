@@ -11,64 +11,83 @@
 namespace ft::bindings {
 namespace {
 
-HeadsView heads_view(const Tensor& t) { return {data(t), t.stride(0), t.stride(1), t.stride(2)}; }
+// Of (batch, heads, length, dim), or packed (tokens, heads, dim).
+HeadsView heads_view(const Tensor& t) {
+  if (t.dim() == 3) return {data(t), 0, t.stride(1), t.stride(0)};
+  return {data(t), t.stride(0), t.stride(1), t.stride(2)};
+}
 
 ScoresView scores_view(const OptionalTensor& t) {
   if (!t) return {};
   return {data(t), t->stride(0), t->stride(1), t->stride(2), t->stride(3)};
 }
 
-// (batch, heads, length, dim) whose memory is (batch, length, heads, dim).
-Tensor heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim) {
-  return torch::stable::transpose(make(like, {batch, length, heads, dim}), 1, 2);
+// Like a query, key or value but for the dim, its memory (batch, length, heads, dim) or, packed,
+// (tokens, heads, dim).
+Tensor heads_last(const Tensor& of, int64_t dim) {
+  if (of.dim() == 3) return make(of, {of.size(0), of.size(1), dim});
+  return torch::stable::transpose(make(of, {of.size(0), of.size(2), of.size(1), dim}), 1, 2);
 }
 
+// What an operator gets beside tensors to attend with.
+struct Options {
+  const OptionalTensor &mask, &bias;
+  bool is_causal, bottom_right;
+  int64_t window_left, window_right;
+  double softcap;
+  const OptionalTensor &alibi_slopes, &sinks;
+  double scale, dropout_p;
+  const OptionalTensor& seed;
+};
+
+// And where sequences begin, of packed ones.
+struct Packing {
+  const Tensor &cu_seqlens_q, &cu_seqlens_k;
+  int64_t max_seqlen_q, max_seqlen_k;
+};
+
 void fill_case(AttentionCase& p, const Tensor& query, const Tensor& key, const Tensor& value,
-               const OptionalTensor& mask, const OptionalTensor& bias, bool is_causal,
-               bool bottom_right, int64_t window_left, int64_t window_right, double softcap,
-               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-               const OptionalTensor& key_lengths, double scale, double dropout_p,
-               const OptionalTensor& seed) {
+               const OptionalTensor& key_lengths, const Packing* packing, const Options& o) {
   p.dtype = dtype_of(query);
-  p.batch = query.size(0);
   p.heads = query.size(1);
-  p.q_len = query.size(2);
-  p.head_dim = query.size(3);
   p.kv_heads = key.size(1);
-  p.kv_len = key.size(2);
-  p.value_dim = value.size(3);
+  if (packing) {
+    p.cu_seqlens_q = static_cast<const int32_t*>(data(packing->cu_seqlens_q));
+    p.cu_seqlens_k = static_cast<const int32_t*>(data(packing->cu_seqlens_k));
+    p.batch = packing->cu_seqlens_q.size(0) - 1;
+    p.q_len = packing->max_seqlen_q;
+    p.kv_len = packing->max_seqlen_k;
+    p.head_rows = query.size(0);
+    p.key_rows = key.size(0);
+  } else {
+    p.batch = query.size(0);
+    p.q_len = p.head_rows = query.size(2);
+    p.kv_len = p.key_rows = key.size(2);
+  }
+  p.head_dim = query.size(query.dim() - 1);
+  p.value_dim = value.size(value.dim() - 1);
   p.query = heads_view(query);
   p.key = heads_view(key);
   p.value = heads_view(value);
-  p.mask = scores_view(mask);
-  p.bias = scores_view(bias);
-  if (bias) p.bias_dtype = dtype_of(*bias);
-  p.is_causal = is_causal;
-  p.bottom_right = bottom_right;
-  p.window_left = window_left;
-  p.window_right = window_right;
-  p.softcap = static_cast<float>(softcap);
-  p.alibi_slopes = static_cast<const float*>(data(alibi_slopes));
-  p.sinks = static_cast<const float*>(data(sinks));
+  p.mask = scores_view(o.mask);
+  p.bias = scores_view(o.bias);
+  if (o.bias) p.bias_dtype = dtype_of(*o.bias);
+  p.is_causal = o.is_causal;
+  p.bottom_right = o.bottom_right;
+  p.window_left = o.window_left;
+  p.window_right = o.window_right;
+  p.softcap = static_cast<float>(o.softcap);
+  p.alibi_slopes = static_cast<const float*>(data(o.alibi_slopes));
+  p.sinks = static_cast<const float*>(data(o.sinks));
   p.key_lengths = static_cast<const int32_t*>(data(key_lengths));
-  p.scale = static_cast<float>(scale);
-  p.dropout = dropout_of(dropout_p, seed);
+  p.scale = static_cast<float>(o.scale);
+  p.dropout = dropout_of(o.dropout_p, o.seed);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                     const OptionalTensor& mask, const OptionalTensor& bias,
-                                     bool is_causal, bool bottom_right, int64_t window_left,
-                                     int64_t window_right, double softcap,
-                                     const OptionalTensor& alibi_slopes,
-                                     const OptionalTensor& sinks, const OptionalTensor& key_lengths,
-                                     double scale, double dropout_p, const OptionalTensor& seed) {
-  AttentionParams p;
-  fill_case(p, query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right,
-            softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p, seed);
-  Tensor out = heads_last(query, p.batch, p.heads, p.q_len, p.value_dim);
-  Tensor lse = make(query, {p.batch, p.heads, p.q_len}, ScalarType::Float);
+std::tuple<Tensor, Tensor> forward(AttentionParams& p, const Tensor& query) {
+  Tensor out = heads_last(query, p.value_dim);
+  Tensor lse = p.cu_seqlens_q ? make(query, {p.heads, p.head_rows}, ScalarType::Float)
+                              : make(query, {p.batch, p.heads, p.q_len}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
 #if defined(FT_CUDA) || defined(FT_SIMT)
@@ -108,25 +127,20 @@ int64_t bias_parts(const AttentionBackwardParams& p) {
 }
 #endif
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
-    const OptionalTensor& bias, bool is_causal, bool bottom_right, int64_t window_left,
-    int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& key_lengths, double scale, double dropout_p,
-    const OptionalTensor& seed, bool bias_grad, bool sinks_grad) {
-  AttentionBackwardParams p;
-  fill_case(p, query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right,
-            softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p, seed);
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(AttentionBackwardParams& p, const Tensor& grad_out,
+                   const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                   const Tensor& value, const Tensor& out, const Tensor& lse,
+                   const OptionalTensor& bias, bool sinks_grad) {
   p.grad_out = heads_view(grad_out);
   p.out = heads_view(out);
   p.grad_lse = static_cast<const float*>(data(grad_lse));
   p.lse = static_cast<const float*>(data(lse));
-  Tensor d_query = heads_last(query, p.batch, p.heads, p.q_len, p.head_dim);
-  Tensor d_key = heads_last(query, p.batch, p.kv_heads, p.kv_len, p.head_dim);
-  Tensor d_value = heads_last(query, p.batch, p.kv_heads, p.kv_len, p.value_dim);
+  Tensor d_query = heads_last(query, p.head_dim), d_key = heads_last(key, p.head_dim);
+  Tensor d_value = heads_last(value, p.value_dim);
   std::vector<int64_t> bias_sizes{0};
-  if (bias_grad) {
+  if (bias) {
     bias_sizes.resize(4);
     for (int i = 0; i < 4; ++i) {
       bias_sizes[i] = bias->stride(i) == 0 && bias->size(i) > 1 ? 1 : bias->size(i);
@@ -135,19 +149,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   }
   Tensor d_bias = make(query, bias_sizes, ScalarType::Float);
   Tensor d_sinks = make_if(sinks_grad, query, {p.heads}, ScalarType::Float);
-  const int64_t rows = p.batch * p.heads * p.q_len;
+  const int64_t rows = p.rows();
   Tensor workspace = make(query, {3, rows}, ScalarType::Float);
   p.d_query = d_query.mutable_data_ptr();
   p.d_key = d_key.mutable_data_ptr();
   p.d_value = d_value.mutable_data_ptr();
-  if (bias_grad) p.d_bias = static_cast<float*>(d_bias.mutable_data_ptr());
+  if (bias) p.d_bias = static_cast<float*>(d_bias.mutable_data_ptr());
   if (sinks_grad) p.d_sinks = static_cast<float*>(d_sinks.mutable_data_ptr());
   p.delta = static_cast<float*>(workspace.mutable_data_ptr());
   p.top = p.delta + rows;
   p.shift = p.top + rows;
   std::optional<Tensor> partial, partial_bias;
 #if defined(FT_CUDA) || defined(FT_SIMT)
-  if (bias_grad) p.parts = bias_parts(p);
+  if (bias) p.parts = bias_parts(p);
   if (p.parts > 1) {
     partial_bias = make(query, {p.parts, d_bias.numel()}, ScalarType::Float);
     p.partial_bias = static_cast<float*>(partial_bias->mutable_data_ptr());
@@ -158,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const int64_t columns = (p.head_dim + 15) / 16 * 16;
     partial = make(query, {p.parts, p.batch, p.heads, p.q_len, columns}, ScalarType::Float);
     p.partial = static_cast<float*>(partial->mutable_data_ptr());
-    if (bias_grad && bias_sizes[3] == 1) {
+    if (bias && bias_sizes[3] == 1) {
       partial_bias = make(query, {p.parts, d_bias.numel()}, ScalarType::Float);
       p.partial_bias = static_cast<float*>(partial_bias->mutable_data_ptr());
     }
@@ -168,9 +182,90 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {d_query, d_key, d_value, d_bias, d_sinks};
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const OptionalTensor& mask, const OptionalTensor& bias,
+                                     bool is_causal, bool bottom_right, int64_t window_left,
+                                     int64_t window_right, double softcap,
+                                     const OptionalTensor& alibi_slopes,
+                                     const OptionalTensor& sinks, const OptionalTensor& key_lengths,
+                                     double scale, double dropout_p, const OptionalTensor& seed) {
+  AttentionParams p;
+  fill_case(p, query, key, value, key_lengths, nullptr,
+            {mask, bias, is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes,
+             sinks, scale, dropout_p, seed});
+  return forward(p, query);
+}
+
+Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                             const Tensor& query, const Tensor& key, const Tensor& value,
+                             const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
+                             const OptionalTensor& bias, bool is_causal, bool bottom_right,
+                             int64_t window_left, int64_t window_right, double softcap,
+                             const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                             const OptionalTensor& key_lengths, double scale, double dropout_p,
+                             const OptionalTensor& seed, bool bias_grad, bool sinks_grad) {
+  AttentionBackwardParams p;
+  fill_case(p, query, key, value, key_lengths, nullptr,
+            {mask, bias, is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes,
+             sinks, scale, dropout_p, seed});
+  return backward(p, grad_out, grad_lse, query, key, value, out, lse,
+                  bias_grad ? bias : std::nullopt, sinks_grad);
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const OptionalTensor& mask, const OptionalTensor& bias, bool is_causal, bool bottom_right,
+    int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, double scale, double dropout_p, const OptionalTensor& seed) {
+  AttentionParams p;
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  fill_case(p, query, key, value, std::nullopt, &packing,
+            {mask, bias, is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes,
+             sinks, scale, dropout_p, seed});
+  return forward(p, query);
+}
+
+Gradients attention_varlen_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const OptionalTensor& mask, const OptionalTensor& bias, bool is_causal, bool bottom_right,
+    int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, double scale, double dropout_p, const OptionalTensor& seed,
+    bool bias_grad, bool sinks_grad) {
+  AttentionBackwardParams p;
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  fill_case(p, query, key, value, std::nullopt, &packing,
+            {mask, bias, is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes,
+             sinks, scale, dropout_p, seed});
+  return backward(p, grad_out, grad_lse, query, key, value, out, lse,
+                  bias_grad ? bias : std::nullopt, sinks_grad);
+}
+
+std::tuple<Tensor, Tensor> attention_decode(const Tensor& query, const Tensor& key,
+                                            const Tensor& value, const Tensor& key_lengths,
+                                            const OptionalTensor& mask, const OptionalTensor& bias,
+                                            bool is_causal, int64_t window_left,
+                                            int64_t window_right, double softcap,
+                                            const OptionalTensor& alibi_slopes,
+                                            const OptionalTensor& sinks, double scale) {
+  AttentionParams p;
+  fill_case(p, query, key, value, key_lengths, nullptr,
+            {mask, bias, is_causal, false, window_left, window_right, softcap, alibi_slopes, sinks,
+             scale, 0.0, std::nullopt});
+  p.query_at_end = true;
+  return forward(p, query);
+}
+
 }  // namespace ft::bindings
 
 FT_REGISTER_IMPL(m) {
   m.impl("attention_backward", TORCH_BOX(&ft::bindings::attention_backward));
   m.impl("attention", TORCH_BOX(&ft::bindings::attention));
+  m.impl("attention_varlen", TORCH_BOX(&ft::bindings::attention_varlen));
+  m.impl("attention_varlen_backward", TORCH_BOX(&ft::bindings::attention_varlen_backward));
+  m.impl("attention_decode", TORCH_BOX(&ft::bindings::attention_decode));
 }

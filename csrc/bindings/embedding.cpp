@@ -43,7 +43,11 @@ Tensor embedding_backward(const Tensor& grad, const Tensor& ids, const Tensor& o
   p.tokens = grad.size(0);
   p.features = grad.size(1);
   Tensor d_table = make(grad, {rows, p.features});
+#if defined(FT_CUDA) || defined(FT_SIMT)
   const int64_t tiles = (p.tokens + kEmbeddingTile - 1) / kEmbeddingTile;
+#else
+  const int64_t tiles = 0;
+#endif
   Tensor partial = make(grad, {tiles, 2, p.features}, ScalarType::Float);
   p.grad = data(grad);
   p.grad_stride = grad.stride(0);

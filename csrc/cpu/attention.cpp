@@ -9,7 +9,6 @@
 
 #include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
-#include "cpu/philox.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -28,9 +27,6 @@ constexpr int64_t kMostRows = 256;
 // Multiply-adds below which a second thread costs more than it gives (about 10 µs of work).
 constexpr int64_t kWorkPerThread = 400'000;
 
-// Keys whose values are added up in registers before they go to a row's sum: twice as many are a
-// percent faster and round worse than the number contract allows.
-constexpr int64_t kChain = 32;
 constexpr float kOnes[14] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static_assert(MR <= 14);
 
@@ -86,44 +82,9 @@ struct Workspace {
   }
 };
 
-// The new maximum of a row into `top`; returns what it rose by, which earlier sums shrink by.
-FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top) {
-  vf most = splat(-__builtin_inff());
-  for (int64_t k = begin; k < end; k += W) most = max(load(s + k), most);
-  const float before = *top;
-  float now = reduce_max(most);
-  now = now > before ? now : before;
-  *top = now;
-  return before == -__builtin_inff() ? before : before - now;
-}
-
-// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`.
-FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
-                           float alpha, float* total) {
-  // Of a row that has seen −inf only, every exponential must come out 0.
-  const vf shift = splat(top == -__builtin_inff() ? 0.f : top);
-  vf sum = zero();
-  for (int64_t k = begin; k < end; k += W) {
-    const vf e = exp2((load(s + k) - shift) * splat(exponent));
-    store(s + k, e);
-    sum += e;
-  }
-  store(total, fma(load(total), splat(alpha), sum));
-}
-
-inline void drop_row(const AttentionParams& p, int64_t position, int64_t begin, int64_t end,
-                     float* s) {
-  uint32_t buffer[random_words_room(kKeys)];
-  const uint32_t* words =
-      random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, buffer);
-  for (int64_t k = begin; k < end; k += W) {
-    store(s + k, dropped(load(s + k), words + (k - begin), p.dropout.threshold, p.dropout.scale));
-  }
-}
-
 template <class T>
-void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, int64_t g,
-           const Strips& strips) {
+void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequence& seq, int64_t b,
+           int64_t g, const Strips& strips) {
   const int64_t dim = p.head_dim, columns = w.columns;
   int64_t first = p.kv_len, last = 0;
   for (int64_t i = 0; i < strips.rows; ++i) {
@@ -143,8 +104,8 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, in
   }
   for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
     const int64_t n = min64(kKeys, last - j);
-    pack_keys(at<T>(p.key, b, g, j), p.key.row, n, dim, w.keys);
-    pack_values(at<T>(p.value, b, g, j), p.value.row, n, p.value_dim, w.values);
+    pack_keys(at<T>(p.key, b, g, seq.key_start + j), p.key.row, n, dim, w.keys);
+    pack_values(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim, w.values);
     for (int64_t band = 0; band < strips.count; band += kBandStrips) {
       const int64_t band_end = min64(band + kBandStrips, strips.count);
       Seen seen[kBandStrips];
@@ -208,43 +169,9 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, int64_t b, in
   }
 }
 
-// Divides by the sums and writes a block's rows.
-template <class T>
-void write(const AttentionParams& p, const Units& u, const Workspace& w, int64_t b, int64_t rows) {
-  const int64_t dim = p.value_dim;
-  for (int64_t i = 0; i < rows; ++i) {
-    const Row& row = w.rows[i];
-    T* out = static_cast<T*>(p.out) + ((b * p.q_len + row.index) * p.heads + row.head) * dim;
-    float top = w.top[i], factor = 0.f;
-    float* lse = p.lse + (b * p.heads + row.head) * p.q_len + row.index;
-    if (!row.any) {  // told by the masks, never by the sum
-      for (int64_t e = 0; e < dim; ++e) out[e] = from_float<T>(0.f);
-      *lse = -__builtin_inff();
-      continue;
-    }
-    float total = reduce_add(load(w.total + i * W));
-    top *= u.lse_scale;
-    if (p.sinks) {
-      const float sink = p.sinks[row.head], most = sink > top ? sink : top;
-      const vf e = exp(select(lanes() == splat_int(0), splat(top - most), splat(sink - most)));
-      total = total * e[0] + e[1];
-      factor = e[0] / total;
-      top = most;
-    } else {
-      factor = 1.f / total;
-    }
-    *lse = top == __builtin_inff() ? top : top + __builtin_logf(total);
-    const float* sums = w.sums + i * w.columns;
-    int64_t e = 0;
-    for (; e + W <= dim; e += W) store(out + e, load(sums + e) * splat(factor));
-    if (e < dim) store(out + e, load(sums + e) * splat(factor), static_cast<int>(dim - e));
-  }
-}
-
 template <class T>
 void run(const AttentionParams& p) {
-  const int64_t work =
-      p.batch * p.heads * p.q_len * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
+  const int64_t work = p.rows() * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
   const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
   const Plan plan = make_plan(p, static_cast<int>(threads));
   const Units u = units_of_case(p);
@@ -262,16 +189,17 @@ void run(const AttentionParams& p) {
       const int64_t head = at / plan.blocks_per_head * plan.heads_per_block;
       const int64_t heads = min64(plan.heads_per_block, group - head);
       const int64_t begin = at % plan.blocks_per_head * plan.rows;
-      const int64_t end = min64(begin + plan.rows, p.q_len);
+      const Sequence seq = sequence_of(p, b);
+      const int64_t end = min64(begin + plan.rows, seq.queries);
       if (begin >= end) continue;
       int64_t rows = 0;
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t i = begin; i < end; ++i) {
-          w.rows[rows++] = make_row(p, b, g * group + head + h, i);
+          w.rows[rows++] = make_row(p, seq, b, g * group + head + h, i);
         }
       }
-      block<T>(p, u, w, b, g, Strips(rows));
-      write<T>(p, u, w, b, rows);
+      block<T>(p, u, w, seq, b, g, Strips(rows));
+      write_rows<T>(p, u, seq, b, w.rows, rows, w.top, w.total, w.sums, w.columns);
     }
   });
 }
@@ -280,6 +208,7 @@ void run(const AttentionParams& p) {
 
 void attention(const AttentionParams& p) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
+  if (p.heads / p.kv_heads * p.q_len <= kFewRows) return attention_few(p);
   with_type(p.dtype, [&]<class T>() { run<T>(p); });
 }
 

@@ -78,8 +78,8 @@ inline void clear(float* p, int64_t n) {
 
 // Of one (batch, key head, part): where its sums over tiles go.
 struct Sums {
-  float* d_query;  // (heads of the group, q_len, columns)
-  int64_t columns;
+  float* d_query;  // (heads of the group, head_rows, columns)
+  int64_t head_rows, columns;
   float* d_bias;  // of this part; null: not wanted
   int64_t bias_strides[4];
 };
@@ -161,9 +161,9 @@ inline void add_bias_row(const Sums& sums, int64_t b, const Row& row, int64_t j,
 // One band of rows of one head against the tile of keys at j, of which `n` are packed.
 template <class T>
 void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const Sums& sums,
-          int64_t b, int64_t h, int64_t at_head, int64_t row0, int64_t count, int64_t j,
-          int64_t n) {
-  for (int64_t i = 0; i < count; ++i) w.rows[i] = make_row(p, b, h, row0 + i);
+          const Sequence& seq, int64_t b, int64_t h, int64_t at_head, int64_t row0, int64_t count,
+          int64_t j, int64_t n) {
+  for (int64_t i = 0; i < count; ++i) w.rows[i] = make_row(p, seq, b, h, row0 + i);
   const Strips strips(count);
   Seen seen[kBandStrips];
   int64_t from = n, to = 0;
@@ -181,11 +181,11 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     pack_strip<T>(p.grad_out, b, rows, strips.height(s), value_dim,
                   w.grad_strips + s * kPanelRows * value_dim);
   }
-  const T* query = at<T>(p.query, b, h, row0);
+  const T* query = at<T>(p.query, b, h, seq.query_start + row0);
   for (int64_t e = 0; e < dim; e += NR) {
     pack_panel<Float>(query + e, p.query.row, dim - e, count, w.query_down + e * kBandRows);
   }
-  const T* grad = at<T>(p.grad_out, b, h, row0);
+  const T* grad = at<T>(p.grad_out, b, h, seq.query_start + row0);
   for (int64_t e = 0; e < value_dim; e += NR) {
     pack_panel<Float>(grad + e, p.grad_out.row, value_dim - e, count, w.grad_down + e * kBandRows);
   }
@@ -199,7 +199,8 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
                      w.values + k * value_dim, w.d_scores + place);
     }
   }
-  const int64_t lse_at = (b * p.heads + h) * p.q_len + row0;
+  const int64_t lse_at = first_row_of(p, seq, b, h) + row0;
+  const int64_t first_position = ((b * p.heads + h) * p.q_len + row0) * p.kv_len;
   // A bias that all rows share: a band's rows are summed before they go to the long sum.
   const bool rows_share_bias =
       sums.d_bias && p.softcap == 0.f && sums.bias_strides[2] == 0 && sums.bias_strides[3] != 0;
@@ -222,7 +223,7 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
       if (!seen[s].plain) finish_scores<T>(p, u, row, j, begin, end, n, weights);
       const uint32_t* words = nullptr;
       if (p.dropout.on()) {
-        const int64_t position = (lse_at + i) * p.kv_len + j + begin;
+        const int64_t position = first_position + i * p.kv_len + j + begin;
         words =
             random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, w.words) -
             begin;
@@ -279,7 +280,8 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
       const int64_t i = strips.begin(s), k = seen[s].begin;
       add_product(strips.height(s), vectors, seen[s].end - k, w.d_scores + i * kKeys + k,
                   w.keys_down + e * kKeys + k * NR,
-                  sums.d_query + (at_head * p.q_len + row0 + i) * sums.columns + e, sums.columns);
+                  sums.d_query + (at_head * sums.head_rows + row0 + i) * sums.columns + e,
+                  sums.columns);
     }
   }
 }
@@ -297,30 +299,33 @@ inline void write_row(T* to, const float* from, int64_t n, float factor) {
 // The key tiles [tile, tile_end) of one (batch, key head).
 template <class T>
 void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const Sums& sums,
-          int64_t b, int64_t g, int64_t tile, int64_t tile_end) {
+          const Sequence& seq, int64_t b, int64_t g, int64_t tile, int64_t tile_end) {
   const int64_t group = p.heads / p.kv_heads;
   // Keys that no row may see are not read: they may be anything.
-  const int64_t first = make_row(p, b, 0, 0).first;
+  const int64_t first = make_row(p, seq, b, 0, 0).first;
   int64_t last = 0;
-  for (int64_t i = p.q_len - 1; i >= 0 && last == 0; --i) last = make_row(p, b, 0, i).last;
-  for (; tile < tile_end; ++tile) {
-    const int64_t j = tile * kKeys, tile_rows = min64(kKeys, p.kv_len - j);
+  for (int64_t i = seq.queries - 1; i >= 0 && last == 0; --i) {
+    last = make_row(p, seq, b, 0, i).last;
+  }
+  for (; tile < tile_end && tile * kKeys < seq.keys; ++tile) {
+    const int64_t j = tile * kKeys, tile_rows = min64(kKeys, seq.keys - j);
     const int64_t n = min64(tile_rows, last - j);
     clear(w.d_key, kKeys * w.dim);
     clear(w.d_value, kKeys * w.value_dim);
     if (n > 0 && first < j + n) {
-      const T* key = at<T>(p.key, b, g, j);
+      const T* key = at<T>(p.key, b, g, seq.key_start + j);
       pack_keys(key, p.key.row, n, p.head_dim, w.keys);
       pack_values(key, p.key.row, n, p.head_dim, w.keys_down);
-      pack_keys(at<T>(p.value, b, g, j), p.value.row, n, p.value_dim, w.values);
+      pack_keys(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim, w.values);
       for (int64_t h = 0; h < group; ++h) {
-        for (int64_t i = 0; i < p.q_len; i += kBandRows) {
-          band<T>(p, u, w, sums, b, g * group + h, h, i, min64(kBandRows, p.q_len - i), j, n);
+        for (int64_t i = 0; i < seq.queries; i += kBandRows) {
+          const int64_t count = min64(kBandRows, seq.queries - i);
+          band<T>(p, u, w, sums, seq, b, g * group + h, h, i, count, j, n);
         }
       }
     }
     for (int64_t k = 0; k < tile_rows; ++k) {
-      const int64_t row = (b * p.kv_len + j + k) * p.kv_heads + g;
+      const int64_t row = (first_key_of(p, seq, b) + j + k) * p.kv_heads + g;
       write_row(static_cast<T*>(p.d_key) + row * p.head_dim, w.d_key + k * w.dim, p.head_dim,
                 p.scale);
       write_row(static_cast<T*>(p.d_value) + row * p.value_dim, w.d_value + k * w.value_dim,
@@ -335,19 +340,19 @@ void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
 constexpr float kCoarse = 64.f;
 
 template <class T>
-void find_sum(const AttentionBackwardParams& p, const Units& u, int64_t b, int64_t h, int64_t i,
-              float* top_out, float* shift_out) {
+void find_sum(const AttentionBackwardParams& p, const Units& u, const Sequence& seq, int64_t b,
+              int64_t h, int64_t i, float* top_out, float* shift_out) {
   alignas(64) float s[kKeys];
-  Row row = make_row(p, b, h, i);
+  Row row = make_row(p, seq, b, h, i);
   const int64_t g = h / (p.heads / p.kv_heads), dim = p.head_dim, whole = dim / W * W;
-  const T* query = at<T>(p.query, b, h, i);
+  const T* query = at<T>(p.query, b, h, row.token);
   const int rest = static_cast<int>(dim - whole);
   float top = -__builtin_inff();
   vf total = zero();
   for (int64_t j = row.first / kKeys * kKeys; j < row.last; j += kKeys) {
     const int64_t n = min64(kKeys, row.last - j), end = round_up(n, W);
     for (int64_t k = 0; k < n; ++k) {
-      const T* key = at<T>(p.key, b, g, j + k);
+      const T* key = at<T>(p.key, b, g, seq.key_start + j + k);
       vf sum = rest ? load(query + whole, rest) * load(key + whole, rest) : zero();
       for (int64_t d = 0; d < whole; d += W) sum = fma(load(query + d), load(key + d), sum);
       s[k] = reduce_add(sum);
@@ -378,38 +383,43 @@ void find_sum(const AttentionBackwardParams& p, const Units& u, int64_t b, int64
 // delta = Σ dO·O − d_lse of every row, and what its weights are made with.
 template <class T>
 void prepare_rows(const AttentionBackwardParams& p, const Units& u) {
-  parallel_for(
-      p.batch * p.heads * p.q_len, kGrain / (p.value_dim + 1) + 1, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t i = r % p.q_len, h = r / p.q_len % p.heads, b = r / p.q_len / p.heads;
-          const T* grad = at<T>(p.grad_out, b, h, i);
-          const T* out = at<T>(p.out, b, h, i);
-          vf sum = zero();
-          int64_t e = 0;
-          for (; e + W <= p.value_dim; e += W) sum = fma(load(grad + e), load(out + e), sum);
-          if (e < p.value_dim) {
-            const int have = static_cast<int>(p.value_dim - e);
-            sum = fma(load(grad + e, have), load(out + e, have), sum);
-          }
-          p.delta[r] = reduce_add(sum) - (p.grad_lse ? p.grad_lse[r] : 0.f);
-          p.top[r] = p.lse[r];
-          p.shift[r] = 0.f;
-          const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
-          if (coarse && p.lse[r] - p.lse[r] == 0.f) {
-            find_sum<T>(p, u, b, h, i, p.top + r, p.shift + r);
-          }
+  parallel_for(p.rows(), kGrain / (p.value_dim + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t i = r % p.head_rows, h = r / p.head_rows % p.heads;
+      int64_t b = r / p.head_rows / p.heads;
+      const T* grad = at<T>(p.grad_out, b, h, i);
+      const T* out = at<T>(p.out, b, h, i);
+      vf sum = zero();
+      int64_t e = 0;
+      for (; e + W <= p.value_dim; e += W) sum = fma(load(grad + e), load(out + e), sum);
+      if (e < p.value_dim) {
+        const int have = static_cast<int>(p.value_dim - e);
+        sum = fma(load(grad + e, have), load(out + e, have), sum);
+      }
+      p.delta[r] = reduce_add(sum) - (p.grad_lse ? p.grad_lse[r] : 0.f);
+      p.top[r] = p.lse[r];
+      p.shift[r] = 0.f;
+      const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
+      if (coarse && p.lse[r] - p.lse[r] == 0.f) {
+        if (p.cu_seqlens_q) {
+          while (b + 1 < p.batch && p.cu_seqlens_q[b + 1] <= i) ++b;
         }
-      });
+        const Sequence seq = sequence_of(p, b);
+        find_sum<T>(p, u, seq, b, h, i - seq.query_start, p.top + r, p.shift + r);
+      }
+    }
+  });
 }
 
 // The sink's value is 0: its score's gradient is −weight·delta.
 void sink_gradients(const AttentionBackwardParams& p) {
-  parallel_for(p.heads, kGrain / (p.batch * p.q_len + 1) + 1, [&](int64_t begin, int64_t end) {
+  const int64_t rows = p.entries() * p.head_rows;
+  parallel_for(p.heads, kGrain / (rows + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) {
       double total = 0.0;
-      for (int64_t b = 0; b < p.batch; ++b) {
-        for (int64_t i = 0; i < p.q_len; ++i) {
-          const int64_t r = (b * p.heads + h) * p.q_len + i;
+      for (int64_t b = 0; b < p.entries(); ++b) {
+        for (int64_t i = 0; i < p.head_rows; ++i) {
+          const int64_t r = (b * p.heads + h) * p.head_rows + i;
           if (p.lse[r] == -__builtin_inff()) continue;
           const float power = (p.sinks[h] - p.top[r]) * kLog2E + p.shift[r];
           total -= double{__builtin_exp2f(power)} * double{p.delta[r]};
@@ -443,7 +453,7 @@ void run(const AttentionBackwardParams& p) {
   const int64_t batches = all_batches ? 1 : p.batch, heads = all_heads ? 1 : p.kv_heads;
   const int64_t tiles = (p.kv_len + kKeys - 1) / kKeys, items = batches * heads * p.parts;
   int64_t next = 0;
-  const int64_t work = p.batch * p.heads * p.q_len * p.kv_len * (p.head_dim + p.value_dim);
+  const int64_t work = p.rows() * p.kv_len * (p.head_dim + p.value_dim);
   const int64_t threads = work < 400'000 ? 1 : min64(num_threads(), items);
   parallel_for(threads, 1, [&](int64_t, int64_t) {
     Workspace w(p);
@@ -463,7 +473,9 @@ void run(const AttentionBackwardParams& p) {
       const int64_t one_b = rest / heads, one_g = rest % heads;
       for (int64_t b = all_batches ? 0 : one_b; b < (all_batches ? p.batch : one_b + 1); ++b) {
         for (int64_t g = all_heads ? 0 : one_g; g < (all_heads ? p.kv_heads : one_g + 1); ++g) {
-          const int64_t size = group * p.q_len * columns;
+          const Sequence seq = sequence_of(p, b);
+          sums.head_rows = p.parts > 1 ? p.q_len : seq.queries;
+          const int64_t size = group * sums.head_rows * columns;
           if (p.parts > 1) {
             sums.d_query = p.partial + ((part * p.batch + b) * p.kv_heads + g) * size;
           } else {
@@ -471,11 +483,11 @@ void run(const AttentionBackwardParams& p) {
                 static_cast<float*>(thread_scratch(Scratch::gradient, sizeof(float) * size));
           }
           clear(sums.d_query, size);
-          item<T>(p, u, w, sums, b, g, from, to);
-          for (int64_t r = 0; p.parts == 1 && r < group * p.q_len; ++r) {
-            const int64_t h = g * group + r / p.q_len, i = r % p.q_len;
+          item<T>(p, u, w, sums, seq, b, g, from, to);
+          for (int64_t r = 0; p.parts == 1 && r < group * seq.queries; ++r) {
+            const int64_t h = g * group + r / seq.queries, i = r % seq.queries;
             T* d_query = static_cast<T*>(p.d_query);
-            write_row(d_query + ((b * p.q_len + i) * p.heads + h) * p.head_dim,
+            write_row(d_query + ((first_query_of(p, seq, b) + i) * p.heads + h) * p.head_dim,
                       sums.d_query + r * columns, p.head_dim, p.scale);
           }
         }
@@ -486,14 +498,17 @@ void run(const AttentionBackwardParams& p) {
     const int64_t rows = p.batch * p.heads * p.q_len;
     parallel_for(rows, kGrain / (columns * p.parts) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
+        const int64_t i = r % p.q_len, h = r / p.q_len % p.heads, b = r / p.q_len / p.heads;
+        const Sequence seq = sequence_of(p, b);
+        if (i >= seq.queries) continue;
         float* sum = p.partial + r * columns;
         for (int64_t part = 1; part < p.parts; ++part) {
           const float* add = p.partial + (part * rows + r) * columns;
           for (int64_t e = 0; e < columns; e += W) store(sum + e, load(sum + e) + load(add + e));
         }
-        const int64_t i = r % p.q_len, h = r / p.q_len % p.heads, b = r / p.q_len / p.heads;
-        write_row(static_cast<T*>(p.d_query) + ((b * p.q_len + i) * p.heads + h) * p.head_dim, sum,
-                  p.head_dim, p.scale);
+        const int64_t token = first_query_of(p, seq, b) + i;
+        write_row(static_cast<T*>(p.d_query) + (token * p.heads + h) * p.head_dim, sum, p.head_dim,
+                  p.scale);
       }
     });
   }

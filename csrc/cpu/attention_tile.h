@@ -2,6 +2,7 @@
 // the rows of a block with what each may see, and the passes that turn products into scores.
 #pragma once
 #include "cpu/columns.h"
+#include "cpu/philox.h"
 #include "cpu/tile.h"
 #include "params/attention.h"
 
@@ -50,7 +51,8 @@ inline __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t d
 // key_lengths leave it.
 struct Row {
   int64_t head, index;  // index: its place in the sequence
-  int64_t position;     // as the keys see it: index (+ kv_len − q_len when bottom_right)
+  int64_t token;        // … and among the rows of the query: the same unless sequences are packed
+  int64_t position;     // as the keys see it: index + the sequence's shift
   int64_t first, last;
   const bool* mask;
   const char* bias;
@@ -80,13 +82,47 @@ FT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 FT_INLINE size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-inline Row make_row(const AttentionCase& p, int64_t b, int64_t h, int64_t i) {
+// Of batch entry b.
+struct Sequence {
+  int64_t queries, keys;           // keys: those behind key_lengths too
+  int64_t shift;                   // query i stands at key i + shift
+  int64_t query_start, key_start;  // its first row where sequences are packed, else 0
+};
+
+inline Sequence sequence_of(const AttentionCase& p, int64_t b) {
+  Sequence s = {p.q_len, p.kv_len, 0, 0, 0};
+  if (p.cu_seqlens_q) {
+    s.query_start = p.cu_seqlens_q[b];
+    s.queries = p.cu_seqlens_q[b + 1] - s.query_start;
+    s.key_start = p.cu_seqlens_k[b];
+    s.keys = p.cu_seqlens_k[b + 1] - s.key_start;
+  }
+  if (p.bottom_right) s.shift = s.keys - s.queries;
+  if (p.query_at_end) s.shift = p.key_lengths[b] - s.queries;
+  return s;
+}
+
+// Where query 0 of (b, h) stands among what there is one of per query …
+inline int64_t first_row_of(const AttentionCase& p, const Sequence& s, int64_t b, int64_t h) {
+  return ((p.cu_seqlens_q ? 0 : b) * p.heads + h) * p.head_rows + s.query_start;
+}
+// … and, of all heads, among the tokens of a tensor that has a token's heads beside each other; and
+// key 0.
+inline int64_t first_query_of(const AttentionCase& p, const Sequence& s, int64_t b) {
+  return p.cu_seqlens_q ? s.query_start : b * p.q_len;
+}
+inline int64_t first_key_of(const AttentionCase& p, const Sequence& s, int64_t b) {
+  return p.cu_seqlens_k ? s.key_start : b * p.kv_len;
+}
+
+inline Row make_row(const AttentionCase& p, const Sequence& s, int64_t b, int64_t h, int64_t i) {
   Row r;
   r.head = h;
   r.index = i;
-  r.position = p.bottom_right ? i + p.kv_len - p.q_len : i;
+  r.token = s.query_start + i;
+  r.position = i + s.shift;
   r.first = 0;
-  r.last = p.kv_len;
+  r.last = s.keys;
   if (p.key_lengths) r.last = max64(0, min64(r.last, p.key_lengths[b]));
   if (p.is_causal) r.last = min64(r.last, r.position + 1);
   if (p.window_right >= 0) r.last = min64(r.last, r.position + p.window_right + 1);
@@ -128,7 +164,7 @@ inline void pack_strip(const HeadsView& view, int64_t b, const Row* rows, int n,
   for (int base = 0; base < kPanelRows; base += W) {
     const T* from[W];
     for (int i = 0; i < W; ++i) {
-      from[i] = base + i < n ? at<T>(view, b, rows[base + i].head, rows[base + i].index) : nullptr;
+      from[i] = base + i < n ? at<T>(view, b, rows[base + i].head, rows[base + i].token) : nullptr;
     }
     for (int64_t k = 0; k < dim; k += W) {
       vi r[W];
@@ -270,5 +306,90 @@ inline Seen seen_by(const AttentionCase& p, const Units& u, const Row* rows, int
   begin = begin / NR * NR;
   return {begin, end, u.raw && !p.mask.data && end % W == 0 && all_from <= begin && all_to >= end};
 }
+
+// ---- a row's running softmax and its end
+// ---------------------------------------------------------
+
+// Keys whose values are added up in registers before they go to a row's sum: twice as many are a
+// percent faster and round worse than the number contract allows.
+constexpr int64_t kChain = 32;
+
+// The new maximum of a row into `top`; returns what it rose by, which earlier sums shrink by.
+FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top) {
+  vf most = splat(-__builtin_inff());
+  for (int64_t k = begin; k < end; k += W) most = max(load(s + k), most);
+  const float before = *top;
+  float now = reduce_max(most);
+  now = now > before ? now : before;
+  *top = now;
+  return before == -__builtin_inff() ? before : before - now;
+}
+
+// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`.
+FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
+                           float alpha, float* total) {
+  // Of a row that has seen −inf only, every exponential must come out 0.
+  const vf shift = splat(top == -__builtin_inff() ? 0.f : top);
+  vf sum = zero();
+  for (int64_t k = begin; k < end; k += W) {
+    const vf e = exp2((load(s + k) - shift) * splat(exponent));
+    store(s + k, e);
+    sum += e;
+  }
+  store(total, fma(load(total), splat(alpha), sum));
+}
+
+inline void drop_row(const AttentionParams& p, int64_t position, int64_t begin, int64_t end,
+                     float* s) {
+  uint32_t buffer[random_words_room(kKeys)];
+  const uint32_t* words =
+      random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, buffer);
+  for (int64_t k = begin; k < end; k += W) {
+    store(s + k, dropped(load(s + k), words + (k - begin), p.dropout.threshold, p.dropout.scale));
+  }
+}
+
+// Divides the rows' sums, per lane in `totals` and `columns` apart in `all_sums`, and writes them.
+template <class T>
+void write_rows(const AttentionParams& p, const Units& u, const Sequence& seq, int64_t b,
+                const Row* rows, int64_t count, const float* tops, const float* totals,
+                const float* all_sums, int64_t columns) {
+  const int64_t dim = p.value_dim;
+  for (int64_t i = 0; i < count; ++i) {
+    const Row& row = rows[i];
+    const int64_t token = first_query_of(p, seq, b) + row.index;
+    T* out = static_cast<T*>(p.out) + (token * p.heads + row.head) * dim;
+    float top = tops[i], factor = 0.f;
+    float* lse = p.lse + first_row_of(p, seq, b, row.head) + row.index;
+    if (!row.any) {  // told by the masks, never by the sum
+      for (int64_t e = 0; e < dim; ++e) out[e] = from_float<T>(0.f);
+      *lse = -__builtin_inff();
+      continue;
+    }
+    float total = reduce_add(load(totals + i * W));
+    top *= u.lse_scale;
+    if (p.sinks) {
+      const float sink = p.sinks[row.head], most = sink > top ? sink : top;
+      const vf e = exp(select(lanes() == splat_int(0), splat(top - most), splat(sink - most)));
+      total = total * e[0] + e[1];
+      factor = e[0] / total;
+      top = most;
+    } else {
+      factor = 1.f / total;
+    }
+    *lse = top == __builtin_inff() ? top : top + __builtin_logf(total);
+    const float* sums = all_sums + i * columns;
+    int64_t e = 0;
+    for (; e + W <= dim; e += W) store(out + e, load(sums + e) * splat(factor));
+    if (e < dim) store(out + e, load(sums + e) * splat(factor), static_cast<int>(dim - e));
+  }
+}
+
+// ---- few queries -------------------------------------------------------------------------------
+
+// Up to so many rows that read one key head, packing keys costs more than it gives: attention()
+// then leaves the call to attention_few().
+constexpr int64_t kFewRows = 8;
+void attention_few(const AttentionParams& p);
 
 }  // namespace ft::FT_ISA

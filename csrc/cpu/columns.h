@@ -66,12 +66,17 @@ FT_INLINE vf2 fma(vf2 a, vf2 b, vf2 c) {
   return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)};
 }
 FT_INLINE vf2 exp(vf2 x) { return {exp(x.even), exp(x.odd)}; }
+template <class T>
+FT_INLINE vf2 exp2_for(vf2 x) {
+  return {exp2_for<T>(x.even), exp2_for<T>(x.odd)};
+}
 FT_INLINE vf2 load(const float* p, Pair) { return {load(p), load(p + W)}; }
 FT_INLINE void store(float* p, vf2 x, Pair) {
   store(p, x.even);
   store(p + W, x.odd);
 }
 FT_INLINE vf2 keep(vf2 x, Pair) { return x; }
+FT_INLINE vf2 keep(vf2 x, Pair, float) { return x; }
 
 #if defined(__AVX2__) && !defined(__AVX512BF16__)
 // The upper halves of `upper` beside the lower halves of `lower`.
@@ -114,6 +119,17 @@ template <int U>
 FT_INLINE void accumulate(vf (&sums)[U], int u, vf2 a, vf2 b) {
   sums[u] = fma(a.even, b.even, sums[u]);
   sums[(u + 1) % U] = fma(a.odd, b.odd, sums[(u + 1) % U]);
+}
+
+// Raises the partial maxima that a walk's u names; a NaN is no maximum.
+template <int U>
+FT_INLINE void raise(vf (&high)[U], int u, vf x) {
+  high[u] = max(x, high[u]);
+}
+template <int U>
+FT_INLINE void raise(vf (&high)[U], int u, vf2 x) {
+  high[u] = max(x.even, high[u]);
+  high[(u + 1) % U] = max(x.odd, high[(u + 1) % U]);
 }
 
 // Calls f(column, u, Whole or Part) over n columns of a row of T, u going round 0 … U−1; where T is
@@ -202,6 +218,14 @@ FT_INLINE void store_in_order(T* p, vf2 x, Pair) {
   const __m256 b = _mm256_unpackhi_ps((__m256)x.even, (__m256)x.odd);
   store(p, (vf)_mm256_permute2f128_ps(a, b, 0x20));
   store(p + W, (vf)_mm256_permute2f128_ps(a, b, 0x31));
+#else
+  float lane[2 * W];
+  for (int i = 0; i < W; ++i) {
+    lane[2 * i] = x.even[i];
+    lane[2 * i + 1] = x.odd[i];
+  }
+  store(p, load(lane));
+  store(p + W, load(lane + W));
 #endif
 }
 

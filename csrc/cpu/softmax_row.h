@@ -25,13 +25,6 @@ FT_INLINE vf2 masked(vf2 s, const bool* mask, int64_t j, Pair) {
   return {select(flags.even, s.even, nothing), select(flags.odd, s.odd, nothing)};
 }
 
-// The larger of each, `b` where one is NaN, for the partial maximum that a walk's u names.
-FT_INLINE void raise(vf* high, int u, vf s) { high[u] = max(s, high[u]); }
-FT_INLINE void raise(vf* high, int, vf2 s) {
-  high[0] = max(s.even, high[0]);
-  high[1] = max(s.odd, high[1]);
-}
-
 // One row of n columns of X, all or some (by `mask`) of which take part, times `factor`. `e` holds
 // the exponentials (`out` itself for float rows; `x` itself if that is float), `tops` the blocks'
 // maxima.

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "cuda/attention/shapes.h"
+#include "cuda/device/assert.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/warp.h"
 
@@ -19,6 +20,7 @@ constexpr int64_t kSectionBytes =
     12 * 1024 * 1024;                 // of K and V, a part of sm_80's L2 of 2 × 20 MB
 constexpr int64_t kMostSplits = 128;  // partial sums then stay small beside the keys
 constexpr int kMergeWarps = 4;        // rows of a block of attention_merge
+constexpr int kCheckBlock = 128;
 
 bool aligned16(const void* data, int64_t a, int64_t b, int64_t c, int64_t size) {
   return ((reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>((a | b | c) * size)) & 15) ==
@@ -102,15 +104,13 @@ int64_t splits_of(const AttentionParams& p, const Plan& plan) {
 // A warp adds a row's splits up: sums relative to the splits' own maxima to one.
 FT_GLOBAL void __launch_bounds__(kMergeWarps* kWarp) attention_merge(const ForwardArgs a) {
   const AttentionParams& p = a.p;
-  const int64_t rows = p.batch * p.heads * p.q_len;
+  const int64_t rows = p.rows();
   for (int64_t first = blockIdx.x * int64_t{kMergeWarps}; first < rows;
        first += gridDim.x * int64_t{kMergeWarps}) {
     const int64_t row = first + warp_index();
     if (row >= rows) continue;
-    const int64_t query = row % p.q_len, head = row / p.q_len % p.heads;
-    const int64_t batch = row / p.q_len / p.heads;
-    const Sequence seq = sequence_of(p, batch);
-    if (query >= seq.queries) continue;
+    const int64_t query = row % p.head_rows, head = row / p.head_rows % p.heads;
+    const int64_t token = row / p.head_rows / p.heads * p.head_rows + query;
     const float* stats = a.partial + a.splits * rows * p.value_dim;
     float top = -infinity(), total = 0.f;
     bool some = false;
@@ -129,10 +129,7 @@ FT_GLOBAL void __launch_bounds__(kMergeWarps* kWarp) attention_merge(const Forwa
       total += part * weight(s);
     }
     const Finish f = finish_row(p, a.units.lse_scale, some, top, total, head);
-    const int64_t token = (p.cu_seqlens_q == nullptr ? batch * p.q_len : seq.query_start) + query;
-    if (lane_index() == 0) {
-      store_scalar(p.lse + (p.cu_seqlens_q == nullptr ? row : token * p.heads + head), f.lse);
-    }
+    if (lane_index() == 0) store_scalar(p.lse + row, f.lse);
     for (int64_t e = lane_index(); e < p.value_dim; e += kWarp) {
       float sum = 0.f;
       for (int s = 0; s < a.splits; ++s) {
@@ -145,6 +142,32 @@ FT_GLOBAL void __launch_bounds__(kMergeWarps* kWarp) attention_merge(const Forwa
   }
 }
 
+// ---- packed sequences ---------------------------------------------------------------------------
+
+struct Boundaries {
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  int64_t sequences, most_queries, most_keys, queries, keys;
+};
+
+FT_DEVICE void check_boundary(const int32_t* starts, int64_t b, int64_t sequences, int64_t most,
+                              int64_t tokens, const char* what) {
+  const int64_t start = load_scalar(starts + b), length = load_scalar(starts + b + 1) - start;
+  device_assert((b > 0 || start == 0) && length >= 0 && length <= most, what);
+  device_assert(b + 1 < sequences || start + length == tokens, what);
+}
+
+// The boundaries are on the GPU: to look at them from the host would be to wait for it.
+FT_GLOBAL void __launch_bounds__(kCheckBlock) attention_check_boundaries(const Boundaries a) {
+  const int64_t b = blockIdx.x * int64_t{kCheckBlock} + thread_index();
+  if (b >= a.sequences) return;
+  check_boundary(a.cu_seqlens_q, b, a.sequences, a.most_queries, a.queries,
+                 "attention_varlen: cu_seqlens_q does not rise from 0 to the number of query's "
+                 "tokens, or a sequence is longer than max_seqlen_q");
+  check_boundary(a.cu_seqlens_k, b, a.sequences, a.most_keys, a.keys,
+                 "attention_varlen: cu_seqlens_k does not rise from 0 to the number of key's "
+                 "tokens, or a sequence is longer than max_seqlen_k");
+}
+
 }  // namespace
 
 int64_t attention_splits(const AttentionParams& p) {
@@ -153,13 +176,18 @@ int64_t attention_splits(const AttentionParams& p) {
 }
 
 int64_t attention_workspace(const AttentionParams& p) {
-  return p.splits < 2 ? 0 : p.splits * p.batch * p.heads * p.q_len * (p.value_dim + 2);
+  return p.splits < 2 ? 0 : p.splits * p.rows() * (p.value_dim + 2);
 }
 
 void attention(const AttentionParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
   if (p.q_len > kLongest || p.kv_len > kLongest || p.q_len * p.heads / p.kv_heads > kLongest) {
     throw std::invalid_argument("fasttransformer: attention takes up to 2^30 queries and keys");
+  }
+  if (p.cu_seqlens_q != nullptr) {
+    launch("attention_check_boundaries", attention_check_boundaries,
+           static_cast<int>((p.batch + kCheckBlock - 1) / kCheckBlock), kCheckBlock, 0, stream,
+           {p.cu_seqlens_q, p.cu_seqlens_k, p.batch, p.q_len, p.kv_len, p.head_rows, p.key_rows});
   }
   const Plan plan = plan_of(p);
   ForwardArgs a;
@@ -185,9 +213,8 @@ void attention(const AttentionParams& p, void* stream) {
     case DType::bf16: attention_forward_bf16(a, plan.variant, plan.head, stream); break;
   }
   if (p.splits < 2) return;
-  const int64_t rows = p.batch * p.heads * p.q_len;
-  launch("attention_merge", attention_merge, grid_for(rows, kMergeWarps), kMergeWarps * kWarp, 0,
-         stream, a);
+  launch("attention_merge", attention_merge, grid_for(p.rows(), kMergeWarps), kMergeWarps * kWarp,
+         0, stream, a);
 }
 
 }  // namespace ft::cuda

@@ -33,14 +33,22 @@ struct AttentionCase {
   const int32_t* key_lengths = nullptr;         // (batch,)
   float scale = 1.f;
   Dropout dropout;
-  // Packed sequences (CUDA only): (batch + 1,) each, where the rows of each batch entry begin in
-  // query and key, which then have a batch stride of 0; q_len and kv_len are the longest lengths.
+  // Query i stands at key i + key_lengths − q_len, as the last tokens of a cache do.
+  bool query_at_end = false;
+  // Packed sequences: (batch + 1,) each, where the rows of each batch entry begin in query and key,
+  // which then have a batch stride of 0; q_len and kv_len are the longest lengths.
   const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+  // What there is one of per query (lse, and what backward keeps) lies as (entries(), heads,
+  // head_rows): head_rows is q_len, or where sequences are packed the number of all tokens.
+  int64_t head_rows = 0;
+  int64_t key_rows = 0;  // of key: kv_len, or all tokens
+  constexpr int64_t entries() const { return cu_seqlens_q != nullptr ? 1 : batch; }
+  constexpr int64_t rows() const { return entries() * heads * head_rows; }
 };
 
 struct AttentionParams : AttentionCase {
-  void* out = nullptr;   // memory (batch, q_len, heads, value_dim)
-  float* lse = nullptr;  // (batch, heads, q_len); packed: (tokens, heads)
+  void* out = nullptr;   // memory (batch, q_len, heads, value_dim); packed: (tokens, heads, …)
+  float* lse = nullptr;  // (entries(), heads, head_rows)
   // CUDA: into how many parts the keys of a row are cut, and attention_workspace() floats for them.
   int64_t splits = 1;
   float* workspace = nullptr;
@@ -48,16 +56,14 @@ struct AttentionParams : AttentionCase {
 
 struct AttentionBackwardParams : AttentionCase {
   HeadsView grad_out, out;
-  const float* grad_lse = nullptr;  // (batch, heads, q_len), or null
+  const float* grad_lse = nullptr;  // like lse, or null
   const float* lse = nullptr;
-  void* d_query = nullptr;  // memory (batch, q_len, heads, head_dim)
-  void* d_key = nullptr;    // memory (batch, kv_len, kv_heads, head_dim)
-  void* d_value = nullptr;  // memory (batch, kv_len, kv_heads, value_dim)
+  // Laid out like out: a token's heads beside each other.
+  void *d_query = nullptr, *d_key = nullptr, *d_value = nullptr;
   float* d_bias = nullptr;  // contiguous, size 1 where the bias has stride 0; null: not wanted
   int64_t d_bias_sizes[4] = {};
   float* d_sinks = nullptr;  // (heads,); null: not wanted
-  // Workspace of (batch, heads, q_len) each: delta, and the two parts of lse that weights are made
-  // of.
+  // Workspace of rows() each: delta, and the two parts of lse that weights are made of.
   float *delta = nullptr, *top = nullptr, *shift = nullptr;
   // Keys are split into this many parts that run in parallel, each with its own sum of d_query (and
   // of d_bias where that broadcasts over keys) in `partial`; the sums are added in order.

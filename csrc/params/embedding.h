@@ -26,13 +26,18 @@ struct EmbeddingBackwardParams {
   const void* grad = nullptr;  // (tokens, features), last stride 1
   IdsArg ids, order;
   void* d_table = nullptr;   // (rows, features), contiguous
-  float* partial = nullptr;  // (tiles, 2, features): see kEmbeddingTile
+  float* partial = nullptr;  // (tiles, 2, features), on a GPU: see kEmbeddingTile
   DType dtype = DType::f32;
   float scale = 1.f;
   int64_t tokens = 0, features = 0, rows = 0, grad_stride = 0, padding_idx = -1;
 };
 
-// Sorted tokens that a block sums up; the sums of ids that reach over its ends are kept apart.
+// The sinusoid's angles are integers of which 2^64 make a turn: p · f, f = base^(−2i/features).
+constexpr double kLog2SinusoidBase = 13.287712379549449;   // of 10000
+constexpr double kTurnsPerRadian = 2935890503282001226.0;  // 2^64 / 2π
+
+// Sorted tokens that are summed up on their own; on a GPU, where a block does so, the sums of ids
+// that reach over its ends are kept apart.
 constexpr int64_t kEmbeddingTile = 32;
 
 }  // namespace ft

@@ -1,11 +1,14 @@
-"""Checks of attention's options for the operations that take them beside attention itself."""
+"""Attention's options, for attention and the operations that take them beside it: checks, and how
+they are handed to the kernels."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..backends import Kernel
 from ._attention_checks import (
     check_alignment,
     check_bias,
@@ -48,3 +51,54 @@ def option_names(**used: Any) -> frozenset[str]:
     return frozenset(
         name for name, value in used.items() if value is not None and value is not False
     )
+
+
+# ---- for the kernels ----------------------------------------------------------------------------
+
+
+def kernel_bias(bias: Tensor, query: Tensor, grad: bool) -> Tensor:
+    """A bias in a dtype that kernels read; without stride-0 dimensions if it wants a gradient, of
+    which those would have one number each."""
+    if bias.dtype != torch.float32 and bias.dtype != query.dtype:
+        bias = bias.float()
+    if grad and bias.requires_grad and 0 in bias.stride():
+        bias = bias.contiguous()
+    return bias
+
+
+def needs_wide_inputs(
+    kernel: Kernel, query: Tensor, bias: Tensor | None, sinks: Tensor | None
+) -> bool:
+    """Whether a gradient in float32 would have 16-bit errors: the backward reads ``out``, which has
+    the inputs' dtype. The CPU kernel computes in float32 anyway, so this costs memory only."""
+    if kernel.backend != "cpu" or query.dtype == torch.float32:
+        return False
+    wide_bias = bias is not None and bias.dtype == torch.float32 and bias.requires_grad
+    return wide_bias or (sinks is not None and sinks.requires_grad)
+
+
+def kernel_slopes(alibi_slopes: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """(batch, heads) float32."""
+    if alibi_slopes is None:
+        return None
+    return alibi_slopes.detach().float().expand(batch, heads).contiguous()
+
+
+def kernel_sinks(sinks: Tensor | None) -> Tensor | None:
+    return None if sinks is None else sinks.float().contiguous()
+
+
+def expanded(scores_view: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A mask or bias as a view of the scores' shape."""
+    return None if scores_view is None else scores_view.expand(shape)
+
+
+def own_bias_gradient(d_bias: Tensor, bias: Tensor) -> Tensor:
+    """A kernel's d_bias, which has size 1 where the bias broadcasts, in the bias's own shape."""
+    own = bias.shape
+    return d_bias.sum_to_size((1,) * (4 - len(own)) + own).reshape(own).to(bias.dtype)
+
+
+def d_bias_shape(expanded_bias: Tensor) -> list[int]:
+    return [1 if step == 0 and size > 1 else size
+            for size, step in zip(expanded_bias.shape, expanded_bias.stride())]  # fmt: skip

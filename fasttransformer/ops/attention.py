@@ -27,6 +27,15 @@ from ._attention_checks import (
     flatten_mask,
     scores_shape,
 )
+from ._attention_options import (
+    d_bias_shape,
+    expanded,
+    kernel_bias,
+    kernel_sinks,
+    kernel_slopes,
+    needs_wide_inputs,
+    own_bias_gradient,
+)
 from ._front import (
     alike,
     autocast_dtype,
@@ -294,23 +303,14 @@ def _attend(
             )  # fmt: skip
         return result if return_lse else (result, None)
     if bias is not None:
-        if bias.dtype != torch.float32 and bias.dtype != query.dtype:
-            bias = bias.float()
-        if flags[0] and bias.requires_grad:
-            if 0 in bias.stride():
-                # d_bias has one number per stride-0 dimension; an expanded bias wants one each.
-                bias = bias.contiguous()
-    if kernel.backend == "cpu" and dtype != torch.float32 and flags[0]:
-        wide_bias = bias is not None and bias.dtype == torch.float32 and bias.requires_grad
-        if wide_bias or (sinks is not None and sinks.requires_grad):
-            # The backward reads `out`: rounded to 16 bits, it would leave a float32 gradient with
-            # 16-bit errors. The kernel computes in float32 anyway: this costs memory only.
-            query, key, value = query.float(), key.float(), value.float()
-            bias = None if bias is None else bias.float()  # the kernels know no other beside these
+        bias = kernel_bias(bias, query, flags[0])
+    if flags[0] and needs_wide_inputs(kernel, query, bias, sinks):
+        query, key, value = query.float(), key.float(), value.float()
+        bias = None if bias is None else bias.float()  # the kernels know no other beside these
     if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.detach().float().expand(query.shape[:2]).contiguous()
+        alibi_slopes = kernel_slopes(alibi_slopes, query.shape[0], query.shape[1])
     if sinks is not None:
-        sinks = sinks.float().contiguous()
+        sinks = kernel_sinks(sinks)
     if key_lengths is not None:
         key_lengths = key_lengths.clamp(0, key.shape[2]).to(torch.int32).contiguous()
     arguments = (
@@ -325,18 +325,15 @@ def _attend(
     return _Attention.forward(*arguments, kernel)
 
 
-def _expanded(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    return None if bias is None else bias.expand(scores_shape(query, key))
-
-
 class _Attention:
     @staticmethod
     def forward(query, key, value, mask, bias, is_causal, bottom_right, window_left,
                 window_right, softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p, seed,
                 kernel):  # fmt: skip
-        return kernel.forward(query, key, value, mask, _expanded(bias, query, key), is_causal,
-                              bottom_right, window_left, window_right, softcap, alibi_slopes, sinks,
-                              key_lengths, scale, dropout_p, seed)  # fmt: skip
+        bias = expanded(bias, scores_shape(query, key))
+        return kernel.forward(query, key, value, mask, bias, is_causal, bottom_right, window_left,
+                              window_right, softcap, alibi_slopes, sinks, key_lengths, scale,
+                              dropout_p, seed)  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -362,14 +359,12 @@ class _Attention:
         bias_grad, sinks_grad = ctx.needs_input_grad[4], ctx.needs_input_grad[11]
         d_query, d_key, d_value, d_bias, d_sinks = ctx.kernel.backward(
             last_stride_one(grad_out), None if grad_lse is None else grad_lse.contiguous(),
-            query, key, value, out, lse, mask, _expanded(bias, query, key), is_causal, bottom_right,
-            window_left, window_right, softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p,
+            query, key, value, out, lse, mask, expanded(bias, scores_shape(query, key)), is_causal,
+            bottom_right, window_left, window_right, softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p,
             seed, bias_grad, sinks_grad,
         )  # fmt: skip
         if bias_grad:
-            own = bias.shape
-            # Dimensions over which the bias broadcasts come back with size 1.
-            d_bias = d_bias.sum_to_size((1,) * (4 - len(own)) + own).reshape(own).to(bias.dtype)
+            d_bias = own_bias_gradient(d_bias, bias)
         return (d_query, d_key, d_value, None, d_bias if bias_grad else None, None, None, None,
                 None, None, None, d_sinks if sinks_grad else None, None, None, None, None,
                 None)  # fmt: skip
@@ -398,10 +393,7 @@ def _(grad_out, grad_lse, query, key, value, out, lse, mask, bias, is_causal, bo
         batch, heads, length, dim = x.shape
         return _heads_last(query, batch, heads, length, dim)
 
-    d_bias = [0]
-    if bias_grad:
-        d_bias = [1 if step == 0 and size > 1 else size
-                  for size, step in zip(bias.shape, bias.stride())]  # fmt: skip
+    d_bias = d_bias_shape(bias) if bias_grad else [0]
     d_sinks = [query.shape[1] if sinks_grad else 0]
     return (empty(query), empty(key), empty(value), query.new_empty(d_bias, dtype=torch.float32),
             query.new_empty(d_sinks, dtype=torch.float32))  # fmt: skip

@@ -1,8 +1,8 @@
-"""Attention of newly decoded tokens over a cache, made of a call of attention: it runs where
-attention with ``key_lengths`` does."""
+"""Attention of newly decoded tokens over a cache: checks, the append, choice of a backend."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +12,25 @@ from .. import reference
 from ..backends import choose
 from ..reference.attention_decode import KVCache
 from ..reference.rotary_embedding import rotate
-from ._attention_options import check_options, option_names
-from ._front import autocast_dtype, cast, is_float, needs_grad, same_device, same_dtype
-from .attention import attention
+from ._attention_checks import check_window, scores_shape
+from ._attention_options import (
+    check_options,
+    expanded,
+    kernel_bias,
+    kernel_sinks,
+    kernel_slopes,
+    option_names,
+)
+from ._front import (
+    autocast_dtype,
+    cast,
+    fake,
+    is_float,
+    last_stride_one,
+    needs_grad,
+    same_device,
+    same_dtype,
+)
 from .rotary_embedding import check_tables
 
 
@@ -99,7 +115,7 @@ def attention_decode(
     check_options(op, query, keys, mask, bias, "top_left", window, softcap, alibi_slopes, sinks)
     count = 0 if new_key is None else new_key.shape[2]
     tokens = query.shape[2]
-    shortest, longest = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
+    shortest, longest = cache.extremes(layer)
     if longest + count > keys.shape[2]:
         raise ValueError(
             f"{op}: the cache holds {longest} tokens of a sample; {count} new ones exceed "
@@ -109,17 +125,15 @@ def attention_decode(
         _check_rotary(
             op, query, rotary, rotary_interleaved, shortest + count - tokens, longest + count
         )
-    # attention's own positions start at the first key; where a query stands among the keys matters
-    # unless it sees all of them.
-    placed = window is not None or alibi_slopes is not None or (is_causal and tokens > 1)
     options = option_names(
-        grad=needs_grad(query, bias, sinks),
+        grad=needs_grad(query, bias, sinks, alibi_slopes),
         mask=mask,
         bias=bias,
+        is_causal=is_causal,
+        window=window,
         softcap=softcap,
+        alibi_slopes=alibi_slopes,
         sinks=sinks,
-        key_lengths=True,
-        query_positions=placed,
         mixed_dtypes=keys.dtype != query.dtype,
     )
     sizes = (("head_dim", max(query.shape[3], values.shape[3])),)
@@ -147,19 +161,34 @@ def attention_decode(
             return_lse=return_lse,
         )
     keys, values, lengths = cache.layer(layer)
-    return attention(
-        query,
+    shape = scores_shape(query, keys)
+    if bias is not None:
+        bias = kernel_bias(bias, query, False)
+    left, right = check_window(op, window)
+    out, lse = kernel.forward(
+        last_stride_one(query),
         keys,
         values,
-        mask=mask,
-        bias=bias,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        key_lengths=lengths,
-        return_lse=return_lse,
-        backend=kernel.backend,
+        lengths,
+        expanded(mask, shape),
+        expanded(bias, shape),
+        is_causal,
+        left,
+        right,
+        0.0 if softcap is None else float(softcap),
+        kernel_slopes(alibi_slopes, query.shape[0], query.shape[1]),
+        kernel_sinks(sinks),
+        1.0 / math.sqrt(max(query.shape[3], 1)) if scale is None else float(scale),
     )
+    return (out, lse) if return_lse else out
+
+
+@fake("attention_decode")
+def _(query, key, value, key_lengths, mask, bias, is_causal, window_left, window_right, softcap,
+      alibi_slopes, sinks, scale):  # fmt: skip
+    batch, heads, length, _ = query.shape
+    out = query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
+    return out, query.new_empty((batch, heads, length), dtype=torch.float32)
 
 
 def _turned(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool, start: Tensor) -> Tensor:

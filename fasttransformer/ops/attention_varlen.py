@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._attention_options import check_options, option_names
-from ._front import autocast_dtype, cast, is_float, needs_grad, probability, same_device, same_dtype
+from ._attention_checks import check_window
+from ._attention_options import (
+    check_options,
+    d_bias_shape,
+    expanded,
+    kernel_bias,
+    kernel_sinks,
+    kernel_slopes,
+    needs_wide_inputs,
+    option_names,
+    own_bias_gradient,
+)
+from ._front import (
+    autocast_dtype,
+    cast,
+    fake,
+    is_float,
+    last_stride_one,
+    needs_grad,
+    new_seed,
+    probability,
+    same_device,
+    same_dtype,
+)
+from ._function import differentiable
 from ._index import is_index
+
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def attention_varlen(
@@ -51,7 +78,9 @@ def attention_varlen(
         value: (tokens_k, kv_heads, value_dim).
         cu_seqlens_q: (sequences + 1,) int: 0, then the end of each sequence; the last is tokens_q.
         cu_seqlens_k: the same for the keys.
-        max_seqlen_q, max_seqlen_k: the longest sequence or more; found unless given.
+        max_seqlen_q, max_seqlen_k: the longest sequence or more; found unless given. On a GPU the
+            boundaries are then not read back, which would wait for it, but checked by the kernel:
+            a wrong one makes a later call of CUDA raise.
         mask, bias: broadcast to (sequences, heads, max_seqlen_q, max_seqlen_k), of which each
             sequence reads its corner.
         is_causal, causal_alignment, window, softcap, alibi_slopes, sinks, scale, dropout_p: as of
@@ -82,15 +111,13 @@ def attention_varlen(
     is_float(op, query=query, key=key, value=value)
     same_device(op, query, key=key, value=value)
     _check_shapes(op, query, key, value)
-    longest_q = _longest(op, "cu_seqlens_q", cu_seqlens_q, "query", query)
-    longest_k = _longest(op, "cu_seqlens_k", cu_seqlens_k, "key", key)
+    max_seqlen_q = _check_boundaries(op, "q", cu_seqlens_q, "query", query, max_seqlen_q)
+    max_seqlen_k = _check_boundaries(op, "k", cu_seqlens_k, "key", key, max_seqlen_k)
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         raise ValueError(
             f"{op}: cu_seqlens_q has {len(cu_seqlens_q)} entries, but cu_seqlens_k has "
             f"{len(cu_seqlens_k)}"
         )
-    max_seqlen_q = _at_least(op, "max_seqlen_q", max_seqlen_q, longest_q)
-    max_seqlen_k = _at_least(op, "max_seqlen_k", max_seqlen_k, longest_k)
     # Stand-ins without memory, of the shape that the batch would have if it were padded.
     sequences = len(cu_seqlens_q) - 1
     padded_q = query.new_empty(()).expand(sequences, query.shape[1], max_seqlen_q, query.shape[2])
@@ -103,8 +130,9 @@ def attention_varlen(
     if autocast is not None:
         query, key, value = cast(query, autocast), cast(key, autocast), cast(value, autocast)
     same_dtype(op, query, key=key, value=value)
+    grad = needs_grad(query, key, value, bias, sinks, alibi_slopes)
     options = option_names(
-        grad=needs_grad(query, key, value, bias, sinks),
+        grad=grad,
         mask=mask,
         bias=bias,
         is_causal=is_causal,
@@ -112,31 +140,137 @@ def attention_varlen(
         window=window,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        alibi_slopes_grad=alibi_slopes is not None and needs_grad(alibi_slopes),
         sinks=sinks,
         dropout=dropout_p > 0.0,
     )
     sizes = (("head_dim", max(query.shape[2], value.shape[2])),)
-    choose(op, query.device.type, query.dtype, options, sizes, backend)
-    return reference.attention_varlen(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        mask=mask,
-        bias=bias,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        return_lse=return_lse,
+    kernel = choose(op, query.device.type, query.dtype, options, sizes, backend)
+    seed = new_seed(query.device) if dropout_p > 0.0 else None
+    if kernel.forward is None:
+        return reference.attention_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            mask=mask,
+            bias=bias,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            scale=scale,
+            dropout_p=dropout_p,
+            return_lse=return_lse,
+            seed=seed,
+        )
+    dtype, head_dim = query.dtype, query.shape[2]
+    if bias is not None:
+        bias = kernel_bias(bias, query, grad)
+    if grad and needs_wide_inputs(kernel, query, bias, sinks):
+        query, key, value = query.float(), key.float(), value.float()
+        bias = None if bias is None else bias.float()
+    left, right = check_window(op, window)
+    arguments = (
+        last_stride_one(query),
+        last_stride_one(key),
+        last_stride_one(value),
+        mask,
+        bias,
+        kernel_sinks(sinks),
+        cu_seqlens_q.to(torch.int32).contiguous(),
+        cu_seqlens_k.to(torch.int32).contiguous(),
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal,
+        causal_alignment == "bottom_right",
+        left,
+        right,
+        0.0 if softcap is None else float(softcap),
+        kernel_slopes(alibi_slopes, sequences, query.shape[1]),
+        1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale),
+        dropout_p,
+        seed,
+        kernel,
     )
+    if grad or _transforms_active():
+        out, lse = _differentiable(*arguments)
+    else:
+        out, lse = _AttentionVarlen.forward(*arguments)
+    out = out.to(dtype)
+    return (out, lse.t()) if return_lse else out
+
+
+class _AttentionVarlen:
+    @staticmethod
+    def forward(query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                max_seqlen_k, is_causal, bottom_right, window_left, window_right, softcap,
+                alibi_slopes, scale, dropout_p, seed, kernel):  # fmt: skip
+        shape = (len(cu_seqlens_q) - 1, query.shape[1], max_seqlen_q, max_seqlen_k)
+        return kernel.forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                              max_seqlen_k, expanded(mask, shape), expanded(bias, shape), is_causal,
+                              bottom_right, window_left, window_right, softcap, alibi_slopes, sinks,
+                              scale, dropout_p, seed)  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+         max_seqlen_k, is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes,
+         scale, dropout_p, seed, kernel) = inputs  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, *output, mask, bias, sinks, cu_seqlens_q,
+                              cu_seqlens_k, alibi_slopes, seed)  # fmt: skip
+        ctx.lengths = (max_seqlen_q, max_seqlen_k)
+        ctx.numbers = (is_causal, bottom_right, window_left, window_right, softcap)
+        ctx.factors = (scale, dropout_p)
+        ctx.kernel = kernel
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        (query, key, value, out, lse, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
+         seed) = ctx.saved_tensors  # fmt: skip
+        if grad_out is None:
+            if grad_lse is None:
+                return (None,) * 20
+            grad_out = torch.zeros_like(out)
+        bias_grad, sinks_grad = ctx.needs_input_grad[4], ctx.needs_input_grad[5]
+        shape = (len(cu_seqlens_q) - 1, query.shape[1], *ctx.lengths)
+        d_query, d_key, d_value, d_bias, d_sinks = ctx.kernel.backward(
+            last_stride_one(grad_out), None if grad_lse is None else grad_lse.contiguous(),
+            query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths,
+            expanded(mask, shape), expanded(bias, shape), *ctx.numbers, alibi_slopes, sinks,
+            *ctx.factors, seed, bias_grad, sinks_grad,
+        )  # fmt: skip
+        return (d_query, d_key, d_value, None,
+                own_bias_gradient(d_bias, bias) if bias_grad else None,
+                d_sinks if sinks_grad else None, *(None,) * 14)  # fmt: skip
+
+
+_differentiable = differentiable(_AttentionVarlen, tensors=8)
+
+
+@fake("attention_varlen")
+def _(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, bias,
+      is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes, sinks, scale,
+      dropout_p, seed):  # fmt: skip
+    tokens, heads, _ = query.shape
+    return (query.new_empty((tokens, heads, value.shape[2])),
+            query.new_empty((heads, tokens), dtype=torch.float32))  # fmt: skip
+
+
+@fake("attention_varlen_backward")
+def _(grad_out, grad_lse, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+      max_seqlen_k, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
+      alibi_slopes, sinks, scale, dropout_p, seed, bias_grad, sinks_grad):  # fmt: skip
+    d_bias = d_bias_shape(bias) if bias_grad else [0]
+    return (*(query.new_empty(x.shape) for x in (query, key, value)),
+            query.new_empty(d_bias, dtype=torch.float32),
+            query.new_empty([query.shape[1] if sinks_grad else 0], dtype=torch.float32))  # fmt: skip
 
 
 def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -160,14 +294,21 @@ def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"{op}: key has head_dim {key.shape[2]}, but query has {query.shape[2]}")
 
 
-def _longest(op: str, name: str, cu_seqlens: Tensor, packed_name: str, packed: Tensor) -> int:
-    """The longest sequence's length, once the boundaries are known to be right."""
+def _check_boundaries(
+    op: str, side: str, cu_seqlens: Tensor, packed_name: str, packed: Tensor, most: int | None
+) -> int:
+    """The longest sequence's length, or ``most`` where that is given and right."""
+    name = f"cu_seqlens_{side}"
     is_index(op, **{name: cu_seqlens})
     same_device(op, packed, **{name: cu_seqlens})
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(
             f"{op}: {name} has shape {tuple(cu_seqlens.shape)}; it must be (sequences + 1,)"
         )
+    if most is not None and (not packed.is_cpu or torch.compiler.is_compiling()):
+        if most < 0:
+            raise ValueError(f"{op}: max_seqlen_{side} is {most}; it must be 0 or more")
+        return most  # to look at the boundaries would be to wait for the GPU; the kernel looks
     bounds, tokens = cu_seqlens.tolist(), packed.shape[0]
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens:
@@ -181,12 +322,9 @@ def _longest(op: str, name: str, cu_seqlens: Tensor, packed_name: str, packed: T
             f"{op}: {name} falls from {bounds[at]} to {bounds[at + 1]} at entry {at + 1}; "
             "no entry may be less than the one before"
         )
-    return max(lengths, default=0)
-
-
-def _at_least(op: str, name: str, given: int | None, longest: int) -> int:
-    if given is None:
-        return longest
-    if given < longest:
-        raise ValueError(f"{op}: {name} is {given}, but the longest sequence has {longest} tokens")
-    return given
+    longest = max(lengths, default=0)
+    if most is not None and most < longest:
+        raise ValueError(
+            f"{op}: max_seqlen_{side} is {most}, but the longest sequence has {longest} tokens"
+        )
+    return longest if most is None else most

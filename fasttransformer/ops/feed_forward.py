@@ -1,15 +1,28 @@
-"""Position-wise feed-forward block: two calls of linear_add, so it runs where linear_add does."""
+"""Position-wise feed-forward block: two calls of linear_add, so it runs where linear_add does.
+
+With a gradient, what the activation makes is not kept but made again in the backward pass, so that
+a block keeps one number per hidden value instead of two.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from .. import reference
-from ..backends import STEPS, choose
+from ..backends import STEPS, Kernel, choose
 from ..reference.feed_forward import GATES
 from ._activation import activation as _activation
 from ._front import is_float, needs_grad, same_device, same_dtype
-from .linear_add import ACTIVATIONS, activate, autocast_linear, linear_add
+from ._function import differentiable
+from .linear_add import (
+    ACTIVATIONS,
+    activate,
+    autocast_linear,
+    kernel_inputs,
+    linear_add,
+    linear_gradients,
+    viewed,
+)
 
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
@@ -74,7 +87,11 @@ def feed_forward(
     step = STEPS["activation"].get(on)
     if step is not None and step.unsupported(input.dtype, options, ()) is not None:
         step = None
-    if step is not None and (activation in GATES or options):  # else linear_add applies it itself
+    if step is not None and options:
+        return _with_grad(
+            input, weight_in, bias_in, weight_out, bias_out, activation, (kernel, step)
+        )
+    if step is not None and activation in GATES:  # else linear_add applies it itself
         hidden = _activation(linear_add(input, weight_in, bias_in, backend=on), activation, step)
     elif activation in GATES:
         gate, up = linear_add(input, weight_in, bias_in, backend=on).chunk(2, dim=-1)
@@ -82,6 +99,56 @@ def feed_forward(
     else:
         hidden = linear_add(input, weight_in, bias_in, activation=activation, backend=on)
     return linear_add(hidden, weight_out, bias_out, backend=on)
+
+
+def _with_grad(
+    input: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    activation: str,
+    kernels: tuple[Kernel, Kernel],
+) -> Tensor:
+    lead = tuple(input.shape[:-1])
+    x, weight_in, _ = kernel_inputs(input, weight_in, None, (*lead, weight_in.shape[0]))
+    out = _feed_forward_with_grad(
+        x, weight_in, bias_in, weight_out.contiguous(), bias_out, activation, kernels
+    )
+    return viewed(out, (*lead, weight_out.shape[0]))
+
+
+class _FeedForward:
+    @staticmethod
+    def forward(x, weight_in, bias_in, weight_out, bias_out, activation, kernels):
+        linear, step = kernels
+        inner = linear.forward(x, weight_in, bias_in, None, "")
+        out = linear.forward(step.forward(inner, activation), weight_out, bias_out, None, "")
+        return out, inner
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight_in, _, weight_out, _, ctx.activation, ctx.kernels = inputs
+        ctx.save_for_backward(x, weight_in, weight_out, output[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight_in, weight_out, inner = ctx.saved_tensors
+        linear, step = ctx.kernels
+        needs = ctx.needs_input_grad
+        first = needs[0] or needs[1] or needs[2]
+        hidden = step.forward(inner, ctx.activation)
+        d_hidden, *second = linear_gradients(
+            linear, grad, hidden, weight_out, (first, needs[3], needs[4])
+        )
+        del hidden
+        if not first:
+            return None, None, None, *second, None, None
+        d_inner = step.backward(d_hidden, inner, ctx.activation)
+        return *linear_gradients(linear, d_inner, x, weight_in, needs), *second, None, None
+
+
+_feed_forward_with_grad = differentiable(_FeedForward, tensors=5, outputs=1)
 
 
 def _check(

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
-from ._front import is_float, needs_grad, same_device, same_dtype
+from ..backends import Kernel, choose
+from ._front import fake, is_float, last_stride_one, needs_grad, same_device, same_dtype
+from ._function import differentiable, vmap_rule
 
+_transforms_active = torch._C._are_functorch_transforms_active
+#: Of one call of a kernel (csrc/params/merge_attention.h); more are merged in turns.
+_MOST_PARTS = 16
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
 
@@ -80,9 +84,104 @@ def merge_attention(
                 f"{op}: lses[{i}] has shape {tuple(lse.shape)}; outs[0]'s makes it "
                 f"{tuple(first.shape[:-1])}"
             )
-    options = _GRAD if needs_grad(*outs, *lses) else _NONE
-    choose(op, first.device.type, first.dtype, options, (), backend)
-    return reference.merge_attention(outs, lses)
+    grad = needs_grad(*outs, *lses)
+    kernel = choose(op, first.device.type, first.dtype, _GRAD if grad else _NONE, (), backend)
+    if kernel.forward is None:
+        return reference.merge_attention(outs, lses)
+    if first.dim() > 4:
+        shape = first.shape[:-1]
+        out, lse = _merge([o.flatten(0, -2) for o in outs], [l.flatten() for l in lses], kernel)
+        return out.unflatten(0, shape), lse.unflatten(0, shape)
+    return _merge(outs, lses, kernel)
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor], kernel: Kernel) -> tuple[Tensor, Tensor]:
+    while len(outs) > _MOST_PARTS:
+        first = _merge(outs[:_MOST_PARTS], lses[:_MOST_PARTS], kernel)
+        outs, lses = [first[0], *outs[_MOST_PARTS:]], [first[1], *lses[_MOST_PARTS:]]
+    outs = [last_stride_one(out) for out in outs]
+    if needs_grad(*outs, *lses) or _transforms_active():
+        return _differentiable(kernel, *outs, *lses)
+    return kernel.forward(outs, lses)
+
+
+class _MergeAttention:
+    @staticmethod
+    def forward(kernel, *parts):
+        count = len(parts) // 2
+        return kernel.forward(parts[:count], parts[count:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kernel = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        parts = ctx.saved_tensors
+        outs, lses = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        if grad_out is None:
+            if grad_lse is None:
+                return (None,) * (1 + len(parts))
+            grad_out = torch.zeros_like(outs[0])
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        d_outs, d_lses = ctx.kernel.backward(last_stride_one(grad_out), grad_lse, outs, lses)
+        return None, *d_outs, *d_lses
+
+
+_differentiable = differentiable(_MergeAttention, tensors=0)
+
+
+@fake("merge_attention")
+def _(outs, lses):
+    out = torch.empty_like(outs[0], memory_format=torch.contiguous_format)
+    if outs[0].dim() == 4 and not outs[0].is_contiguous():
+        batch, heads, length, dim = outs[0].shape
+        out = outs[0].new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return out, lses[0].new_empty(lses[0].shape)
+
+
+@fake("merge_attention_backward")
+def _(grad_out, grad_lse, outs, lses):
+    return [o.new_empty(o.shape) for o in outs], [l.new_empty(l.shape) for l in lses]
+
+
+# The mapped dimension is one more in front of the rows.
+
+
+def _in_front(x: Tensor | None, dim: int | None, count: int) -> Tensor | None:
+    if x is None:
+        return None
+    return x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+@vmap_rule("merge_attention")
+def _(operator, count, in_dims, outs, lses):
+    outs, lses = ([_in_front(x, d, count) for x, d in zip(xs, dims)]
+                  for xs, dims in zip((outs, lses), in_dims))  # fmt: skip
+    if outs[0].dim() > 4:
+        return None
+    return operator([last_stride_one(out) for out in outs], lses), (0, 0)
+
+
+@vmap_rule("merge_attention_backward")
+def _(operator, count, in_dims, grad_out, grad_lse, outs, lses):
+    grad_out, grad_lse = (
+        _in_front(grad_out, in_dims[0], count),
+        _in_front(grad_lse, in_dims[1], count),
+    )
+    outs, lses = ([_in_front(x, d, count) for x, d in zip(xs, dims)]
+                  for xs, dims in zip((outs, lses), in_dims[2:]))  # fmt: skip
+    if outs[0].dim() > 4:
+        return None
+    d_outs, d_lses = operator(
+        last_stride_one(grad_out),
+        None if grad_lse is None else grad_lse.contiguous(),
+        [last_stride_one(out) for out in outs],
+        lses,
+    )
+    return (d_outs, d_lses), ([0] * len(outs), [0] * len(lses))
 
 
 def _parts(op: str, name: str, parts: Sequence[Tensor] | Tensor) -> list[Tensor]:

@@ -214,6 +214,8 @@ def attend(
     if bias is not None:
         bias = torch.atleast_2d(bias).to(wide)
         allowed = bias != -math.inf if allowed is None else allowed & (bias != -math.inf)
+    if allowed is None and key.shape[-2] == 0:
+        allowed = torch.zeros(1, 0, dtype=torch.bool, device=query.device)
     if allowed is not None:
         allowed = torch.atleast_2d(allowed)
         empty = ~allowed.any(dim=-1, keepdim=True)

@@ -24,7 +24,7 @@ Sources: Shazeer, "Fast Transformer Decoding", 2019 (arXiv:1911.02150); Pope et 
 (tensor([1., 1.]), tensor([[3]], dtype=torch.int32))
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ class KVCache:
     keys: Tensor
     values: Tensor
     lengths: Tensor
+    #: Each layer's least and greatest length, with the tensor and version that they were read from.
+    _extremes: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
+    _read_from: tuple[Tensor, int] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def allocate(
@@ -75,22 +78,47 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[3]
 
+    def extremes(self, layer: int) -> tuple[int, int]:
+        """The fewest and the most tokens that a sample holds. They are kept from one append to the
+        next: to look at ``lengths`` would be to wait for a GPU."""
+        if self.lengths.is_inference():  # has no version
+            self._extremes.clear()
+        elif self._read_from is None or self._read_from[0] is not self.lengths or (
+            self._read_from[1] != self.lengths._version
+        ):  # fmt: skip
+            self._extremes.clear()
+            self._read_from = (self.lengths, self.lengths._version)
+        known = self._extremes.get(layer)
+        if known is None:
+            lengths = self.lengths[layer].tolist()
+            known = (min(lengths), max(lengths)) if lengths else (0, 0)
+            self._extremes[layer] = known
+        return known
+
     @torch.no_grad()
     def append(self, layer: int, new_key: Tensor, new_value: Tensor) -> None:
         """Write new_key (B,G,n,D) and new_value (B,G,n,E) behind what each sample holds."""
         lengths, count = self.lengths[layer], new_key.shape[2]
-        longest = int(lengths.max()) if lengths.numel() else 0
+        shortest, longest = self.extremes(layer)
         if longest + count > self.capacity:
             raise ValueError(
                 f"KVCache: {longest} tokens and {count} new ones exceed the capacity "
                 f"{self.capacity}"
             )
-        sample = torch.arange(new_key.shape[0], device=new_key.device)[:, None]
-        position = lengths[:, None].long() + torch.arange(count, device=new_key.device)
-        # Indexed dimensions come first: (B, n, G, D).
-        self.keys[layer][sample, :, position] = new_key.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][sample, :, position] = new_value.transpose(1, 2).to(self.values.dtype)
+        keys, values = self.keys[layer], self.values[layer]
+        if shortest == longest:
+            keys[:, :, longest : longest + count].copy_(new_key)
+            values[:, :, longest : longest + count].copy_(new_value)
+        else:
+            sample = torch.arange(new_key.shape[0], device=new_key.device)[:, None]
+            position = lengths[:, None].long() + torch.arange(count, device=new_key.device)
+            # Indexed dimensions come first: (B, n, G, D).
+            keys[sample, :, position] = new_key.transpose(1, 2).to(keys.dtype)
+            values[sample, :, position] = new_value.transpose(1, 2).to(values.dtype)
         lengths += count
+        if not self.lengths.is_inference():
+            self._extremes[layer] = (shortest + count, longest + count)
+            self._read_from = (self.lengths, self.lengths._version)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """keys (B,G,capacity,D), values (B,G,capacity,E), lengths (B,) of one layer.

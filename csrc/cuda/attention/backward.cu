@@ -18,7 +18,7 @@ struct RowsArgs {
 template <class T>
 FT_GLOBAL void __launch_bounds__(kRowsBlock) attention_backward_rows(const RowsArgs a) {
   const AttentionBackwardParams& p = a.p;
-  const int64_t rows = p.batch * p.heads * p.q_len, per_block = kRowsBlock / a.group;
+  const int64_t rows = p.rows(), per_block = kRowsBlock / a.group;
   const int lane = thread_index() & (a.group - 1), end = static_cast<int>(p.value_dim);
   const auto at = [](const HeadsView& v, int64_t b, int64_t h, int64_t i) {
     return static_cast<const T*>(v.data) + b * v.batch + h * v.head + i * v.row;
@@ -27,7 +27,8 @@ FT_GLOBAL void __launch_bounds__(kRowsBlock) attention_backward_rows(const RowsA
     const int64_t r = first + thread_index() / a.group;
     float sum = 0.f;
     if (r < rows) {
-      const int64_t i = r % p.q_len, head = r / p.q_len, h = head % p.heads, b = head / p.heads;
+      const int64_t i = r % p.head_rows, head = r / p.head_rows;
+      const int64_t h = head % p.heads, b = head / p.heads;
       const T *grad = at(p.grad_out, b, h, i), *out = at(p.out, b, h, i);
       const bool grad_aligned = chunks_aligned(grad, 0), out_aligned = chunks_aligned(out, 0);
       for (int c = lane * kLanes<T>; c < end; c += a.group * kLanes<T>) {
@@ -63,9 +64,9 @@ FT_GLOBAL void __launch_bounds__(kSinksBlock) attention_backward_sinks(const Sin
   for (int64_t h = blockIdx.x; h < p.heads; h += gridDim.x) {
     const float sink = load_scalar(p.sinks + h);
     float sum = 0.f, lost = 0.f;  // Kahan's summation: rows are many
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t first = (b * p.heads + h) * p.q_len;
-      for (int64_t r = first + thread_index(); r < first + p.q_len; r += kSinksBlock) {
+    for (int64_t b = 0; b < p.entries(); ++b) {
+      const int64_t first = (b * p.heads + h) * p.head_rows;
+      for (int64_t r = first + thread_index(); r < first + p.head_rows; r += kSinksBlock) {
         if (load_scalar(p.lse + r) == -infinity()) continue;
         const float top = load_scalar(p.top + r);
         const float power =
@@ -105,13 +106,14 @@ void run(const AttentionBackwardParams& p, void* stream) {
   BackwardArgs args;
   args.p = p;
   args.units = units_of(p);
+  args.group = p.kv_heads == 0 ? 1 : static_cast<int>(p.heads / p.kv_heads);
   bool aligned = true;
   for (const HeadsView* v : {&p.query, &p.key, &p.value, &p.grad_out}) {
     aligned = aligned && rows_on_16_bytes(*v, sizeof(T));
   }
   const bool plain =
       sizeof(T) == 2 && aligned && args.units.raw && p.mask.data == nullptr && !p.dropout.on();
-  const int64_t rows = p.batch * p.heads * p.q_len;
+  const int64_t rows = p.rows();
   if (rows > 0) {
     RowsArgs of_rows = {p, plain, 1};
     while (of_rows.group < kWarp && of_rows.group * kLanes<T> < p.value_dim) of_rows.group *= 2;

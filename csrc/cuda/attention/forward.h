@@ -484,9 +484,9 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
       const float sum = quad_sum(total[m][half]);
       const bool exists = row_of(m, half, lane) < rows;
       const int64_t head = at.head + here.head;
-      const int64_t row = (at.batch * p.heads + head) * p.q_len + here.query;
+      const int64_t row = first_row_of(p, seq, at.batch, head) + here.query;
       if (a.splits > 1) {
-        const int64_t all = p.batch * p.heads * p.q_len, place_here = at.split * all + row;
+        const int64_t all = p.rows(), place_here = at.split * all + row;
         float* to = a.partial + place_here * p.value_dim;
         float* stats = a.partial + a.splits * all * p.value_dim + place_here * 2;
         if (exists && t == 0 && first_column() == 0) {
@@ -504,11 +504,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
         continue;
       }
       const Finish f = finish_row(p, lse_scale, some, top[m][half], sum, head);
-      if (exists && t == 0 && first_column() == 0) {
-        const int64_t packed =
-            p.cu_seqlens_q == nullptr ? row : (seq.query_start + here.query) * p.heads + head;
-        store_scalar(p.lse + packed, f.lse);
-      }
+      if (exists && t == 0 && first_column() == 0) { store_scalar(p.lse + row, f.lse); }
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
         T* to = staged.at(row_of(m, half, lane), first_column() + n * 8 + t * 2);
@@ -533,8 +529,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
     const int chunk = i % kChunks + first_column() / kLanes<T>;
     if (row >= rows || chunk * kLanes<T> >= columns) continue;
     const RowPlace here = row_place(pack, first_row + row);
-    const int64_t token =
-        (p.cu_seqlens_q == nullptr ? at.batch * p.q_len : seq.query_start) + here.query;
+    const int64_t token = first_query_of(p, seq, at.batch) + here.query;
     T* out = static_cast<T*>(p.out) + (token * p.heads + at.head + here.head) * p.value_dim;
     store_chunk(out, chunk * kLanes<T>, columns, a.out_aligned,
                 shared_load(reinterpret_cast<const Chunk*>(staged.chunk(row, chunk))));

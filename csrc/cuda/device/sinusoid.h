@@ -5,6 +5,7 @@
 // position of a million.
 #pragma once
 #include "cuda/device/platform.h"
+#include "params/embedding.h"
 
 namespace ft::cuda {
 
@@ -29,10 +30,8 @@ FT_DEVICE SineCosine sine_cosine_of_half_turns(float x) {
 
 // f for the pair of columns that begins at `column`, an even number.
 FT_DEVICE uint64_t turns_per_position(int64_t column, int64_t features) {
-  constexpr double kLog2Base = 13.287712379549449;  // log2(10000)
-  constexpr double kTurn = 2935890503282001226.0;   // 2^64 / 2π
   const double exponent = static_cast<double>(column) / static_cast<double>(features);
-  return static_cast<uint64_t>(power_of_two(-kLog2Base * exponent) * kTurn);
+  return static_cast<uint64_t>(power_of_two(-kLog2SinusoidBase * exponent) * kTurnsPerRadian);
 }
 
 // The quadrant is split off as an integer, so that what becomes a float is at most an eighth turn.

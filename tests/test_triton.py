@@ -32,7 +32,8 @@ OPERATORS = [
     "softmax", "softmax_backward", "layer_norm", "layer_norm_backward", "rms_norm",
     "rms_norm_backward", "add_layer_norm", "add_layer_norm_backward", "add_rms_norm",
     "add_rms_norm_backward", "linear_add", "linear_add_backward", "linear_add_layer_norm",
-    "linear_add_rms_norm", "attention", "attention_backward",
+    "linear_add_rms_norm", "linear_cross_entropy", "linear_cross_entropy_backward",
+    "linear_softmax", "linear_topk", "attention", "attention_backward",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on inf − inf
@@ -595,5 +596,6 @@ KERNELS = {
     "_norm._weight_gradients", "_reduce._sum_partials", "_attention.forward_kernel",
     "_attention_backward.delta_kernel", "_attention_backward.dkdv_kernel",
     "_attention_backward.dq_kernel", "_attention_backward.dbias_kernel", "_matmul.matmul_kernel",
-    "_matmul.matmul_norm_kernel", "_matmul.column_sums_kernel",
+    "_matmul.matmul_norm_kernel", "_matmul.column_sums_kernel", "linear_cross_entropy._rows",
+    "linear_topk._largest",
 }  # fmt: skip

@@ -1,14 +1,25 @@
 """The models against torch's own Transformer, and what they promise about padding and losses."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fasttransformer as ft
 from fasttransformer.models import (
     Decoder,
     Encoder,
+    LanguageModel,
     Seq2SeqModel,
+    SpanModel,
+    TextClassifier,
+    TextModel,
+    Tokenizer,
+    TransformerConfig,
+    layers,
 )
 
 V, C, HIDDEN, HEADS = 60, 16, 40, 4

@@ -75,7 +75,7 @@ def test_sizes(on, rows, features, classes, reduction, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, classes", [(150, 130_000), (1700, 50)])
+@pytest.mark.parametrize("rows, classes", [(150, 130_000), (2600, 50)])
 @pytest.mark.parametrize("on", CPU[-1:])
 def test_several_chunks_of_rows(on, rows, classes, dtype):
     for reduction in ("sum", "none"):

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/columns.h"
@@ -83,15 +84,24 @@ struct Chunk {
   const Call& call;
   const int64_t* rows = nullptr;
   int64_t count = 0, stride = 0, tiles = 0;  // rows, floats of a line, tiles of classes
-  float* lines = nullptr;  // (classes, stride): exponentials, then G as T; null: not wanted
+  // (classes, stride): exponentials, then G in their place; null: not wanted. A line has room for
+  // the wider of both.
+  char* lines = nullptr;
+  int64_t line_bytes = 0;
   float *tops = nullptr, *sums = nullptr, *smooth = nullptr;  // (tiles, stride)
   float *top = nullptr, *log_sum = nullptr, *target_logit = nullptr;
+  float* target_share = nullptr;  // scale · p at the target
   // G = scale · p − hot at the target − even · class weight
   float *scale = nullptr, *hot = nullptr, *even = nullptr;
   int32_t* target = nullptr;
   float* d_input = nullptr;     // (count, features)
   const void* input = nullptr;  // the chunk's rows, `input_stride` elements apart
   int64_t input_stride = 0;
+
+  template <class T>
+  T* line(int64_t v) const {
+    return reinterpret_cast<T*>(lines + v * line_bytes);
+  }
 };
 
 template <class F>
@@ -110,8 +120,8 @@ void add_bias(const GemmTile& tile, const Call& call) {
   }
 }
 
-// The tile's maxima and sums, and the targets' logits; with Store, its exponentials.
-template <bool Store>
+// The tile's maxima and sums, and the targets' logits; its exponentials as E, if not void.
+template <class E>
 void summarize(const GemmTile& tile, const void* context) {
   const Chunk& c = *static_cast<const Chunk*>(context);
   const bool smooth = c.call.p.label_smoothing != 0.f;
@@ -137,8 +147,8 @@ void summarize(const GemmTile& tile, const void* context) {
     const vf about = select(top == splat(-INFINITY), zero(), top);  // −inf less −inf is NaN
     const auto exponential = [&](int64_t row) __attribute__((always_inline)) {
       const vf e = exp(load(x + row * tile.stride) - about);
-      if constexpr (Store) {
-        store(c.lines + (tile.row + row) * c.stride + tile.column + j, e, part);
+      if constexpr (!std::is_void_v<E>) {
+        store(c.line<E>(tile.row + row) + tile.column + j, e, part);
       }
       return e;
     };
@@ -161,8 +171,9 @@ void summarize(const GemmTile& tile, const void* context) {
 
 // ---- G ----------------------------------------------------------------------------------------
 
-// n lanes from `from` on of G of class v, whose share of p is share(j, part); their sum.
-template <class T, class S>
+// n lanes from `from` on of G of class v, whose share of p is share(j, part); their sum. With
+// Rounded shares the target's, of which scale may leave little, is taken from `target_share`.
+template <class T, bool Rounded, class S>
 FT_INLINE float gradient_line(const Chunk& c, int64_t v, int64_t from, int64_t n, T* out,
                               const S& share) {
   const vf weight = splat(-c.call.weight_of(v));
@@ -171,7 +182,9 @@ FT_INLINE float gradient_line(const Chunk& c, int64_t v, int64_t from, int64_t n
   over_lanes(n, [&](int64_t j, auto part) __attribute__((always_inline)) {
     vi target;
     std::memcpy(&target, c.target + from + j, sizeof(target));
-    vf g = fma(weight, load(c.even + from + j), share(j, part));
+    vf p = share(j, part);
+    if constexpr (Rounded) p = select(target == here, load(c.target_share + from + j), p);
+    vf g = fma(weight, load(c.even + from + j), p);
     g -= select(target == here, load(c.hot + from + j), zero());
     total += keep(g, part);
     store(out + j, g, part);
@@ -184,18 +197,19 @@ struct Gradient {
   float* d_bias;  // null: not wanted
 };
 
-// Exponentials become G in place. A narrower T is written before what is still to be read.
-template <class T>
+// Exponentials, of E, become G in place. A narrower T is written before what is still to be read.
+template <class E, class T>
 void gradient_of_exponentials(const Gradient& g) {
   const Chunk& c = g.chunk;
   parallel_for(c.tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin * kTile; v < std::min(end * kTile, c.call.p.classes); ++v) {
-      float* line = c.lines + v * c.stride;
+      const E* line = c.line<E>(v);
       const float* factor = c.tops + v / kTile * c.stride;
       const auto share = [&](int64_t j, auto part) __attribute__((always_inline)) {
         return load(line + j, part) * load(factor + j);
       };
-      const float sum = gradient_line(c, v, 0, c.count, reinterpret_cast<T*>(line), share);
+      const float sum =
+          gradient_line<T, sizeof(E) != sizeof(float)>(c, v, 0, c.count, c.line<T>(v), share);
       if (g.d_bias) g.d_bias[v] += sum;
     }
   });
@@ -210,12 +224,12 @@ void gradient_of_logits(const GemmTile& tile, const void* context) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const int64_t v = tile.row + i;
     const float* x = tile.data + i * tile.stride;
-    T* out = reinterpret_cast<T*>(c.lines + v * c.stride) + tile.column;
+    T* out = c.line<T>(v) + tile.column;
     const auto share = [&](int64_t j, auto) __attribute__((always_inline)) {
       const int64_t at = tile.column + j;
       return load(c.scale + at) * exp((load(x + j) - load(c.top + at)) - load(c.log_sum + at));
     };
-    const float sum = gradient_line(c, v, tile.column, tile.columns, out, share);
+    const float sum = gradient_line<T, false>(c, v, tile.column, tile.columns, out, share);
     if (g.d_bias) g.d_bias[v] += sum;
   }
 }
@@ -266,6 +280,7 @@ void merge(const Chunk& c) {
     p.statistics[c.rows[j]] = stats;
     set_gradient(c, j, static_cast<float>(c.call.row_grad), stats);
     c.scale[j] /= sum_of[j];
+    c.target_share[j] = c.scale[j] * __builtin_expf(static_cast<float>(below));
   }
 }
 
@@ -332,8 +347,8 @@ Gemm product_of_gradient(const Chunk& c, int64_t from_class) {
   g.dtype = p.dtype;
   g.wide_a = sizeof(TG) != sizeof(T);
   g.columns = p.features;
-  g.a.data = c.lines + from_class * c.stride;
-  g.a.row_stride = c.stride * static_cast<int64_t>(sizeof(float) / sizeof(TG));
+  g.a.data = c.line<TG>(from_class);
+  g.a.row_stride = c.line_bytes / static_cast<int64_t>(sizeof(TG));
   g.epilogue = add_up<T>;
   return g;
 }
@@ -393,12 +408,13 @@ template <class T>
 T* place(Chunk& c, Parts parts, size_t* bytes = nullptr) {
   const LinearCrossEntropyParams& p = c.call.p;
   const bool statistics = p.losses != nullptr;
-  c.lines = parts.take<float>(c.call.gradients ? p.classes * c.stride : 0);
+  c.lines = parts.take<char>(c.call.gradients ? p.classes * c.line_bytes : 0);
   if (!c.call.gradients) c.lines = nullptr;
   c.tops = parts.take<float>(statistics ? c.tiles * c.stride : 0);
   c.sums = parts.take<float>(statistics ? c.tiles * c.stride : 0);
   c.smooth = parts.take<float>(statistics && p.label_smoothing != 0.f ? c.tiles * c.stride : 0);
-  for (float** array : {&c.top, &c.log_sum, &c.target_logit, &c.scale, &c.hot, &c.even}) {
+  for (float** array :
+       {&c.top, &c.log_sum, &c.target_logit, &c.target_share, &c.scale, &c.hot, &c.even}) {
     *array = parts.take<float>(c.stride);
   }
   c.target = parts.take<int32_t>(c.stride);
@@ -426,7 +442,7 @@ void set_input(Chunk& c, T* copy) {
   c.input_stride = p.features;
 }
 
-template <class T, class TG>
+template <class T, class E, class TG>
 void run_chunk(const Chunk& c, float* d_bias, const Sum& d_weight) {
   const LinearCrossEntropyParams& p = c.call.p;
   const Gradient gradient = {c, d_bias};
@@ -439,29 +455,33 @@ void run_chunk(const Chunk& c, float* d_bias, const Sum& d_weight) {
     }
     multiply_logits(c, gradient_of_logits<TG>, &gradient);
   } else {
-    multiply_logits(c, c.lines ? summarize<true> : summarize<false>, &c);
+    multiply_logits(c, c.lines ? summarize<E> : summarize<void>, &c);
     merge(c);
     if (c.lines == nullptr) return;
     set_factors(c);
-    gradient_of_exponentials<TG>(gradient);
+    gradient_of_exponentials<E, TG>(gradient);
   }
   if (p.d_weight) multiply_weight_grad<T, TG>(c, d_weight);
   if (p.d_input) multiply_input_grad<T, TG>(c);
 }
 
-template <class T, class TG>
+// Rows of a chunk whose lines hold elements of so many bytes.
+int64_t most_rows(const Call& call, size_t element) {
+  if (!call.gradients) return kMostRows;
+  const int64_t fit = kLogitsBytes / static_cast<int64_t>(element) / (call.p.classes + 1);
+  return std::clamp(fit / NR * NR, kLeastRows, kMostRows);
+}
+
+template <class T, class E, class TG>
 void run(const Call& call) {
   const LinearCrossEntropyParams& p = call.p;
   const int64_t kept = static_cast<int64_t>(call.kept.size());
-  int64_t most = kMostRows;
-  if (call.gradients) {
-    const int64_t fit = kLogitsBytes / static_cast<int64_t>(sizeof(float)) / (p.classes + 1);
-    most = std::clamp(fit / NR * NR, kLeastRows, kMostRows);
-  }
-  const int64_t chunks = ceil_div(kept, most);
+  const size_t element = std::max(sizeof(E), sizeof(TG));
+  const int64_t chunks = ceil_div(kept, most_rows(call, element));
   Chunk c{call};
   c.tiles = ceil_div(p.classes, kTile);
   c.stride = chunks == 0 ? 0 : round_up(ceil_div(kept, chunks), NR);
+  c.line_bytes = c.stride * static_cast<int64_t>(element);
   size_t bytes = 0;
   place<T>(c, Parts{}, &bytes);
   Parts parts{static_cast<char*>(thread_scratch(Scratch::logits, bytes + 64))};
@@ -483,7 +503,7 @@ void run(const Call& call) {
     }
     set_input<T>(c, copy);
     const Sum sum = {total, p.d_weight, p.features, at == 0, at + c.count == kept};
-    run_chunk<T, TG>(c, p.d_bias ? d_bias.data() : nullptr, sum);
+    run_chunk<T, E, TG>(c, p.d_bias ? d_bias.data() : nullptr, sum);
   }
   if (p.d_bias) {
     over_lanes(p.classes, [&](int64_t j, auto part) __attribute__((always_inline)) {
@@ -514,11 +534,15 @@ void run(const LinearCrossEntropyParams& p) {
   const Call call(p);
   with_type(p.dtype, [&]<class T>() {
     leave_out<T>(call);
-    if (multiplies_pairs(p.dtype)) {
-      run<T, T>(call);
-    } else {
-      run<T, float>(call);
+    if constexpr (std::is_same_v<T, bf16>) {
+      // Rounded exponentials let twice the rows into a chunk, which halves what d_weight's sum and
+      // W's packing cost. A single chunk has neither, and few rows would feel the second rounding.
+      const bool one = static_cast<int64_t>(call.kept.size()) <= most_rows(call, sizeof(float));
+      if (multiplies_pairs(p.dtype)) {
+        return one && p.losses ? run<T, float, T>(call) : run<T, T, T>(call);
+      }
     }
+    run<T, float, float>(call);
   });
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``fasttransformer info | explain | check | bench | demo``.
+"""The command line: ``fasttransformer info | explain | check | bench | demo | train …``.
 
 Each command is a module of this package with ``add_parser(commands)`` and ``run(args)``, which
 returns the exit status: 0, or 1 on a finding; bad use is 2, with one line that says what is wrong.
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backends import NAMES
-from . import bench, check, demo, explain, info, train
+from . import bench, check, demo, evaluate, explain, info, texts, train
 from ._output import UsageError
 
-COMMANDS = (info, explain, check, bench, demo, train)
+COMMANDS = (info, explain, check, bench, demo, train, evaluate, texts)
 
 
 def parser() -> argparse.ArgumentParser:

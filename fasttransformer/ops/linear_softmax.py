@@ -7,8 +7,8 @@ from torch import Tensor
 from .. import reference
 from ..backends import TABLE, choose
 from ._front import fake, needs_grad
-from ._function import differentiable
-from ._norm import GRAD, NO_OPTIONS, fold_rows
+from ._function import differentiable, fold, vmap_rule
+from ._norm import GRAD, NO_OPTIONS
 from ._output_layer import check_output_layer, check_temperature, kernel_operands
 from .linear_add import autocast_linear, linear_gradients
 
@@ -75,14 +75,17 @@ class _LinearSoftmax:
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, output = ctx.saved_tensors
         backend = ctx.kernel.backend
+        # 16-bit operands are widened: logits' gradients, rounded to 16 bits, are too coarse for
+        # sums over few rows.
+        x, weight, output, grad = (t.float() for t in (*ctx.saved_tensors, grad))
         d_logits = TABLE["softmax"][backend].backward(
             grad.contiguous(), output, 1.0 / ctx.temperature, False
         )
         linear = TABLE["linear_add"][backend]
         gradients = linear_gradients(linear, d_logits, x, weight, ctx.needs_input_grad)
-        return *gradients, None, None
+        dtype = ctx.saved_tensors[0].dtype
+        return *(None if g is None else g.to(dtype) for g in gradients), None, None
 
 
 _linear_softmax = differentiable(_LinearSoftmax, tensors=3)
@@ -93,4 +96,9 @@ def _(input, weight, bias, temperature):
     return input.new_empty((input.shape[0], weight.shape[0]))
 
 
-fold_rows("linear_softmax", batched=(0,), per_sample=())
+@vmap_rule("linear_softmax")
+def _(operator, batch_size, in_dims, input, weight, bias, temperature):
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return None
+    out = operator(fold(input, in_dims[0], batch_size), weight, bias, temperature)
+    return out.view(batch_size, -1, out.shape[1]), 0

@@ -1,4 +1,4 @@
-"""``fasttransformer summarize | translate | answer | generate | classify``: a trained model at work.
+"""``fasttransformer summarize | translate | answer | generate | classify``: a model at work.
 
 Texts come from the arguments, from a file or from stdin, one a line; each gives one line of output,
 in its place, also where it is blank.

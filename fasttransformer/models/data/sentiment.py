@@ -28,20 +28,33 @@ _NEW_GOOD = (
 _NEW_BAD = "atrocious appalling hideous abysmal dismal shoddy unbearable revolting".split()
 _NOUNS = (
     "film book hotel meal trip concert phone lamp garden chair story song room teacher dinner play "
-    "show museum camera jacket service actor painting game weather soup bicycle beach speech view"
+    "show museum camera jacket service actor painting game weather soup bicycle beach speech view "
+    "car train bridge coffee bread cake salad wine tea cheese pizza breakfast lunch kitchen sofa "
+    "bed window door house flat street town village city park lake river island mountain forest "
+    "road airport station flight ticket bus ship harbour market shop price staff waiter cook doctor "
+    "nurse singer dancer writer poet director editor guide driver pilot lawyer plumber school "
+    "course lesson exam essay poem article magazine website app screen keyboard printer battery "
+    "radio album guitar piano violin opera ballet match player team coach referee stadium shirt "
+    "coat dress shoe hat watch ring bag umbrella wallet knife spoon plate bottle blanket pillow "
+    "carpet curtain mirror clock toy puzzle doll bike tent map diary letter card gift party "
+    "wedding parade festival tour cruise picnic"
 ).split()
 _NEW_NOUNS = (
     "restaurant novel laptop apartment orchestra holiday sandwich lecture castle ferry".split()
 )
 _OPENINGS = (
     "", "I think ", "We found that ", "My sister says ", "Everybody knows ", "In the end ",
-    "To be honest, ", "As far as I can tell, ",
+    "To be honest, ", "As far as I can tell, ", "Yesterday ", "This time ", "Some say ",
+    "Our neighbours told us that ", "For me ", "After all ", "Believe me, ", "I must say that ",
+    "When we came, ", "On the whole, ", "As always, ", "It seems to me that ",
 )  # fmt: skip
 _NEW_OPENINGS = ("Between you and me, ", "Last year I noticed that ", "Frankly, ")
 _ADVERBS = ("", "very ", "really ", "quite ", "truly ", "rather ")
 _PLAIN = (
     "It was on a Tuesday.", "We were there for two hours.", "It stands near the station.",
     "I paid with a card.", "There were four of us.", "It rained outside.", "",
+    "He called me in the morning.", "They open at nine.", "My brother came with us.",
+    "You can read about it.", "We took the long way.", "She told me so.", "I went alone.",
 )  # fmt: skip
 
 
@@ -62,7 +75,7 @@ def _sentence(rng: random.Random, words: dict[str, list[str]], nouns: list[str],
     return {"text": " ".join(piece for piece in pieces if piece), "label": label}
 
 
-def records(count: int = 4000, seed: int = 0) -> tuple[list[Record], ...]:
+def records(count: int = 8000, seed: int = 0) -> tuple[list[Record], ...]:
     """(for training, held out with new things, held out with new opinion words).
 
     >>> train, new_things, new_words = records(50)

@@ -225,7 +225,16 @@ class _Run:
             [example.length for example in self.examples], whole, seed=options.seed,
             start=self.step,
         )  # fmt: skip
-        loader = iter(DataLoader(self.examples, batch_sampler=batches, collate_fn=list))  # type: ignore[arg-type]
+        # A loader draws a seed for its workers when it starts: from the generator that dropout
+        # draws from, if it has none of its own, and a resumed run would start it once more.
+        loader = iter(
+            DataLoader(
+                self.examples,  # type: ignore[arg-type]
+                batch_sampler=batches,
+                collate_fn=list,
+                generator=torch.Generator(),
+            )
+        )
         stopped_early = self._patience_is_over()
         self.model.train()
         with self._signals():

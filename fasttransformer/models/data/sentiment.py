@@ -31,7 +31,7 @@ _NOUNS = (
     "show museum camera jacket service actor painting game weather soup bicycle beach speech view "
     "car train bridge coffee bread cake salad wine tea cheese pizza breakfast lunch kitchen sofa "
     "bed window door house flat street town village city park lake river island mountain forest "
-    "road airport station flight ticket bus ship harbour market shop price staff waiter cook doctor "
+    "road airport station flight ticket bus ship harbour market shop price staff waiter doctor "
     "nurse singer dancer writer poet director editor guide driver pilot lawyer plumber school "
     "course lesson exam essay poem article magazine website app screen keyboard printer battery "
     "radio album guitar piano violin opera ballet match player team coach referee stadium shirt "

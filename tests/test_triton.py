@@ -34,7 +34,7 @@ OPERATORS = [
     "add_rms_norm_backward", "linear_add", "linear_add_backward", "linear_add_layer_norm",
     "linear_add_rms_norm", "linear_cross_entropy", "linear_cross_entropy_backward",
     "linear_softmax", "linear_topk", "attention", "attention_backward",
-    "cross_entropy",
+    "attention_varlen", "attention_varlen_backward", "attention_decode", "cross_entropy",
     "cross_entropy_backward", "embedding", "embedding_backward", "rotary_embedding",
     "rotary_embedding_backward", "activation", "activation_backward",
 ]  # fmt: skip

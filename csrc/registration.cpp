@@ -79,6 +79,20 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor "
       "statistics, int ignore_index, float label_smoothing) -> Tensor");
   m.def(
+      "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? "
+      "class_weight, int ignore_index, float label_smoothing, bool mean, bool input_grad, bool "
+      "weight_grad, bool bias_grad) -> (Tensor losses, Tensor statistics, Tensor d_input, Tensor "
+      "d_weight, Tensor d_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight, Tensor? bias, "
+      "Tensor target, Tensor? class_weight, Tensor statistics, int ignore_index, float "
+      "label_smoothing, bool input_grad, bool weight_grad, bool bias_grad) -> (Tensor d_input, "
+      "Tensor d_weight, Tensor d_bias)");
+  m.def("linear_softmax(Tensor input, Tensor weight, Tensor? bias, float temperature) -> Tensor");
+  m.def(
+      "linear_topk(Tensor input, Tensor weight, Tensor? bias, int k, float temperature) -> (Tensor "
+      "values, Tensor indices)");
+  m.def(
       "embedding(Tensor input, Tensor weight, Tensor? positions, Tensor? position_weight, bool "
       "sinusoidal, float scale) -> Tensor");
   m.def(

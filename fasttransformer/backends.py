@@ -100,6 +100,11 @@ _DECODE_LACKS = _lacks("mixed_dtypes")
 _LINEAR_LAYER_NORM = ("add_layer_norm", "linear_add")
 _LINEAR_RMS_NORM = ("add_rms_norm", "linear_add")
 
+_LINEAR_SOFTMAX = ("softmax", "linear_add")
+
+#: What goes to the reference: targets as probabilities, and losses over more dimensions.
+_LINEAR_LOSS_LACKS = _lacks("probabilities", "weight_grad", "more_dimensions")
+
 #: operation → backend → kernel. Operations without a kernel of ours yet have the torch row only.
 TABLE: dict[str, dict[str, Kernel]] = {
     "softmax": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
@@ -144,14 +149,15 @@ TABLE: dict[str, dict[str, Kernel]] = {
         "triton": Kernel("triton", lacks=_lacks("table_grad")),
         "cpu": Kernel("cpu", lacks=_lacks("table_grad")),
     },
-    **{
-        op: {}
-        for op in (
-            "linear_cross_entropy",
-            "linear_softmax",
-            "linear_topk",
-        )
+    "linear_cross_entropy": {
+        "triton": Kernel("triton", lacks=_LINEAR_LOSS_LACKS),
+        "cpu": Kernel("cpu", lacks=_LINEAR_LOSS_LACKS),
     },
+    "linear_softmax": {
+        "triton": Kernel("triton", backward_from=_LINEAR_SOFTMAX),
+        "cpu": Kernel("cpu", backward_from=_LINEAR_SOFTMAX),
+    },
+    "linear_topk": {"triton": Kernel("triton"), "cpu": Kernel("cpu")},
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
 STEPS: dict[str, dict[str, Kernel]] = {

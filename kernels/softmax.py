@@ -281,8 +281,16 @@ def merged(input: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[tuple[i
 @operator()
 def softmax(input: Tensor, scale: float, mask: Tensor | None, is_causal: bool, log: bool) -> Tensor:
     out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    write_softmax(input, out, scale, mask, is_causal, log)
+    return out
+
+
+def write_softmax(
+    input: Tensor, out: Tensor, scale: float, mask: Tensor | None, is_causal: bool, log: bool
+) -> None:
+    """The softmax into ``out``: contiguous, of any float dtype."""
     if out.numel() == 0:
-        return out
+        return
     columns = input.shape[-1]
     rows = out.numel() // columns
     per_program, block, warps, looped = tiling(columns)
@@ -306,7 +314,6 @@ def softmax(input: Tensor, scale: float, mask: Tensor | None, is_causal: bool, l
         BLOCK=block,
         num_warps=warps,
     )
-    return out
 
 
 @operator()

@@ -9,6 +9,9 @@ from fasttransformer.kernels import (
     cross_entropy,
     embedding,
     linear_add,
+    linear_cross_entropy,
+    linear_softmax,
+    linear_topk,
 )
 from fasttransformer.kernels import rotary_embedding as rotary
 from fasttransformer.kernels import softmax as soft
@@ -68,6 +71,22 @@ def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
         linear_add.linear_add_norm(x, w, b, r, b, b, 1e-5, True, rms=False)
     else:
         linear_add.linear_add(x, w, b, r, activation)
+
+
+def _output_layer(rows, features, classes, dtype, weighted=False):
+    x, w, b = (
+        torch.empty(*s, dtype=dtype) for s in ((rows, features), (classes, features), (classes,))
+    )
+    target = torch.zeros(rows, dtype=torch.int64)
+    weight = torch.ones(classes) if weighted else None
+    loss = (x, w, b, target, weight, -100, 0.1 if weighted else 0.0)
+    _, statistics, *_ = linear_cross_entropy.linear_cross_entropy(*loss, True, True, True, True)
+    linear_cross_entropy.linear_cross_entropy_backward(
+        statistics[:, 0], *loss[:5], statistics, *loss[5:], True, True, True
+    )
+    linear_softmax.linear_softmax(x, w, b, 0.7)
+    for k in (50, 100):
+        linear_topk.linear_topk(x, w, b, k, 0.7)
 
 
 def _cross_entropy(columns, dtype, smoothing=0.0, rows=64):
@@ -145,6 +164,8 @@ CASES = {
     "linear backward 2048x768x768 bf16": lambda: _linear(2048, 768, 768, BF16, 12, backward=True),
     "linear norm 32768x384x384 bf16": lambda: _linear(32768, 384, 384, BF16, norm=True),
     "linear norm 32768x256x256 bf16": lambda: _linear(32768, 256, 256, BF16, norm=True),
+    "output layer 2048x1024x32000 bf16": lambda: _output_layer(2048, 1024, 32000, BF16),
+    "output layer 64x512x8192 f32 weighted": lambda: _output_layer(64, 512, 8192, F32, True),
 }
 
 #: Every kernel once, and the tiles with most registers; seconds, where CASES takes minutes.
@@ -165,5 +186,6 @@ FEW = {
     "linear 2048x768x768 bf16",
     "linear backward 2048x768x768 bf16",
     "linear norm 32768x384x384 bf16",
+    "output layer 64x512x8192 f32 weighted",
 }
 assert FEW <= CASES.keys()

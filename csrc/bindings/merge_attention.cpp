@@ -42,10 +42,10 @@ std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs,
   const Tensor& first = outs[0];
   // Attention's own outputs have a token's heads beside each other, and so has their merge.
   const bool heads_last = first.dim() == 4 && !first.is_contiguous();
-  Tensor out = heads_last
-                   ? torch::stable::transpose(
-                         make(first, {first.size(0), first.size(2), first.size(1), p.columns}), 1, 2)
-                   : make(first, sizes_of(first));
+  Tensor out =
+      heads_last ? torch::stable::transpose(
+                       make(first, {first.size(0), first.size(2), first.size(1), p.columns}), 1, 2)
+                 : make(first, sizes_of(first));
   Tensor lse = make(first, sizes_of(lses[0]), ScalarType::Float);
   p.out = out.mutable_data_ptr();
   const RowsView view = rows_view(out, first.dim() - 1);

@@ -9,7 +9,6 @@
 
 #include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
-#include "cpu/philox.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -28,9 +27,6 @@ constexpr int64_t kMostRows = 256;
 // Multiply-adds below which a second thread costs more than it gives (about 10 µs of work).
 constexpr int64_t kWorkPerThread = 400'000;
 
-// Keys whose values are added up in registers before they go to a row's sum: twice as many are a
-// percent faster and round worse than the number contract allows.
-constexpr int64_t kChain = 32;
 constexpr float kOnes[14] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static_assert(MR <= 14);
 
@@ -85,41 +81,6 @@ struct Workspace {
     rows = reinterpret_cast<Row*>(next);
   }
 };
-
-// The new maximum of a row into `top`; returns what it rose by, which earlier sums shrink by.
-FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top) {
-  vf most = splat(-__builtin_inff());
-  for (int64_t k = begin; k < end; k += W) most = max(load(s + k), most);
-  const float before = *top;
-  float now = reduce_max(most);
-  now = now > before ? now : before;
-  *top = now;
-  return before == -__builtin_inff() ? before : before - now;
-}
-
-// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`.
-FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
-                           float alpha, float* total) {
-  // Of a row that has seen −inf only, every exponential must come out 0.
-  const vf shift = splat(top == -__builtin_inff() ? 0.f : top);
-  vf sum = zero();
-  for (int64_t k = begin; k < end; k += W) {
-    const vf e = exp2((load(s + k) - shift) * splat(exponent));
-    store(s + k, e);
-    sum += e;
-  }
-  store(total, fma(load(total), splat(alpha), sum));
-}
-
-inline void drop_row(const AttentionParams& p, int64_t position, int64_t begin, int64_t end,
-                     float* s) {
-  uint32_t buffer[random_words_room(kKeys)];
-  const uint32_t* words =
-      random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, buffer);
-  for (int64_t k = begin; k < end; k += W) {
-    store(s + k, dropped(load(s + k), words + (k - begin), p.dropout.threshold, p.dropout.scale));
-  }
-}
 
 template <class T>
 void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequence& seq, int64_t b,
@@ -208,41 +169,6 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
   }
 }
 
-// Divides by the sums and writes a block's rows.
-template <class T>
-void write(const AttentionParams& p, const Units& u, const Workspace& w, const Sequence& seq,
-           int64_t b, int64_t rows) {
-  const int64_t dim = p.value_dim;
-  for (int64_t i = 0; i < rows; ++i) {
-    const Row& row = w.rows[i];
-    const int64_t token = first_query_of(p, seq, b) + row.index;
-    T* out = static_cast<T*>(p.out) + (token * p.heads + row.head) * dim;
-    float top = w.top[i], factor = 0.f;
-    float* lse = p.lse + first_row_of(p, seq, b, row.head) + row.index;
-    if (!row.any) {  // told by the masks, never by the sum
-      for (int64_t e = 0; e < dim; ++e) out[e] = from_float<T>(0.f);
-      *lse = -__builtin_inff();
-      continue;
-    }
-    float total = reduce_add(load(w.total + i * W));
-    top *= u.lse_scale;
-    if (p.sinks) {
-      const float sink = p.sinks[row.head], most = sink > top ? sink : top;
-      const vf e = exp(select(lanes() == splat_int(0), splat(top - most), splat(sink - most)));
-      total = total * e[0] + e[1];
-      factor = e[0] / total;
-      top = most;
-    } else {
-      factor = 1.f / total;
-    }
-    *lse = top == __builtin_inff() ? top : top + __builtin_logf(total);
-    const float* sums = w.sums + i * w.columns;
-    int64_t e = 0;
-    for (; e + W <= dim; e += W) store(out + e, load(sums + e) * splat(factor));
-    if (e < dim) store(out + e, load(sums + e) * splat(factor), static_cast<int>(dim - e));
-  }
-}
-
 template <class T>
 void run(const AttentionParams& p) {
   const int64_t work = p.rows() * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
@@ -273,7 +199,7 @@ void run(const AttentionParams& p) {
         }
       }
       block<T>(p, u, w, seq, b, g, Strips(rows));
-      write<T>(p, u, w, seq, b, rows);
+      write_rows<T>(p, u, seq, b, w.rows, rows, w.top, w.total, w.sums, w.columns);
     }
   });
 }
@@ -282,6 +208,7 @@ void run(const AttentionParams& p) {
 
 void attention(const AttentionParams& p) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
+  if (p.heads / p.kv_heads * p.q_len <= kFewRows) return attention_few(p);
   with_type(p.dtype, [&]<class T>() { run<T>(p); });
 }
 

@@ -383,33 +383,32 @@ void find_sum(const AttentionBackwardParams& p, const Units& u, const Sequence& 
 // delta = Σ dO·O − d_lse of every row, and what its weights are made with.
 template <class T>
 void prepare_rows(const AttentionBackwardParams& p, const Units& u) {
-  parallel_for(
-      p.rows(), kGrain / (p.value_dim + 1) + 1, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t i = r % p.head_rows, h = r / p.head_rows % p.heads;
-          int64_t b = r / p.head_rows / p.heads;
-          const T* grad = at<T>(p.grad_out, b, h, i);
-          const T* out = at<T>(p.out, b, h, i);
-          vf sum = zero();
-          int64_t e = 0;
-          for (; e + W <= p.value_dim; e += W) sum = fma(load(grad + e), load(out + e), sum);
-          if (e < p.value_dim) {
-            const int have = static_cast<int>(p.value_dim - e);
-            sum = fma(load(grad + e, have), load(out + e, have), sum);
-          }
-          p.delta[r] = reduce_add(sum) - (p.grad_lse ? p.grad_lse[r] : 0.f);
-          p.top[r] = p.lse[r];
-          p.shift[r] = 0.f;
-          const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
-          if (coarse && p.lse[r] - p.lse[r] == 0.f) {
-            if (p.cu_seqlens_q) {
-              while (b + 1 < p.batch && p.cu_seqlens_q[b + 1] <= i) ++b;
-            }
-            const Sequence seq = sequence_of(p, b);
-            find_sum<T>(p, u, seq, b, h, i - seq.query_start, p.top + r, p.shift + r);
-          }
+  parallel_for(p.rows(), kGrain / (p.value_dim + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t i = r % p.head_rows, h = r / p.head_rows % p.heads;
+      int64_t b = r / p.head_rows / p.heads;
+      const T* grad = at<T>(p.grad_out, b, h, i);
+      const T* out = at<T>(p.out, b, h, i);
+      vf sum = zero();
+      int64_t e = 0;
+      for (; e + W <= p.value_dim; e += W) sum = fma(load(grad + e), load(out + e), sum);
+      if (e < p.value_dim) {
+        const int have = static_cast<int>(p.value_dim - e);
+        sum = fma(load(grad + e, have), load(out + e, have), sum);
+      }
+      p.delta[r] = reduce_add(sum) - (p.grad_lse ? p.grad_lse[r] : 0.f);
+      p.top[r] = p.lse[r];
+      p.shift[r] = 0.f;
+      const bool coarse = p.lse[r] > kCoarse || p.lse[r] < -kCoarse;
+      if (coarse && p.lse[r] - p.lse[r] == 0.f) {
+        if (p.cu_seqlens_q) {
+          while (b + 1 < p.batch && p.cu_seqlens_q[b + 1] <= i) ++b;
         }
-      });
+        const Sequence seq = sequence_of(p, b);
+        find_sum<T>(p, u, seq, b, h, i - seq.query_start, p.top + r, p.shift + r);
+      }
+    }
+  });
 }
 
 // The sink's value is 0: its score's gradient is −weight·delta.

@@ -2,6 +2,7 @@
 // the rows of a block with what each may see, and the passes that turn products into scores.
 #pragma once
 #include "cpu/columns.h"
+#include "cpu/philox.h"
 #include "cpu/tile.h"
 #include "params/attention.h"
 
@@ -305,5 +306,90 @@ inline Seen seen_by(const AttentionCase& p, const Units& u, const Row* rows, int
   begin = begin / NR * NR;
   return {begin, end, u.raw && !p.mask.data && end % W == 0 && all_from <= begin && all_to >= end};
 }
+
+// ---- a row's running softmax and its end
+// ---------------------------------------------------------
+
+// Keys whose values are added up in registers before they go to a row's sum: twice as many are a
+// percent faster and round worse than the number contract allows.
+constexpr int64_t kChain = 32;
+
+// The new maximum of a row into `top`; returns what it rose by, which earlier sums shrink by.
+FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top) {
+  vf most = splat(-__builtin_inff());
+  for (int64_t k = begin; k < end; k += W) most = max(load(s + k), most);
+  const float before = *top;
+  float now = reduce_max(most);
+  now = now > before ? now : before;
+  *top = now;
+  return before == -__builtin_inff() ? before : before - now;
+}
+
+// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`.
+FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
+                           float alpha, float* total) {
+  // Of a row that has seen −inf only, every exponential must come out 0.
+  const vf shift = splat(top == -__builtin_inff() ? 0.f : top);
+  vf sum = zero();
+  for (int64_t k = begin; k < end; k += W) {
+    const vf e = exp2((load(s + k) - shift) * splat(exponent));
+    store(s + k, e);
+    sum += e;
+  }
+  store(total, fma(load(total), splat(alpha), sum));
+}
+
+inline void drop_row(const AttentionParams& p, int64_t position, int64_t begin, int64_t end,
+                     float* s) {
+  uint32_t buffer[random_words_room(kKeys)];
+  const uint32_t* words =
+      random_words(p.dropout.seed, static_cast<uint64_t>(position), end - begin, buffer);
+  for (int64_t k = begin; k < end; k += W) {
+    store(s + k, dropped(load(s + k), words + (k - begin), p.dropout.threshold, p.dropout.scale));
+  }
+}
+
+// Divides the rows' sums, per lane in `totals` and `columns` apart in `all_sums`, and writes them.
+template <class T>
+void write_rows(const AttentionParams& p, const Units& u, const Sequence& seq, int64_t b,
+                const Row* rows, int64_t count, const float* tops, const float* totals,
+                const float* all_sums, int64_t columns) {
+  const int64_t dim = p.value_dim;
+  for (int64_t i = 0; i < count; ++i) {
+    const Row& row = rows[i];
+    const int64_t token = first_query_of(p, seq, b) + row.index;
+    T* out = static_cast<T*>(p.out) + (token * p.heads + row.head) * dim;
+    float top = tops[i], factor = 0.f;
+    float* lse = p.lse + first_row_of(p, seq, b, row.head) + row.index;
+    if (!row.any) {  // told by the masks, never by the sum
+      for (int64_t e = 0; e < dim; ++e) out[e] = from_float<T>(0.f);
+      *lse = -__builtin_inff();
+      continue;
+    }
+    float total = reduce_add(load(totals + i * W));
+    top *= u.lse_scale;
+    if (p.sinks) {
+      const float sink = p.sinks[row.head], most = sink > top ? sink : top;
+      const vf e = exp(select(lanes() == splat_int(0), splat(top - most), splat(sink - most)));
+      total = total * e[0] + e[1];
+      factor = e[0] / total;
+      top = most;
+    } else {
+      factor = 1.f / total;
+    }
+    *lse = top == __builtin_inff() ? top : top + __builtin_logf(total);
+    const float* sums = all_sums + i * columns;
+    int64_t e = 0;
+    for (; e + W <= dim; e += W) store(out + e, load(sums + e) * splat(factor));
+    if (e < dim) store(out + e, load(sums + e) * splat(factor), static_cast<int>(dim - e));
+  }
+}
+
+// ---- few queries -------------------------------------------------------------------------------
+
+// Up to so many rows that read one key head, packing keys costs more than it gives: attention()
+// then leaves the call to attention_few().
+constexpr int64_t kFewRows = 8;
+void attention_few(const AttentionParams& p);
 
 }  // namespace ft::FT_ISA

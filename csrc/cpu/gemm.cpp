@@ -9,7 +9,8 @@
 // Exchanged (few rows): Cᵀ = Bᵀ · Aᵀ, so that the weight is read once, in place, and the small A is
 // what gets packed; finished tiles are turned before the epilogue sees them.
 //
-// Skinny (up to four rows): dot products along the weight's rows, bound by reading the weight.
+// Skinny (up to four rows, eight with AVX-512): dot products along the weight's rows, bound by
+// reading the weight.
 #include "cpu/gemm.h"
 
 #include "cpu/dot_product.h"
@@ -24,13 +25,23 @@ constexpr int64_t kPackBytes = int64_t{12}
 constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
 constexpr int64_t kTaskColumns = 1536;       // columns of a task that may split them
 constexpr int64_t kWholeRowColumns = 4096;
+#if defined(__AVX512F__)
+constexpr int64_t kSkinnyRows = 8;  // as many sums as registers hold
+#else
 constexpr int64_t kSkinnyRows = 4;
+#endif
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
 
 constexpr int64_t kSerialWork = 262144;  // multiply-adds below which a second thread costs more
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The grain of a parallel loop over parts of `work` multiply-adds or elements, of which `least` are
+// worth a thread.
+int64_t grain_of(const Gemm& p, int64_t least, int64_t work) {
+  return p.one_thread ? INT64_MAX : ceil_div(least, work + 1);
+}
 
 // Rows [row, row + rows) and elements [k, k + depth) of A as units with row stride kRowUnits.
 template <class Unit, class T>
@@ -78,12 +89,28 @@ void copy_a_transposed(const GemmA& a, int64_t row, int64_t rows, int64_t k, int
   }
 }
 
+// The part of A that is wanted next, fetched into L2 a few rows at a time between the register
+// tiles of the part at work.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+
+  void fetch(int64_t part, int64_t parts) const {
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+      const char* row = data + i * stride;
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
+  }
+};
+
+// Rows × one panel, the `part`-th of `parts` panels.
 template <class Unit, int nv, class A>
 void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
-           bool accumulate) {
+           bool accumulate, const Ahead& next, int64_t part, int64_t parts) {
   const int64_t tiles = ceil_div(rows, MR);
   for (int64_t t = 0, done = 0; t < tiles; ++t) {  // even heights: 16 rows are 8 + 8, not 14 + 2
     const int64_t n = ceil_div(rows - done, tiles - t);
+    next.fetch(part * tiles + t, parts * tiles);
     micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
                          c_stride, AddToIf{accumulate});
     done += n;
@@ -94,7 +121,8 @@ void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c
 // out.
 constexpr int64_t kAliasBytes = 4096;
 
-// Whether A can be multiplied where it lies: stored as units already, in rows that spread over L1.
+// Whether A, of T, can be multiplied where it lies: stored as units already, in rows that spread
+// over L1.
 template <class Unit, class T>
 bool in_place(const Gemm& p) {
   return sizeof(T) * Unit::elements == 4 && p.depth % Unit::elements == 0 && !p.a.transposed &&
@@ -102,27 +130,15 @@ bool in_place(const Gemm& p) {
          p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
 
-// The part of A that is wanted next, fetched into L2 a few rows per panel of the part at work.
-struct Ahead {
-  const char* data = nullptr;
-  int64_t stride = 0, rows = 0, bytes = 0;
-
-  void fetch(int64_t panel, int64_t panels) const {
-    for (int64_t i = rows * panel / panels; i < rows * (panel + 1) / panels; ++i) {
-      const char* row = data + i * stride;
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-    }
-  }
-};
-
-template <class Unit, class T>
+// T: the type of B, TA: that of A.
+template <class Unit, class T, class TA = T>
 struct Engine {
   const Gemm& p;
   int64_t units, panel_floats;
 
   void pack(int64_t column, int64_t columns, float* out) const {
     const T* b = static_cast<const T*>(p.b.data);
-    parallel_for(ceil_div(columns, NR), ceil_div(16384, p.depth * NR + 1),
+    parallel_for(ceil_div(columns, NR), grain_of(p, 16384, p.depth * NR),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
                      const int64_t j = column + i * NR, n = min64(NR, column + columns - j);
@@ -140,10 +156,10 @@ struct Engine {
   // `rows` rows from `row` on, elements [k, k + depth); nothing where rows do not lie in a line.
   Ahead ahead(int64_t row, int64_t rows, int64_t k, int64_t depth) const {
     if (p.a.transposed || p.a.segment != INT64_MAX || p.a.inner_rows != INT64_MAX) return {};
-    const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+    const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(TA));
     const char* data = static_cast<const char*>(p.a.data) + row * stride;
-    return {data + k * static_cast<int64_t>(sizeof(T)), stride, min64(rows, p.rows - row),
-            depth * static_cast<int64_t>(sizeof(T))};
+    return {data + k * static_cast<int64_t>(sizeof(TA)), stride, min64(rows, p.rows - row),
+            depth * static_cast<int64_t>(sizeof(TA))};
   }
 
   // One task: a tile of C over the whole summed dimension. `next_row`: where the thread's next
@@ -157,15 +173,15 @@ struct Engine {
       const float* panel = panels + done * NR;
       const Ahead next = s + 1 < blocks ? ahead(tile.row, tile.rows, k + depth, depth)
                                         : ahead(next_row, tile.rows, 0, depth);
-      if (in_place<Unit, T>(p)) {
-        const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(T));
+      if (in_place<Unit, TA>(p)) {
+        const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(TA));
         const char* rows = static_cast<const char*>(p.a.data) + tile.row * stride;
         multiply(InPlace{rows + done * 4, stride}, tile, panel, n, next, s > 0);
       } else if (p.a.transposed) {
-        copy_a_transposed<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        copy_a_transposed<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(Columns<kBlockRows>{a_block}, tile, panel, n, next, s > 0);
       } else {
-        copy_a<Unit, T>(p.a, tile.row, tile.rows, k, depth, a_block);
+        copy_a<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(Rows<kRowUnits>{a_block}, tile, panel, n, next, s > 0);
       }
       done += n;
@@ -181,11 +197,10 @@ struct Engine {
     for (int64_t i = 0; i < count; ++i, panel += panel_floats) {
       const int64_t j = i * NR;
       float* c = tile.data + j;
-      next.fetch(i, count);
       if (tile.columns - j > W) {
-        block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+        block<Unit, NV>(tile.rows, n, a, panel, c, tile.stride, accumulate, next, i, count);
       } else {
-        block<Unit, 1>(tile.rows, n, a, panel, c, tile.stride, accumulate);
+        block<Unit, 1>(tile.rows, n, a, panel, c, tile.stride, accumulate, next, i, count);
       }
     }
   }
@@ -199,7 +214,7 @@ struct Engine {
       const int64_t fit = kPackBytes / 4 / panel_floats * NR;
       chunk = min64(p.columns, fit < 4 * NR ? 4 * NR : fit);
     }
-    const int threads = num_threads();
+    const int threads = p.one_thread ? 1 : num_threads();
     for (int64_t column = 0; column < p.columns; column += chunk) {
       const int64_t columns = min64(chunk, p.columns - column);
       float* panels = static_cast<float*>(thread_scratch(
@@ -215,10 +230,13 @@ struct Engine {
     height = height < MR ? MR : height / MR * MR;
     // Enough tasks for the threads: first narrower, then lower; never below one register tile.
     const auto count = [&] { return ceil_div(p.rows, height) * ceil_div(columns, width); };
-    while (count() < 4 * threads && !p.whole_rows && width > 4 * NR) {
-      width = ceil_div(ceil_div(width, 2), NR) * NR;
+    if (!p.fixed_tiles) {
+      while (count() < 4 * threads && !p.whole_rows && width > 4 * NR) {
+        width = ceil_div(ceil_div(width, 2), NR) * NR;
+      }
+      while (count() < 3 * threads && height > MR) height -= MR;
+      height = ceil_div(ceil_div(p.rows, ceil_div(p.rows, height)), MR) * MR;  // even ones
     }
-    while (count() < 3 * threads && height > MR) height -= MR;
     const int64_t row_blocks = ceil_div(p.rows, height), column_blocks = ceil_div(columns, width);
     const int64_t total = row_blocks * column_blocks;
     const int64_t stride = ceil_div(width, NR) * NR;
@@ -307,28 +325,34 @@ void run_exchanged(const Gemm& p) {
 
 // ---- skinny -----------------------------------------------------------------------------------
 
-constexpr int64_t kSkinnyColumns = 4;  // weight rows at a time: enough streams, few enough sums
+constexpr int64_t kSkinnyAhead = 8192;  // bytes of the weight between what is fetched and read
 
+// c[i · c_stride] = x[i] · w. One row of the weight after another: a single stream is what the
+// memory delivers fastest (four at a time: half of it).
 template <class Unit, class T, int rows>
-void skinny_columns(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth,
-                    float* c, int64_t c_stride) {
-  vf acc[rows][kSkinnyColumns];
-  for (auto& row : acc) {
-    for (vf& a : row) a = zero();
-  }
-  for (int64_t k = 0; k < depth; k += W * Unit::elements) {
-    vf a[rows];
-#pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) a[i] = (vf)load_units<Unit>(x + i * x_stride + k, depth - k);
-#pragma GCC unroll 4
-    for (int j = 0; j < kSkinnyColumns; ++j) {
-      const vf b = (vf)load_units<Unit>(w + j * w_stride + k, depth - k);
-#pragma GCC unroll 4
-      for (int i = 0; i < rows; ++i) acc[i][j] = Unit::fma(a[i], b, acc[i][j]);
+void skinny_column(const T* x, int64_t x_stride, const T* w, int64_t depth, float* c,
+                   int64_t c_stride) {
+  constexpr int parts = rows > 4 ? 2 : 4;  // sums along the row: more than an addition's latency
+  constexpr int64_t step = W * Unit::elements;
+  vf acc[rows][parts] = {};
+  const auto add = [&](int64_t k, int64_t n, int part) __attribute__((always_inline)) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kSkinnyAhead, 0, 3);
+    const vf b = (vf)load_units<Unit>(w + k, n);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      acc[i][part] = Unit::fma((vf)load_units<Unit>(x + i * x_stride + k, n), b, acc[i][part]);
     }
+  };
+  int64_t k = 0;
+  for (; k + parts * step <= depth; k += parts * step) {
+#pragma GCC unroll 4
+    for (int u = 0; u < parts; ++u) add(k + u * step, step, u);
   }
+  for (; k < depth; k += step) add(k, depth - k, 0);
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < kSkinnyColumns; ++j) c[i * c_stride + j] = reduce_add(acc[i][j]);
+    vf total = acc[i][0] + acc[i][1];
+    if constexpr (parts == 4) total += acc[i][2] + acc[i][3];
+    c[i * c_stride] = reduce_add(total);
   }
 }
 
@@ -339,33 +363,13 @@ void skinny(const Gemm& p) {
   const T* w = static_cast<const T*>(p.b.data);
   constexpr int64_t kWidth = 32;  // columns per task
   const int64_t tasks = ceil_div(p.columns, kWidth);
-  parallel_for(tasks, ceil_div(32768, p.depth * kWidth + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(tasks, grain_of(p, 32768, p.depth * kWidth), [&](int64_t begin, int64_t end) {
     alignas(64) float c[rows * kWidth];
     for (int64_t t = begin; t < end; ++t) {
       const int64_t column = t * kWidth, columns = min64(kWidth, p.columns - column);
-      for (int64_t j = 0; j < columns; j += kSkinnyColumns) {
-        // The last group steps back rather than past the end; the first may read one row
-        // repeatedly.
-        const int64_t at = min64(column + j, p.columns - kSkinnyColumns);
-        const bool short_matrix = at < 0;
-        if (!short_matrix) {
-          float group[rows * kSkinnyColumns];
-          skinny_columns<Unit, T, rows>(x, x_stride, w + at * p.b.row_stride, p.b.row_stride,
-                                        p.depth, group, kSkinnyColumns);
-          for (int i = 0; i < rows; ++i) {
-            for (int64_t n = 0; n < kSkinnyColumns; ++n) {
-              const int64_t to = at + n - column;
-              if (to >= 0) c[i * kWidth + to] = group[i * kSkinnyColumns + n];
-            }
-          }
-        } else {
-          for (int64_t n = 0; n < columns; ++n) {
-            float group[rows * kSkinnyColumns];
-            skinny_columns<Unit, T, rows>(x, x_stride, w + n * p.b.row_stride, 0, p.depth, group,
-                                          kSkinnyColumns);
-            for (int i = 0; i < rows; ++i) c[i * kWidth + n] = group[i * kSkinnyColumns];
-          }
-        }
+      for (int64_t j = 0; j < columns; ++j) {
+        skinny_column<Unit, T, rows>(x, x_stride, w + (column + j) * p.b.row_stride, p.depth, c + j,
+                                     kWidth);
       }
       p.epilogue({c, kWidth, 0, rows, column, columns}, p.context);
     }
@@ -377,7 +381,7 @@ void skinny(const Gemm& p) {
 enum class Form { packed, exchanged, skinny };
 
 Form form_of(const Gemm& p) {
-  if (p.a.transposed || !p.b.transposed || p.whole_rows) return Form::packed;
+  if (p.a.transposed || !p.b.transposed || p.whole_rows || p.fixed_tiles) return Form::packed;
   if (p.rows <= kSkinnyRows) return Form::skinny;
   return p.rows <= kExchangedRows && p.rows <= p.columns ? Form::exchanged : Form::packed;
 }
@@ -393,7 +397,16 @@ void run(const Gemm& p) {
     case 1: return skinny<Unit, T, 1>(p);
     case 2: return skinny<Unit, T, 2>(p);
     case 3: return skinny<Unit, T, 3>(p);
-    default: return skinny<Unit, T, 4>(p);
+    case 4: return skinny<Unit, T, 4>(p);
+    default: break;
+  }
+  if constexpr (kSkinnyRows > 4) {
+    switch (p.rows) {
+      case 5: return skinny<Unit, T, 5>(p);
+      case 6: return skinny<Unit, T, 6>(p);
+      case 7: return skinny<Unit, T, 7>(p);
+      default: return skinny<Unit, T, 8>(p);
+    }
   }
 }
 
@@ -403,14 +416,25 @@ bool can_own_whole_rows(const Gemm& p) {
   return p.columns <= kWholeRowColumns && form_of(p) == Form::packed;
 }
 
+bool multiplies_pairs([[maybe_unused]] DType dtype) {
+#if defined(__AVX512BF16__)
+  return dtype == DType::bf16 && bf16_dot_is_fast();
+#else
+  return false;
+#endif
+}
+
 void gemm(const Gemm& p) {
   if (p.rows == 0 || p.columns == 0) return;
   switch (p.dtype) {
     case DType::f32: return run<Float, float>(p);
-    case DType::f16: return run<Float, f16>(p);
+    case DType::f16:
+      if (p.wide_a) return Engine<Float, f16, float>{p, 0, 0}.run();
+      return run<Float, f16>(p);
     case DType::bf16:
+      if (p.wide_a) return Engine<Float, bf16, float>{p, 0, 0}.run();
 #if defined(__AVX512BF16__)
-      if (bf16_dot_is_fast()) return run<BfPair, bf16>(p);
+      if (multiplies_pairs(p.dtype)) return run<BfPair, bf16>(p);
 #endif
       return run<Float, bf16>(p);
   }

@@ -36,10 +36,13 @@ using GemmEpilogue = void (*)(const GemmTile&, const void* context);
 
 struct Gemm {
   DType dtype = DType::f32;  // of A and B
+  bool wide_a = false;       // A is float whatever B is; only where A is transposed or B is not
   int64_t rows = 0, columns = 0, depth = 0;
   GemmA a;
   GemmB b;
-  bool whole_rows = false;  // the epilogue wants tiles that span all columns
+  bool whole_rows = false;   // the epilogue wants tiles that span all columns
+  bool fixed_tiles = false;  // tiles of kBlockRows rows, whatever the number of threads
+  bool one_thread = false;   // all on the calling thread, tiles of a row from left to right
   GemmEpilogue epilogue = nullptr;
   const void* context = nullptr;
 };
@@ -47,6 +50,9 @@ struct Gemm {
 // Whether `whole_rows` may be set: the rows are not too wide for a tile, and not so few that the
 // product is better computed with the roles of A and B exchanged.
 bool can_own_whole_rows(const Gemm&);
+
+// Whether bf16 is multiplied in pairs along the summed dimension here, and not widened to float.
+bool multiplies_pairs(DType);
 
 void gemm(const Gemm&);
 

@@ -100,8 +100,7 @@ void backward(const MergeAttentionBackwardParams& p) {
       }
       const float rest = p.grad_lse ? p.grad_lse[row] : 0.f;
       for (int i = 0; i < p.parts; ++i) {
-        p.d_lses[i][row] =
-            weights[i] == 0.f ? 0.f : weights[i] * ((products[i] - mean) + rest);
+        p.d_lses[i][row] = weights[i] == 0.f ? 0.f : weights[i] * ((products[i] - mean) + rest);
       }
     }
   });

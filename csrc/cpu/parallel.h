@@ -14,7 +14,7 @@ int num_threads();
 
 // A 64-byte aligned block that belongs to this thread and is reused from call to call, so that a
 // kernel neither allocates nor pays page faults in the steady state. One block per slot.
-enum class Scratch { tile, pack, accumulate, gradient, shared, rows, count };
+enum class Scratch { tile, pack, accumulate, gradient, shared, rows, logits, sums, count };
 void* thread_scratch(Scratch slot, size_t bytes);
 
 }  // namespace ft

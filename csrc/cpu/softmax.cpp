@@ -10,32 +10,14 @@
 
 #include <cmath>
 
-#include "cpu/columns.h"
 #include "cpu/parallel.h"
+#include "cpu/softmax_row.h"
 
 namespace ft::FT_ISA {
 namespace {
 
 // Chosen by timing rows of 8 … 65536 columns on a Zen 4 (2 cores, AVX-512).
 constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it gives
-constexpr int64_t kBlock = 4096;   // columns of a block
-
-struct AllAllowed {};
-
-template <class P>
-FT_INLINE vf masked(vf s, AllAllowed, int64_t, P part) {
-  return keep(s, part, -INFINITY);
-}
-FT_INLINE vf2 masked(vf2 s, AllAllowed, int64_t, Pair) { return s; }
-template <class P>
-FT_INLINE vf masked(vf s, const bool* mask, int64_t j, P part) {
-  return select(load_flags(mask + j, part), s, splat(-INFINITY));
-}
-FT_INLINE vf2 masked(vf2 s, const bool* mask, int64_t j, Pair) {
-  const FlagPair flags = load_flags(mask + j, Pair{});
-  const vf nothing = splat(-INFINITY);
-  return {select(flags.even, s.even, nothing), select(flags.odd, s.odd, nothing)};
-}
 
 template <class T>
 void fill(T* out, int64_t n, float value) {
@@ -48,61 +30,6 @@ bool any(const bool* mask, int64_t n) {
     if (mask[j]) return true;
   }
   return false;
-}
-
-// One row of n columns, all or some (by `mask`) of which take part. `e` holds the exponentials
-// (`out` itself for float rows), `tops` the blocks' maxima.
-template <bool Log, class T, class Mask>
-void row(const T* x, Mask mask, int64_t n, float factor, float* e, float* tops, T* out) {
-  const auto score = [&](int64_t j, auto part) __attribute__((always_inline)) {
-    return masked(product(load(x + j, part), splat(factor)), mask, j, part);
-  };
-  float top = -INFINITY, sum = 0.f;
-  for (int64_t first = 0, b = 0; first < n; first += kBlock, ++b) {
-    const int64_t count = n - first < kBlock ? n - first : kBlock;
-    vf high[2] = {splat(-INFINITY), splat(-INFINITY)};
-    over_columns<2, T>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      raise(high, u, score(first + j, part));
-    });
-    const float block_top = reduce_max(max(high[0], high[1]));
-    const float about = block_top == -INFINITY ? 0.f : block_top;  // −inf less −inf is NaN
-    vf total[2] = {zero(), zero()};
-    over_columns<2, T>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      const auto y = exp(score(first + j, part) - splat(about));
-      if constexpr (!Log) store(e + first + j, y, part);
-      accumulate(total, u, y);
-    });
-    const float block_sum = reduce_add(total[0] + total[1]);
-    tops[b] = about;
-    if (block_top > top) {
-      sum = sum * __builtin_expf(top - block_top) + block_sum;
-      top = block_top;
-    } else {
-      sum += block_sum * (block_top == top ? 1.f : __builtin_expf(block_top - top));
-    }
-    // A NaN is not a maximum; it must stay in the sum when the maximum is −inf or infinite, too.
-    if (block_sum != block_sum) sum = block_sum;
-  }
-  if constexpr (Log) {
-    const float log_sum = __builtin_logf(sum);
-    over_columns<2, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-      // Less the maximum first: what is left is exact where it is small.
-      const auto y = (product(load(x + j, part), splat(factor)) - splat(top)) - splat(log_sum);
-      store(out + j, masked(y, mask, j, part), part);
-    });
-    return;
-  }
-  // Nothing but −inf allowed (sum 0): NaN, as in torch. It is told by the mask that a row is empty,
-  // never by the sum.
-  if (top == -INFINITY) sum = NAN;
-  for (int64_t first = 0, b = 0; first < n; first += kBlock, ++b) {
-    const int64_t count = n - first < kBlock ? n - first : kBlock;
-    const float shrink = n <= kBlock || tops[b] == top ? 1.f : __builtin_expf(tops[b] - top);
-    const vf by = splat(shrink), of = splat(sum), inverse = splat(1.f / sum);
-    over_columns<2, T>(count, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-      store(out + first + j, divide(load(e + first + j, part) * by, of, inverse), part);
-    });
-  }
 }
 
 // Leading dimensions joined where a stride allows it, so that most inputs have one.
@@ -133,7 +60,7 @@ struct Leading {
 
 template <bool Log, class T>
 void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t end) {
-  const int64_t n = p.columns, blocks = (n + kBlock - 1) / kBlock;
+  const int64_t n = p.columns, blocks = (n + kSoftmaxBlock - 1) / kSoftmaxBlock;
   const int64_t room = (n + W - 1) / W * W;
   float* scratch = static_cast<float*>(thread_scratch(
       Scratch::tile, sizeof(float) * (room + blocks + W) + static_cast<size_t>(room)));
@@ -164,9 +91,9 @@ void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t
     if (allowed < n) fill(out + allowed, n - allowed, nothing);
     if (allowed == 0) continue;
     if (mask != nullptr) {
-      row<Log>(x, mask, allowed, p.scale, e, tops, out);
+      softmax_row<Log>(x, mask, allowed, p.scale, e, tops, out);
     } else {
-      row<Log>(x, AllAllowed{}, allowed, p.scale, e, tops, out);
+      softmax_row<Log>(x, AllAllowed{}, allowed, p.scale, e, tops, out);
     }
   }
 }

@@ -417,6 +417,19 @@ FT_INLINE vf swap_pairs(vf x) {
 #endif
 }
 
+// Bit i is lane i of a mask.
+FT_INLINE uint32_t bits_of(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // ---- functions --------------------------------------------------------------------------------
 
 // 2^x. Cody–Waite reduction to [−1/2, 1/2]; the clamp keeps NaN (it is the second operand).

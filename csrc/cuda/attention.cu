@@ -213,8 +213,8 @@ void attention(const AttentionParams& p, void* stream) {
     case DType::bf16: attention_forward_bf16(a, plan.variant, plan.head, stream); break;
   }
   if (p.splits < 2) return;
-  launch("attention_merge", attention_merge, grid_for(p.rows(), kMergeWarps), kMergeWarps * kWarp, 0,
-         stream, a);
+  launch("attention_merge", attention_merge, grid_for(p.rows(), kMergeWarps), kMergeWarps * kWarp,
+         0, stream, a);
 }
 
 }  // namespace ft::cuda

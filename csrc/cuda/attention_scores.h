@@ -19,21 +19,21 @@ namespace ft::cuda {
 
 // Of batch entry b. Lengths and positions are ints: the launcher refuses what passes 2^30.
 struct Sequence {
-  int queries, keys;               // keys: those before key_lengths
-  int shift;                       // query i stands at key i + shift
-  int left, right;                 // sees [i + shift − left, i + shift + right]
-  int64_t query_start, key_start;  // its first row where sequences are packed, else 0
+  int queries, keys;           // keys: those before key_lengths
+  int shift;                   // query i stands at key i + shift
+  int left, right;             // sees [i + shift − left, i + shift + right]
+  int query_start, key_start;  // its first row where sequences are packed, else 0
 };
 
 FT_DEVICE Sequence sequence_of(const AttentionCase& p, int64_t b) {
   Sequence s = {static_cast<int>(p.q_len), static_cast<int>(p.kv_len), 0, 0, 0, 0, 0};
   if (p.cu_seqlens_q != nullptr) {
     s.query_start = load_scalar(p.cu_seqlens_q + b);
-    s.queries = load_scalar(p.cu_seqlens_q + b + 1) - static_cast<int>(s.query_start);
+    s.queries = load_scalar(p.cu_seqlens_q + b + 1) - s.query_start;
   }
   if (p.cu_seqlens_k != nullptr) {
     s.key_start = load_scalar(p.cu_seqlens_k + b);
-    s.keys = load_scalar(p.cu_seqlens_k + b + 1) - static_cast<int>(s.key_start);
+    s.keys = load_scalar(p.cu_seqlens_k + b + 1) - s.key_start;
   }
   if (p.bottom_right) s.shift = s.keys - s.queries;
   const int64_t far = p.q_len + p.kv_len + 1;  // as good as unbounded, and no sum overflows
@@ -48,9 +48,13 @@ FT_DEVICE Sequence sequence_of(const AttentionCase& p, int64_t b) {
   return s;
 }
 
-// Where query 0 of (b, h) stands among what there is one of per query …
+// Where row 0 of (b, h)'s head, and query 0 of the sequence, stand among what there is one of per
+// query …
+FT_DEVICE int64_t first_row_of(const AttentionCase& p, int64_t b, int64_t h) {
+  return ((p.cu_seqlens_q != nullptr ? 0 : b) * p.heads + h) * p.head_rows;
+}
 FT_DEVICE int64_t first_row_of(const AttentionCase& p, const Sequence& s, int64_t b, int64_t h) {
-  return ((p.cu_seqlens_q != nullptr ? 0 : b) * p.heads + h) * p.head_rows + s.query_start;
+  return first_row_of(p, b, h) + s.query_start;
 }
 // … and, of all heads, among the tokens of a tensor that has a token's heads beside each other; and
 // key 0.

@@ -3,18 +3,20 @@
 //   d_out_p = w_p · g    d_lse_p = w_p · (g·out_p − Σ_q w_q g·out_q + g_lse)
 // A group of lanes owns a row, each a column of 16-byte chunks; weights are made again by every
 // lane that asks. Bound by memory. Source: Milakov and Gimelshein, 2018 (arXiv:1805.02867).
-#include "params/merge_attention.h"
+#include <stdexcept>
 
-#include "cuda/device/index.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/scalar.h"
 #include "cuda/device/vector.h"
+#include "params/merge_attention.h"
 
 namespace ft::cuda {
 namespace {
 
 constexpr int kBlock = 128;
+constexpr int kBlocks =
+    8;  // on an SM: 64 registers a thread; without a number ptxas spills for more
 
 template <class Params>
 struct MergeArgs {
@@ -29,17 +31,18 @@ FT_DEVICE int64_t offset(const Place& place, const int64_t (&strides)[3]) {
   return place.at[0] * strides[0] + place.at[1] * strides[1] + place.at[2] * strides[2];
 }
 
+// In 32 bits: the launcher refuses more rows.
 FT_DEVICE Place place_of(const MergeAttentionParams& p, int64_t row) {
-  Place place;
-  place.at[2] = divide(row, p.sizes[2]);
-  place.at[1] = divide(row, p.sizes[1]);
-  place.at[0] = row;
-  return place;
+  const uint32_t inner = static_cast<uint32_t>(p.sizes[2]);
+  const uint32_t middle = static_cast<uint32_t>(p.sizes[1]);
+  const uint32_t at = static_cast<uint32_t>(row), outer = at / inner;
+  return {{outer / middle, outer % middle, at % inner}};
 }
 
-// Of the parts' lse: the largest, Σ exp(lse − top), and whether any part has a key.
+// Of the parts' lse: the largest, Σ exp(lse − top) and its reciprocal, and whether any part has a
+// key.
 struct Whole {
-  float top, total;
+  float top, total, share;
   bool some;
 };
 FT_DEVICE float part_lse(const MergeAttentionParams& p, const Place& at, int part) {
@@ -47,7 +50,7 @@ FT_DEVICE float part_lse(const MergeAttentionParams& p, const Place& at, int par
                      offset(at, p.lses[part].strides));
 }
 FT_DEVICE Whole whole_of(const MergeAttentionParams& p, const Place& at) {
-  Whole w = {-infinity(), 0.f, false};
+  Whole w = {-infinity(), 0.f, 0.f, false};
   for (int i = 0; i < p.parts; ++i) w.top = maximum(w.top, part_lse(p, at, i));
   for (int i = 0; i < p.parts; ++i) {
     const float lse = part_lse(p, at, i);
@@ -55,11 +58,13 @@ FT_DEVICE Whole whole_of(const MergeAttentionParams& p, const Place& at) {
     w.some = true;
     w.total += exponential<float>(lse - w.top);
   }
+  w.share = 1.f / w.total;
   return w;
 }
-FT_DEVICE float weight_of(const MergeAttentionParams& p, const Place& at, const Whole& w, int part) {
+FT_DEVICE float weight_of(const MergeAttentionParams& p, const Place& at, const Whole& w,
+                          int part) {
   const float lse = part_lse(p, at, part);
-  return lse == -infinity() ? 0.f : exponential<float>(lse - w.top) / w.total;
+  return lse == -infinity() ? 0.f : exponential<float>(lse - w.top) * w.share;
 }
 
 template <class T>
@@ -70,7 +75,7 @@ FT_DEVICE void load_columns(const RowsView& view, const Place& at, int column, i
 }
 
 template <class T>
-FT_GLOBAL void __launch_bounds__(kBlock)
+FT_GLOBAL void __launch_bounds__(kBlock, kBlocks)
     merge_attention_forward(const MergeArgs<MergeAttentionParams> a) {
   const MergeAttentionParams& p = a.p;
   const int64_t rows = p.rows(), per_block = kBlock / a.group;
@@ -101,7 +106,7 @@ FT_GLOBAL void __launch_bounds__(kBlock)
 }
 
 template <class T>
-FT_GLOBAL void __launch_bounds__(kBlock)
+FT_GLOBAL void __launch_bounds__(kBlock, kBlocks)
     merge_attention_backward_kernel(const MergeArgs<MergeAttentionBackwardParams> a) {
   const MergeAttentionBackwardParams& p = a.p;
   const int64_t rows = p.rows(), per_block = kBlock / a.group;
@@ -112,6 +117,7 @@ FT_GLOBAL void __launch_bounds__(kBlock)
     const Place at = place_of(p, exists ? row : 0);
     const Whole w = whole_of(p, at);
     float mean = 0.f;
+#pragma unroll 1
     for (int i = 0; i < p.parts; ++i) {
       const float weight = weight_of(p, at, w, i);
       T* d_out = static_cast<T*>(p.d_outs[i]) + row * p.columns;
@@ -133,6 +139,7 @@ FT_GLOBAL void __launch_bounds__(kBlock)
     }
     if (!exists || lane != 0) continue;
     const float rest = p.grad_lse == nullptr ? 0.f : load_scalar(p.grad_lse + row);
+#pragma unroll 1
     for (int i = 0; i < p.parts; ++i) {
       const float weight = weight_of(p, at, w, i), product = load_scalar(p.d_lses[i] + row);
       store_scalar(p.d_lses[i] + row, weight == 0.f ? 0.f : weight * ((product - mean) + rest));
@@ -142,7 +149,10 @@ FT_GLOBAL void __launch_bounds__(kBlock)
 
 // Lanes of a row: one per chunk, up to a warp.
 template <class T>
-int group_of(int64_t columns) {
+int group_of(int64_t rows, int64_t columns) {
+  if (rows >= int64_t{1} << 31) {
+    throw std::invalid_argument("fasttransformer: merge_attention takes less than 2^31 rows");
+  }
   int group = 1;
   while (group < kWarp && group * kLanes<T> < columns) group *= 2;
   return group;
@@ -153,7 +163,7 @@ int group_of(int64_t columns) {
 void merge_attention(const MergeAttentionParams& p, void* stream) {
   if (p.rows() == 0) return;
   with_type(p.dtype, [&]<class T>() {
-    const int group = group_of<T>(p.columns);
+    const int group = group_of<T>(p.rows(), p.columns);
     launch("merge_attention", merge_attention_forward<T>, grid_for(p.rows(), kBlock / group),
            kBlock, 0, stream, {p, group});
   });
@@ -162,7 +172,7 @@ void merge_attention(const MergeAttentionParams& p, void* stream) {
 void merge_attention_backward(const MergeAttentionBackwardParams& p, void* stream) {
   if (p.rows() == 0) return;
   with_type(p.dtype, [&]<class T>() {
-    const int group = group_of<T>(p.columns);
+    const int group = group_of<T>(p.rows(), p.columns);
     launch("merge_attention_backward", merge_attention_backward_kernel<T>,
            grid_for(p.rows(), kBlock / group), kBlock, 0, stream, {p, group});
   });

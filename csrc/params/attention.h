@@ -42,8 +42,8 @@ struct AttentionCase {
   // head_rows): head_rows is q_len, or where sequences are packed the number of all tokens.
   int64_t head_rows = 0;
   int64_t key_rows = 0;  // of key: kv_len, or all tokens
-  int64_t entries() const { return cu_seqlens_q != nullptr ? 1 : batch; }
-  int64_t rows() const { return entries() * heads * head_rows; }
+  constexpr int64_t entries() const { return cu_seqlens_q != nullptr ? 1 : batch; }
+  constexpr int64_t rows() const { return entries() * heads * head_rows; }
 };
 
 struct AttentionParams : AttentionCase {

@@ -19,14 +19,14 @@ struct MergeAttentionParams {
   void* out = nullptr;
   int64_t out_strides[3] = {};
   float* lse = nullptr;  // contiguous
-  int64_t rows() const { return sizes[0] * sizes[1] * sizes[2]; }
+  constexpr int64_t rows() const { return sizes[0] * sizes[1] * sizes[2]; }
 };
 
 struct MergeAttentionBackwardParams : MergeAttentionParams {  // out and lse are not used
   RowsView grad_out;
-  const float* grad_lse = nullptr;    // contiguous, or null
-  void* d_outs[kMostMergedParts];     // contiguous
-  float* d_lses[kMostMergedParts];    // contiguous
+  const float* grad_lse = nullptr;  // contiguous, or null
+  void* d_outs[kMostMergedParts];   // contiguous
+  float* d_lses[kMostMergedParts];  // contiguous
 };
 
 }  // namespace ft

@@ -68,6 +68,14 @@ def _linear(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
     ], {}
 
 
+def _output_layer(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
+    classes = a.args.out_features or a.features
+    x, weight, bias = a.tensor(*a.shape), a.tensor(classes, a.features), a.tensor(classes)
+    if a.args.op == "linear_cross_entropy":
+        return [x, weight, a.like(*a.shape[:-1], dtype=torch.int64)], {"linear_bias": bias}
+    return [x, weight, bias], {"k": 1} if a.args.op == "linear_topk" else {}
+
+
 def _attention(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
     a.rank(4, "BATCH,HEADS,SEQUENCE,HEAD_DIM")
     batch, heads, queries, dim = a.shape
@@ -137,6 +145,7 @@ _SOFTMAX = _Family(_softmax, frozenset({"causal", "mask"}))
 _NORM = _Family(_norm, frozenset())
 _ADD_NORM = _Family(_norm, frozenset({"dropout"}))
 _LINEAR = _Family(_linear, frozenset({"out_features"}))
+_OUTPUT_LAYER = _Family(_output_layer, frozenset({"out_features"}))
 
 FAMILIES: dict[str, _Family] = {
     "softmax": _SOFTMAX,
@@ -148,6 +157,9 @@ FAMILIES: dict[str, _Family] = {
     "linear_add": _LINEAR,
     "linear_add_layer_norm": _LINEAR,
     "linear_add_rms_norm": _LINEAR,
+    "linear_cross_entropy": _OUTPUT_LAYER,
+    "linear_softmax": _OUTPUT_LAYER,
+    "linear_topk": _OUTPUT_LAYER,
     "cross_entropy": _Family(_cross_entropy, frozenset()),
     "embedding": _Family(_embedding, frozenset()),
     "rotary_embedding": _Family(_rotary, frozenset()),

@@ -15,8 +15,10 @@ True
 
 from ._fallback import fallbacks
 from .attention import MultiheadAttention
+from .input import RotaryEmbedding, SinusoidalPositionalEncoding, TokenPositionEmbedding
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .linear import Embedding, FeedForward, Linear, OutputProjection, Softmax
+from .lm_head import LMHead
 from .norms import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 
@@ -25,12 +27,16 @@ __all__ = [
     "AddRMSNorm",
     "Embedding",
     "FeedForward",
+    "LMHead",
     "LayerNorm",
     "Linear",
     "MultiheadAttention",
     "OutputProjection",
     "RMSNorm",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
     "Softmax",
+    "TokenPositionEmbedding",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

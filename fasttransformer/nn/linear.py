@@ -217,15 +217,18 @@ class FeedForward(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_model) to (..., d_model)."""
-        linear1, linear2 = self.linear1, self.linear2
+        return self.linear2(self.hidden(input))
+
+    def hidden(self, input: Tensor) -> Tensor:
+        """What enters the second linear layer, (..., dim_feedforward): for blocks that fuse that
+        layer with what follows it."""
+        linear1 = self.linear1
         if self.activation in GATES:
             gate, up = linear1(input).chunk(2, dim=-1)
             hidden = activate(gate, GATES[self.activation]) * up
         else:
             hidden = linear_add(input, linear1.weight, linear1.bias, activation=self.activation)
-        if self.training and self.dropout:
-            hidden = F.dropout(hidden, self.dropout)
-        return linear2(hidden)
+        return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"

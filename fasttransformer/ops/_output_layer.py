@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._front import is_float, same_device
+from ._front import is_float, last_stride_one, same_device
 from ._index import checked_index, is_index
 from .linear_add import check_linear
 
@@ -55,6 +55,15 @@ def check_output_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | No
             f"{tuple(weight.shape)}: its last dimension must be {weight.shape[1]}"
         )
     check_linear(op, input, weight, bias, None)
+
+
+def kernel_operands(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias as the output layer's operators take them: rows of two dimensions, the
+    others contiguous."""
+    rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    return last_stride_one(rows), weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def check_temperature(op: str, temperature: float) -> None:

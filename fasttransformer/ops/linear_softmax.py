@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
-from ._front import needs_grad
-from ._output_layer import check_output_layer, check_temperature
-from .linear_add import autocast_linear
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
+from ..backends import TABLE, choose
+from ._front import fake, needs_grad
+from ._function import differentiable, fold, vmap_rule
+from ._norm import GRAD, NO_OPTIONS
+from ._output_layer import check_output_layer, check_temperature, kernel_operands
+from .linear_add import autocast_linear, linear_gradients
 
 
 def linear_softmax(
@@ -51,6 +50,55 @@ def linear_softmax(
     input, weight, bias = autocast_linear(input, weight, bias)
     check_output_layer(op, input, weight, bias)
     check_temperature(op, temperature)
-    options = _GRAD if needs_grad(input, weight, bias) else _NONE
-    choose(op, input.device.type, input.dtype, options, (), backend)
-    return reference.linear_softmax(input, weight, bias, temperature=temperature)
+    grad = needs_grad(input, weight, bias)
+    kernel = choose(op, input.device.type, input.dtype, GRAD if grad else NO_OPTIONS, (), backend)
+    if kernel.forward is None:
+        return reference.linear_softmax(input, weight, bias, temperature=temperature)
+    operands = kernel_operands(input, weight, bias)
+    if grad:
+        out = _linear_softmax(*operands, float(temperature), kernel)
+    else:
+        out = kernel.forward(*operands, float(temperature))
+    return out.view(*input.shape[:-1], weight.shape[0])
+
+
+class _LinearSoftmax:
+    # Backward joins two operators that exist anyway: the softmax's, then the linear layer's.
+    @staticmethod
+    def forward(x, weight, bias, temperature, kernel):
+        return kernel.forward(x, weight, bias, temperature)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ctx.temperature, ctx.kernel = inputs
+        ctx.save_for_backward(x, weight, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        backend = ctx.kernel.backend
+        # 16-bit operands are widened: logits' gradients, rounded to 16 bits, are too coarse for
+        # sums over few rows.
+        x, weight, output, grad = (t.float() for t in (*ctx.saved_tensors, grad))
+        d_logits = TABLE["softmax"][backend].backward(
+            grad.contiguous(), output, 1.0 / ctx.temperature, False
+        )
+        linear = TABLE["linear_add"][backend]
+        gradients = linear_gradients(linear, d_logits, x, weight, ctx.needs_input_grad)
+        dtype = ctx.saved_tensors[0].dtype
+        return *(None if g is None else g.to(dtype) for g in gradients), None, None
+
+
+_linear_softmax = differentiable(_LinearSoftmax, tensors=3)
+
+
+@fake("linear_softmax")
+def _(input, weight, bias, temperature):
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+@vmap_rule("linear_softmax")
+def _(operator, batch_size, in_dims, input, weight, bias, temperature):
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return None
+    out = operator(fold(input, in_dims[0], batch_size), weight, bias, temperature)
+    return out.view(batch_size, -1, out.shape[1]), 0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import needs_grad
-from ._output_layer import by_rows, check_output_layer, check_temperature
+from ._front import fake, needs_grad
+from ._norm import GRAD, NO_OPTIONS, fold_rows
+from ._output_layer import by_rows, check_output_layer, check_temperature, kernel_operands
 from .linear_add import autocast_linear
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
 
 
 def linear_topk(
@@ -63,8 +62,14 @@ def linear_topk(
         raise TypeError(f"{op}: k is {k!r}; it must be an integer")
     if not 0 <= k <= classes:
         raise ValueError(f"{op}: k is {k}; it must be in [0, {classes}], the number of classes")
-    options = _GRAD if needs_grad(input, weight, bias) else _NONE
-    choose(op, input.device.type, input.dtype, options, (), backend)
+    options = GRAD if needs_grad(input, weight, bias) else NO_OPTIONS
+    kernel = choose(op, input.device.type, input.dtype, options, (), backend)
+    if kernel.forward is not None:
+        values, indices = kernel.forward(
+            *kernel_operands(input, weight, bias), k, float(temperature)
+        )
+        shape = (*input.shape[:-1], k)
+        return values.view(shape), indices.view(shape)
 
     def top(rows: Tensor) -> tuple[Tensor, Tensor]:
         return reference.linear_topk(rows, weight, bias, k=k, temperature=temperature)
@@ -73,3 +78,12 @@ def linear_topk(
         return by_rows(top, classes, input) if input.dim() == 2 else top(input)
     values, indices = by_rows(top, classes, input.flatten(0, -2))
     return values.unflatten(0, input.shape[:-1]), indices.unflatten(0, input.shape[:-1])
+
+
+@fake("linear_topk")
+def _(input, weight, bias, k, temperature):
+    shape = (input.shape[0], k)
+    return input.new_empty(shape), input.new_empty(shape, dtype=torch.int64)
+
+
+fold_rows("linear_topk", batched=(0,), per_sample=())

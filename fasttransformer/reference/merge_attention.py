@@ -37,6 +37,6 @@ def merge_attention(
     # Any number will do where no part has a key: softmax of -inf alone is NaN.
     part_lse = torch.where(empty, 0.0, part_lse)
     weights = torch.where(absent, 0.0, torch.softmax(part_lse, dim=0))
-    out = (weights.unsqueeze(-1) * part_out).sum(dim=0)
+    out = (weights.unsqueeze(-1) * torch.where(absent.unsqueeze(-1), 0.0, part_out)).sum(dim=0)
     lse = torch.where(empty, -math.inf, torch.logsumexp(part_lse, dim=0))
     return out.to(dtype), lse

@@ -106,6 +106,7 @@ void run(const AttentionBackwardParams& p, void* stream) {
   BackwardArgs args;
   args.p = p;
   args.units = units_of(p);
+  args.group = p.kv_heads == 0 ? 1 : static_cast<int>(p.heads / p.kv_heads);
   bool aligned = true;
   for (const HeadsView* v : {&p.query, &p.key, &p.value, &p.grad_out}) {
     aligned = aligned && rows_on_16_bytes(*v, sizeof(T));

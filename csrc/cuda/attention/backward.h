@@ -22,6 +22,7 @@ namespace ft::cuda {
 struct BackwardArgs {
   AttentionBackwardParams p;
   Units units;
+  int group = 1;                 // query heads of a key head
   int warps = 0, stages = 0;     // of a walk: warps of a block, and buffers for what it walks over
   int64_t tiles = 0, items = 0;  // tiles of a head's rows; of all heads, and passes
   bool own_aligned[2] = {}, walked_aligned[2] = {};  // rows begin on 16 bytes, see walk

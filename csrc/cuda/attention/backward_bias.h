@@ -48,7 +48,7 @@ FT_GLOBAL void __launch_bounds__(kBiasThreads, 2) attention_backward_dbias(const
   const BiasTile left{left_memory}, right{right_memory};
   const AttentionBackwardParams& p = a.p;
   const int lane = lane_index(), g = lane / 4, t = lane % 4 * 2, row = warp_index() * 16;
-  const int group = static_cast<int>(p.heads / p.kv_heads);
+  const int group = a.group;
   const uint64_t seed = p.dropout.threshold != 0 ? seed_of(p.dropout) : 0;
   const bool query_aligned = view_aligned<T>(p.query), key_aligned = view_aligned<T>(p.key);
   const bool grad_aligned = view_aligned<T>(p.grad_out), value_aligned = view_aligned<T>(p.value);
@@ -78,7 +78,7 @@ FT_GLOBAL void __launch_bounds__(kBiasThreads, 2) attention_backward_dbias(const
       if (j0 < runs.begin || j0 >= runs.end) continue;
       float s[1][kN][4] = {}, dp[1][kN][4] = {};
       const int queries = sequence.queries - i0, keys = sequence.keys - j0;
-      const int64_t query0 = sequence.query_start + i0, key0 = sequence.key_start + j0;
+      const int query0 = sequence.query_start + i0, key0 = sequence.key_start + j0;
       sliced_products(s, left, right, head_of<T>(p.query, b, h) + query0 * p.query.row, p.query.row,
                       queries, query_aligned, head_of<T>(p.key, b, h / group) + key0 * p.key.row,
                       p.key.row, keys, key_aligned, static_cast<int>(p.head_dim));

@@ -201,18 +201,22 @@ FT_DEVICE RowSums merge(const RowSums& x, const RowSums& y, const Units& u) {
   return {top, x.sum * a + y.sum * b, x.product * a + y.product * b};
 }
 
-// A row's weights from its threads' sums, whose columns are those of a quad of lanes; left in
-// memory for this kernel and those that follow. NaN stays: only a row without keys has no top and
-// no sum.
-template <class T>
-FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t h, int64_t at, bool writes) {
-  const AttentionBackwardParams& p = a.p;
+// Adds the sums of a quad's lanes, which have a row's columns between them, to the row's.
+FT_DEVICE void add_quad(RowSums* row, RowSums sums, const Units& u) {
 #pragma unroll
   for (int offset = 1; offset <= 2; offset *= 2) {
     const RowSums other = {shuffle_xor(sums.top, offset), shuffle_xor(sums.sum, offset),
                            shuffle_xor(sums.product, offset)};
-    sums = merge(sums, other, a.units);
+    sums = merge(sums, other, u);
   }
+  if (lane_index() % 4 == 0) shared_store(row, merge(shared_load(row), sums, u));
+}
+
+// A row's weights from its sums, left in memory for this kernel and those that follow. NaN stays:
+// only a row without keys has no top and no sum.
+template <class T>
+FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t h, int64_t at) {
+  const AttentionBackwardParams& p = a.p;
   RowWeight w = {infinity(), 0.f, 0.f, 0.f};
   if (sums.top != -infinity() || sums.sum != 0.f) {
     w.top = sums.top * a.units.lse_scale;
@@ -227,11 +231,9 @@ FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t h, int64_t
     w.delta /= sums.sum;
     w.shift = -natural_log(sums.sum) * kLog2E;
   }
-  if (writes) {
-    store_scalar(p.top + at, w.top);
-    store_scalar(p.shift + at, w.shift);
-    store_scalar(p.delta + at, w.delta);
-  }
+  store_scalar(p.top + at, w.top);
+  store_scalar(p.shift + at, w.shift);
+  store_scalar(p.delta + at, w.delta);
 }
 
 // Writes the sums of a warp's rows: row r of the tile at out + r · stride, `rows` of them wanted;

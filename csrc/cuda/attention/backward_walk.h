@@ -10,6 +10,8 @@
 // Bound: tensor cores, and beside them shared memory: an operand of 8 columns serves 16 or 32 rows,
 // so 16 rows cost as many cycles of shared memory as of tensor cores.
 #pragma once
+#include <stdexcept>
+
 #include "cuda/attention/backward_scores.h"
 
 namespace ft::cuda {
@@ -18,10 +20,13 @@ namespace ft::cuda {
 struct alignas(16) Kept {
   int first;  // row of the block
   int b, own_head, first_head;
-  int own_length, walked_length;
-  int per_head;  // steps
-  int values_pass;
+  int own_length;
+  int walked_first, walked_end;  // rows of memory that are walked over
+  int per_head;                  // steps
   Runs runs;
+  int64_t out_row;  // of `first` and the head
+  int exist;        // rows of the output from `first` on: those behind key_lengths too
+  int values_pass;
   Sequence sequence;
   uint64_t seed;
   int64_t item;
@@ -39,6 +44,8 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
   constexpr int kTiles = S::kTiles, kStep = S::kStep, kN = kStep / 8, kColumns = kHead / 8;
   FT_SHARED_ARRAY(uint32_t, votes, kMostWarps);
   FT_SHARED_ARRAY(Kept, kept_items, kMostWarps);
+  constexpr bool kSums = kOwnsQueries && !kPlain;  // may find rows' sums again
+  FT_SHARED_ARRAY(RowSums, all_row_sums, kSums ? kMostWarps * S::kRows : 1);
   Kept* const kept = kept_items + warp_index();
   const AttentionBackwardParams& p = a.p;
   const int thread = thread_index(), threads = a.warps * kWarp, lane = lane_index();
@@ -57,14 +64,15 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
   // Of what is walked over, if queries: top, delta, shift and d_lse.
   float* const numbers = reinterpret_cast<float*>(walked_memory + a.stages * 2 * kStep * kHead);
 
-  const int group = static_cast<int>(p.heads / p.kv_heads);
+  const int group = a.group;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
 
   for (int64_t item = blockIdx.x; item < a.items; item = shared_load(&kept->item) + gridDim.x) {
     // Tiles of queries are taken from the end, where causal rows are longest.
-    const int index = static_cast<int>(item % a.tiles);
+    const uint32_t tiles = static_cast<uint32_t>(a.tiles), all = static_cast<uint32_t>(item);
+    const int index = static_cast<int>(all % tiles);
     const int first = (kOwnsQueries ? static_cast<int>(a.tiles) - 1 - index : index) * rows;
-    int rest = static_cast<int>(item / a.tiles);
+    int rest = static_cast<int>(all / tiles);
     bool values_pass = false;
     if constexpr (kWalk == Walk::keys_in_passes) {
       values_pass = rest % 2 != 0;
@@ -88,8 +96,14 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     warp_barrier();  // the item before may still read
     if (lane == 0) {
       const uint64_t seed = !kPlain && p.dropout.threshold != 0 ? seed_of(p.dropout) : 0;
-      shared_store(kept, {first, b, own_head, first_head, own_length, walked_length, per_head,
-                          values_pass, runs, sequence, seed, item});
+      const int base = kOwnsQueries ? sequence.key_start : sequence.query_start;
+      const bool packed = p.cu_seqlens_q != nullptr;
+      const int length = packed ? own_length : static_cast<int>(kOwnsQueries ? p.q_len : p.kv_len);
+      const int64_t token =
+          (kOwnsQueries ? first_query_of(p, sequence, b) : first_key_of(p, sequence, b)) + first;
+      shared_store(kept, {first, b, own_head, first_head, own_length, base + runs.begin,
+                          base + walked_length, per_head, runs, token * own_heads + own_head,
+                          length - first, values_pass, sequence, seed, item});
     }
     warp_barrier();
 
@@ -97,20 +111,18 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
       const int stage = step & (a.stages - 1), thread = hidden(thread_index());
       const int per_head = shared_load(&kept->per_head), b = shared_load(&kept->b);
       const int in_head = kOwnsQueries && kPlain ? step : step % per_head;
-      const int start = shared_load(&kept->runs.begin) + in_head * kStep;
-      const int exist = shared_load(&kept->walked_length) - start;
+      const int start = shared_load(&kept->walked_first) + in_head * kStep;
+      const int exist = shared_load(&kept->walked_end) - start;
       const int h = kOwnsQueries ? shared_load(&kept->own_head) / group
                                  : shared_load(&kept->first_head) + step / per_head;
-      const int64_t base = shared_load(kOwnsQueries ? &kept->sequence.key_start
-                                                    : &kept->sequence.query_start);
       const HeadsView& view1 = kOwnsQueries ? p.key : p.query;
       const HeadsView& view2 = kOwnsQueries ? p.value : p.grad_out;
       load_rows(walked1(stage), kStep, exist, head_dim, kPlain || a.walked_aligned[0],
-                head_of<T>(view1, b, h) + (base + start) * view1.row, view1.row, thread, threads);
+                head_of<T>(view1, b, h) + start * view1.row, view1.row, thread, threads);
       load_rows(walked2(stage), kStep, exist, value_dim, kPlain || a.walked_aligned[1],
-                head_of<T>(view2, b, h) + (base + start) * view2.row, view2.row, thread, threads);
+                head_of<T>(view2, b, h) + start * view2.row, view2.row, thread, threads);
       if constexpr (!kOwnsQueries) {
-        const int64_t at = first_row_of(p, shared_load(&kept->sequence), b, h) + start;
+        const int64_t at = first_row_of(p, b, h) + start;
         for (int i = thread; i < kStep; i += threads) {
           float* const to = numbers + stage * 4 * kStep + i;
           const bool there = i < exist;  // the others' weights meet zeros only
@@ -150,7 +162,7 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     const int total = again ? 2 * steps : steps;
     if (steps > 0) {
       block_barrier();  // the item before may still read
-      const int64_t own_first = first + (kOwnsQueries ? sequence.query_start : sequence.key_start);
+      const int own_first = first + (kOwnsQueries ? sequence.query_start : sequence.key_start);
       const HeadsView& view1 = kOwnsQueries ? p.query : p.key;
       const HeadsView& view2 = kOwnsQueries ? p.grad_out : p.value;
       load_rows(own1, rows, own_length - first, head_dim, kPlain || a.own_aligned[0],
@@ -160,11 +172,15 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
       load_walked(0);
       copy_async_commit();
     }
-    RowSums row_sums[kTiles][2];
-    if constexpr (kOwnsQueries && !kPlain) {
+    // A row's sums are its quad's first lane's alone, in shared memory: the loop has no registers
+    // left.
+    const auto row_sums = [&](int m, int half) {
+      return all_row_sums + own_row + 16 * m + g + 8 * half;
+    };
+    if constexpr (kSums) {
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        row_sums[m][0] = row_sums[m][1] = {-infinity(), 0.f, 0.f};
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        if (lane % 4 == 0) shared_store(row_sums(i / 2, i % 2), {-infinity(), 0.f, 0.f});
       }
     }
     float first_sum[kTiles][kColumns][4] = {};
@@ -180,10 +196,11 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
             for (int half = 0; half < 2; ++half) {
               const int i = shared_load(&kept->first) + own_row + 16 * m + g + 8 * half;
               const int own_head = shared_load(&kept->own_head);
-              const int64_t at = first_row_of(p, shared_load(&kept->sequence),
-                                              shared_load(&kept->b), own_head);
-              whole_row<T>(a, row_sums[m][half], own_head, at + i,
-                           i < shared_load(&kept->own_length) && lane % 4 == 0);
+              const int64_t at =
+                  first_row_of(p, shared_load(&kept->sequence), shared_load(&kept->b), own_head);
+              if (lane % 4 == 0 && i < shared_load(&kept->own_length)) {
+                whole_row<T>(a, shared_load(row_sums(m, half)), own_head, at + i);
+              }
             }
           }
         }
@@ -293,11 +310,16 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
+            for (int half = 0; half < 2; ++half) {
+              RowSums of_lane = {-infinity(), 0.f, 0.f};
 #pragma unroll
-              for (int c = 0; c < 4; ++c) {
-                add_score(row_sums[m][c / 2], a.units, s[m][n][c], dp[m][n][c]);
+              for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                for (int c = 2 * half; c < 2 * half + 2; ++c) {
+                  add_score(of_lane, a.units, s[m][n][c], dp[m][n][c]);
+                }
               }
+              add_quad(row_sums(m, half), of_lane, a.units);
             }
           }
         }
@@ -326,17 +348,11 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     }
 
     // All rows of the output are written, those behind key_lengths too.
-    const Kept now = shared_load(kept);
-    const bool packed = p.cu_seqlens_q != nullptr;
-    const int64_t first_token = kOwnsQueries ? first_query_of(p, now.sequence, now.b)
-                                             : first_key_of(p, now.sequence, now.b);
     const int heads = static_cast<int>(kOwnsQueries ? p.heads : p.kv_heads);
-    const int alive = now.own_length - now.first;
-    const int exist =
-        packed ? alive : static_cast<int>(kOwnsQueries ? p.q_len : p.kv_len) - now.first;
+    const int exist = shared_load(&kept->exist);
+    const int alive = shared_load(&kept->own_length) - shared_load(&kept->first);
     const auto write = [&](const auto& sum, void* out, int columns, float factor) {
-      T* const to =
-          static_cast<T*>(out) + ((first_token + now.first) * heads + now.own_head) * columns;
+      T* const to = static_cast<T*>(out) + shared_load(&kept->out_row) * columns;
       write_sums(sum, to, int64_t{heads} * columns, own_row, exist, alive, columns, factor);
     };
     if constexpr (kOwnsQueries) {
@@ -344,13 +360,16 @@ FT_GLOBAL void __launch_bounds__(kMostWarps* kWarp, 1)
     } else if constexpr (kWalk == Walk::keys) {
       write(first_sum, p.d_key, head_dim, p.scale);
       write(second_sum, p.d_value, value_dim, 1.f);
-    } else if (now.values_pass != 0) {
+    } else if (shared_load(&kept->values_pass) != 0) {
       write(first_sum, p.d_value, value_dim, 1.f);
     } else {
       write(first_sum, p.d_key, head_dim, p.scale);
     }
   }
 }
+
+// Items are counted in 32 bits: their tensors would have 2^36 rows and more.
+constexpr int64_t kMostItems = (int64_t{1} << 31) - 1;
 
 // ---- launching ----------------------------------------------------------------------------------
 
@@ -361,7 +380,8 @@ void launch_walk(BackwardArgs args, void* stream) {
   const AttentionBackwardParams& p = args.p;
   const char* const name = S::kOwnsQueries ? "attention_backward_dq" : "attention_backward_dkdv";
   const int64_t length = S::kOwnsQueries ? p.q_len : p.kv_len;
-  const int64_t most = max_shared_memory(name) - 960;  // of votes and kept items
+  // But for votes, kept items and, where there are any, row sums.
+  const int64_t most = max_shared_memory(name) - (S::kOwnsQueries && !kPlain ? 2560 : 1024);
   const auto bytes = [](int warps, int stages) {
     return warps * S::kWarpBytes + stages * S::kStageBytes;
   };
@@ -383,6 +403,9 @@ void launch_walk(BackwardArgs args, void* stream) {
   const int64_t heads = S::kOwnsQueries ? p.heads : p.kv_heads;
   args.items = args.tiles * heads * p.batch * (kWalk == Walk::keys_in_passes ? 2 : 1);
   if (args.items == 0) return;
+  if (args.items > kMostItems) {
+    throw std::invalid_argument("fasttransformer: attention takes up to 2^31 tiles of rows");
+  }
   launch(name, attention_backward_walk<T, kHead, kWalk, kPlain>, grid_for(args.items, 1),
          warps * kWarp, bytes(warps, stages), stream, args);
 }

@@ -186,6 +186,7 @@ struct Forward {
       for (int m = 0; m < kRowTiles; ++m) products_as_a(left[m], s[m] + k / 8);
 #pragma unroll
       for (int n = 0; n < kOutTiles; n += 2) {
+        if (sizeof(T) == 4 && n % 4 == 0) warp_barrier();  // keeps ptxas from loading far ahead
         FragmentB<T> right[2];
         load_b_transposed<true>(right, value, k, column + n * 8, lane);
 #pragma unroll
@@ -504,9 +505,7 @@ FT_DEVICE void Forward<T, kHead, kVariant>::finish(const ForwardArgs& a, const I
         continue;
       }
       const Finish f = finish_row(p, lse_scale, some, top[m][half], sum, head);
-      if (exists && t == 0 && first_column() == 0) {
-        store_scalar(p.lse + row, f.lse);
-      }
+      if (exists && t == 0 && first_column() == 0) { store_scalar(p.lse + row, f.lse); }
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
         T* to = staged.at(row_of(m, half, lane), first_column() + n * 8 + t * 2);

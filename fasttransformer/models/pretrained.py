@@ -1,0 +1,279 @@
+"""What every model here has: a tokenizer, its way to a packed batch, and saving.
+
+A saved model is a folder of three files: ``model.safetensors``, ``config.json`` and
+``tokenizer.json``. Each is written beside its place and moved there, so a crash leaves the old file
+or the new one; ``config.json`` comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import TransformerConfig
+from .packing import PackedBatch, pack, pack_padded
+from .tokenizer import FILE as TOKENIZER_FILE
+from .tokenizer import Tokenizer, write_atomically
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+M = TypeVar("M", bound="TextModel")
+#: What a model takes as texts: strings, or token ids in lists or a padded tensor.
+Texts = Any
+
+
+class TextModel(nn.Module):
+    """Base of the models: not to be made itself, but ``TextModel.from_pretrained(directory)`` gives
+    whichever model was saved there."""
+
+    #: class name → class, for from_pretrained
+    _classes: ClassVar[dict[str, type[TextModel]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        TextModel._classes[cls.__name__] = cls
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokenizer: Tokenizer | None = None
+
+    # ---- what a model says about itself -------------------------------------------------------
+
+    def configs(self) -> dict[str, TransformerConfig]:
+        """The configs that the model is built from again, by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_configs(cls: type[M], configs: dict[str, TransformerConfig]) -> M:
+        """A new model, as :meth:`configs` describes it."""
+        raise NotImplementedError
+
+    def tied(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(owner, other) for modules whose ``weight`` is one parameter."""
+        return []
+
+    def _tie(self) -> None:
+        for owner, other in self.tied():
+            other.weight = owner.weight
+
+    def _second_names(self) -> dict[str, str]:
+        """The second name of each tied parameter → its first."""
+        names = {id(module): name for name, module in self.named_modules()}
+        return {
+            f"{names[id(other)]}.weight": f"{names[id(owner)]}.weight"
+            for owner, other in self.tied()
+        }
+
+    # Both may put new parameters into each place of a tied one.
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._tie()
+        return result
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self._tie()
+        return result
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of :class:`torch.nn.Module`, but a tied parameter is there once."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in self._second_names():
+            state.pop(prefix + name, None)
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for second, first in self._second_names().items():
+            if prefix + first in state_dict:
+                state_dict.setdefault(prefix + second, state_dict[prefix + first])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # ---- text ---------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of texts; until one is set, :meth:`Tokenizer.default`."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.default(self._vocab_size())
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is not None and tokenizer.vocab_size > self._vocab_size():
+            raise ValueError(
+                f"{type(self).__name__}: the tokenizer has a vocabulary of {tokenizer.vocab_size}, "
+                f"but the model has one of {self._vocab_size()}"
+            )
+        self._tokenizer = tokenizer
+
+    def _vocab_size(self) -> int:
+        return min(config.vocab_size for config in self.configs().values())
+
+    def packed(
+        self,
+        name: str,
+        texts: Texts,
+        config: TransformerConfig,
+        *,
+        bos: bool = False,
+        eos: bool = True,
+        lengths: Tensor | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> PackedBatch:
+        """Strings, lists of ids or a padded tensor of ids as a packed batch on the model's device.
+
+        Strings get ``<s>`` and ``</s>`` as asked; ids are taken as they are.
+
+        Raises:
+            TypeError: something else.
+            ValueError: an empty batch; shapes that don't fit.
+        """
+        if isinstance(texts, PackedBatch):
+            return texts
+        if isinstance(texts, str):
+            texts = [texts]
+        if isinstance(texts, Tensor):
+            if texts.dim() == 1:
+                texts = texts[None]
+            if texts.shape[0] == 0:
+                raise ValueError(f"{type(self).__name__}: {name} is an empty batch")
+            return pack_padded(
+                name, texts.to(self.device), lengths=lengths, attention_mask=attention_mask,
+                pad_id=config.pad_id,
+            )  # fmt: skip
+        if not isinstance(texts, Sequence):
+            raise TypeError(
+                f"{type(self).__name__}: {name} must be strings, lists of ids or a tensor of ids, "
+                f"got {type(texts).__name__}"
+            )
+        if len(texts) == 0:
+            raise ValueError(f"{type(self).__name__}: {name} is an empty batch")
+        if all(isinstance(text, str) for text in texts):
+            return pack(self._encoded(texts, config, bos, eos), self.device)
+        for text in texts:
+            if isinstance(text, str) or not isinstance(text, (Sequence, Tensor)):
+                raise TypeError(
+                    f"{type(self).__name__}: {name} must hold strings alone or lists of ids alone; "
+                    f"it holds a {type(text).__name__}"
+                )
+        rows = [text.tolist() if isinstance(text, Tensor) else list(text) for text in texts]
+        return pack(rows, self.device)
+
+    def _encoded(
+        self, texts: Sequence[str], config: TransformerConfig, bos: bool, eos: bool
+    ) -> list[list[int]]:
+        tokenizer = self.tokenizer
+        own = (config.pad_id, config.bos_id, config.eos_id)
+        if own != (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id):
+            raise ValueError(
+                f"{type(self).__name__}: its pad_id, bos_id and eos_id are {own}, which are not "
+                "the tokenizer's (0, 1, 2), so it takes ids only"
+            )
+        return tokenizer.encode(texts, bos=bos, eos=eos, max_length=config.max_length)
+
+    # ---- files --------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes weights, configs and tokenizer into ``directory``, which is made if need be.
+
+        A tied parameter is written once.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
+        write_atomically(folder / WEIGHTS_FILE, _safetensors().save(state, {"format": "pt"}))
+        if self._tokenizer is not None:
+            self._tokenizer.save(folder)
+        else:
+            (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+        description = {
+            "class": type(self).__name__,
+            "configs": {name: config.to_dict() for name, config in self.configs().items()},
+        }
+        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / CONFIG_FILE, text.encode())
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        directory: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> M:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: the folder.
+            device, dtype: where to and as what; as saved unless given.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: another model's folder; weights that don't fit the config, or a tokenizer
+                that doesn't fit the vocabulary, with both sizes.
+        """
+        folder = Path(directory)
+        try:
+            description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            name, configs = description["class"], description["configs"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{cls.__name__}: {folder / CONFIG_FILE} is no config of this package: {error!r}"
+            ) from error
+        found = TextModel._classes.get(name)
+        if found is None or not issubclass(found, cls):
+            raise ValueError(f"{cls.__name__}: {folder} holds a {name}")
+        model = found.from_configs(
+            {part: TransformerConfig.from_dict(config) for part, config in configs.items()}
+        )
+        state = _safetensors().load((folder / WEIGHTS_FILE).read_bytes())
+        model._load(state, folder)
+        if (folder / TOKENIZER_FILE).exists():
+            model.tokenizer = Tokenizer.load(folder)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def _load(self, state: dict[str, Tensor], folder: Path) -> None:
+        own = self.state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{type(self).__name__}: {folder / WEIGHTS_FILE} does not fit its config: it lacks "
+                f"{missing or 'nothing'} and has {unknown or 'nothing'} beyond it"
+            )
+        for name, parameter in own.items():
+            saved = state[name]
+            if saved.shape == parameter.shape:
+                continue
+            table = name.endswith(("embedding.weight", "lm_head.weight"))
+            what = "a vocabulary of {}" if table else "shape {}"
+            sizes = [
+                what.format(x.shape[0] if table else tuple(x.shape)) for x in (saved, parameter)
+            ]
+            raise ValueError(
+                f"{type(self).__name__}: {name} in {folder / WEIGHTS_FILE} has {sizes[0]}, but "
+                f"its config makes it {sizes[1]}"
+            )
+        dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
+        if len(dtypes) == 1:
+            self.to(dtypes.pop())
+        self.load_state_dict(state)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "saving and loading models needs the safetensors library: "
+            "pip install 'fasttransformer[text]'"
+        ) from error
+    return safetensors.torch

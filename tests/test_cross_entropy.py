@@ -110,6 +110,18 @@ def test_b59_pieces_of_a_tensor_past_two_to_the_31():
     torch.testing.assert_close(tail.float(), -logp[target[-3:]], rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on.startswith("cpu")][-1:])
+def test_b59_every_row_past_two_to_the_31(on):
+    """pytorch/pytorch#85786: the kernel's losses of all rows (1 s on two cores)."""
+    columns, rows = 50257, 42740
+    x = torch.randn(1, columns).bfloat16()
+    target = torch.arange(rows) * 7 % columns
+    with running_on(on):
+        total = ft.cross_entropy(x.expand(rows, columns), target, reduction="none")
+    logp = torch.log_softmax(x[0].double(), 0)
+    torch.testing.assert_close(total.double(), -logp[target], rtol=2**-8, atol=0)
+
+
 def test_b59_the_whole_of_it(full_size):
     """pytorch/pytorch#85786: every row's loss; the gradient of the row that all are views of."""
     columns, rows = 50257, 42740

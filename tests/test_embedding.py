@@ -8,6 +8,7 @@ from fronts import refuses, runs_on_the_reference, same_compiled
 import fasttransformer as ft
 from contract import backends_of, check, running_on
 from fasttransformer import reference
+from fasttransformer.backends import backends
 
 BACKENDS = backends_of("embedding")
 IDS = torch.tensor([[1, 0, 2], [2, 2, 1]])
@@ -143,6 +144,21 @@ def test_sinusoid_is_exact_at_far_positions(on):
             got = ft.embedding(ids, weight, positions=positions, sinusoidal=True)
         want = reference.embedding(ids, weight.double(), positions=positions, sinusoidal=True)
         assert (got - want).abs().max() <= 1.2e-7
+
+
+@pytest.mark.skipif(backends()["cpu"] is not None, reason="the C++ library is not built")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 1023, 1025, 5000])
+def test_find_outside(count, dtype):
+    find = torch.ops.fasttransformer.find_outside
+    ids = torch.randint(7, (count,), dtype=dtype)
+    assert find(ids, 7, None) == -1
+    for at in {0, count // 2, count - 1} - {-1} if count else ():
+        for bad in (-1, 7, -(2**31)):
+            wrong = ids.clone()
+            wrong[at] = bad
+            assert find(wrong, 7, None) == find(wrong, 7, 3) == at
+            assert find(wrong, 7, bad) == -1
 
 
 @pytest.mark.parametrize("on", BACKENDS)

@@ -220,6 +220,55 @@ def attention_cases() -> Iterator[Case]:
     yield Case("attention", "decode 8×32/8×1×16384×128", BF16, make, bytes=size, device="cuda")
 
 
+def packed_cases() -> Iterator[Case]:
+    """16k tokens in sequences of 64 … 2,048, and parts of attention merged."""
+    lengths = [64, 2048, 128, 1024, 256, 512, 96, 1536, 320, 768] * 2
+    heads, head_dim, longest = 16, 128, max(lengths)
+
+    def inputs() -> list[Tensor]:
+        bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+        return [*(randn(sum(lengths), heads, head_dim, grad=True) for _ in "qkv"), bounds]
+
+    flash = peer("flash_attn", "flash_attn_varlen_func")
+    for causal in (False, True):
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, c: bool = causal) -> Tensor:
+            lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+            options: dict[str, Any] = {"is_causal": c, "backend": "cuda"}
+            return ft.attention_varlen(q, k, v, bounds, bounds, **lengths, **options)
+
+        def one_by_one(q: Tensor, k: Tensor, v: Tensor, _: Tensor, c: bool = causal) -> Tensor:
+            outs = [
+                F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in parts), is_causal=c)
+                for parts in zip(*(x.split(lengths) for x in (q, k, v)))
+            ]
+            return torch.cat(outs, 1)
+
+        functions: dict[str, Callable[..., Any]] = {OURS: ours, "torch one by one": one_by_one}
+        if flash is not None:
+            functions["flash-attn"] = lambda q, k, v, bounds, c=causal: flash(
+                q, k, v, bounds, bounds, longest, longest, causal=c
+            )
+        flops = 4 * sum(n * n for n in lengths) * heads * head_dim // (2 if causal else 1)
+        yield from forward_and_backward(
+            "attention_varlen", f"{len(lengths)} of 64…2048" + (" causal" if causal else ""),
+            functions, inputs,
+            forward={"flops": flops}, backward={"flops": flops * 5 // 2})  # fmt: skip
+
+    shape = (4, 8, 32, 2048, 128)
+    size = 2 * shape[0] * shape[1] * shape[2] * shape[3] * shape[4]
+
+    def merge_torch(outs: Tensor, lses: Tensor) -> Tensor:
+        weights = torch.softmax(lses, 0).unsqueeze(-1)
+        return (weights * outs).sum(0).to(outs.dtype)
+
+    yield from forward_and_backward(
+        "merge_attention", "×".join(map(str, shape)),
+        {OURS: lambda o, l: ft.merge_attention(o, l, backend="cuda")[0], "torch": merge_torch},
+        lambda: [randn(*shape, grad=True), randn(*shape[:-1], dtype=torch.float32, grad=True)],
+        forward={"bytes": size * 5 // 4}, backward={"bytes": size * 9 // 4})  # fmt: skip
+
+
 def linear_cases() -> Iterator[Case]:
     for rows, features in ((16, 4096), (4096, 1024), (8192, 4096), (16384, 8192)):
         flops = 2 * rows * features * features
@@ -247,6 +296,7 @@ def linear_cases() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     yield from row_cases()
     yield from attention_cases()
+    yield from packed_cases()
     yield from linear_cases()
 
 

@@ -140,11 +140,13 @@ TABLE: dict[str, dict[str, Kernel]] = {
     "merge_attention": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
     "cross_entropy": {
         "cuda": Kernel("cuda", lacks=_CROSS_ENTROPY_LACKS),
+        "triton": Kernel("triton", lacks=_CROSS_ENTROPY_LACKS),
         "cpu": Kernel("cpu", lacks=_CROSS_ENTROPY_LACKS),
     },
-    "embedding": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")},
+    "embedding": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")},
     "rotary_embedding": {
         "cuda": Kernel("cuda", lacks=_lacks("table_grad")),
+        "triton": Kernel("triton", lacks=_lacks("table_grad")),
         "cpu": Kernel("cpu", lacks=_lacks("table_grad")),
     },
     "linear_cross_entropy": {
@@ -159,7 +161,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
 }
 #: Steps that composed operations are made of beside other operations: kernels, not in public.
 STEPS: dict[str, dict[str, Kernel]] = {
-    "activation": {"cuda": Kernel("cuda"), "cpu": Kernel("cpu")}
+    "activation": {"cuda": Kernel("cuda"), "triton": Kernel("triton"), "cpu": Kernel("cpu")}
 }
 
 for _row in TABLE.values():

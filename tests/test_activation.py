@@ -48,7 +48,8 @@ def test_every_bfloat16_number(on, name):
     if name in GATES:
         x[:, 1] = 0.75  # no product is past the largest number
     check(lambda x: by_kernel(x, name, on), lambda x: plain(x, name), [x], on=on, grads=False)
-    near = x[x[:, 0].abs() < 1e30]
+    size = x[:, 0].abs()  # a GPU, and the interpreter, may take subnormal numbers for 0
+    near = x[(size < 1e30) & ((size == 0) | (size > 1e-37))]
     check(lambda x: by_kernel(x, name, on), lambda x: plain(x, name), [near], on=on)
 
 

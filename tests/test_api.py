@@ -61,6 +61,11 @@ MODULES = {
     "OutputProjection": "in_features, out_features, bias=True, *, norm=None, eps=1e-05, "
     "dropout=0.0",
     "FeedForward": "d_model, dim_feedforward, activation='gelu', *, bias=True, dropout=0.0",
+    "LMHead": "in_features, out_features, bias=False",
+    "RotaryEmbedding": "head_dim, base=10000.0, *, interleaved=False",
+    "SinusoidalPositionalEncoding": "embedding_dim, *, dropout=0.0",
+    "TokenPositionEmbedding": "num_embeddings, embedding_dim, *, positions='sinusoidal', "
+    "max_length=1024, padding_idx=None, scale=None, dropout=0.0",
 }
 #: Where the formula is the name, or the operation nobody's idea.
 NO_SOURCE = {"linear_add", "linear_add_layer_norm", "linear_add_rms_norm", "Linear", "Embedding"}

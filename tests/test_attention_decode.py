@@ -63,10 +63,10 @@ def test_contract(on, options):
                 values[b, :, length:] = float("nan")
 
             def call(module, keys=keys, values=values):
-                def run(*tensors):
-                    wide = tensors[0].dtype
+                def run(*given):
+                    wide = given[0].dtype
                     with torch.no_grad():
-                        return run_on(on, module, tensors, keys.to(wide), values.to(wide), lengths,
+                        return run_on(on, module, given, keys.to(wide), values.to(wide), lengths,
                                       **GRID[options])  # fmt: skip
 
                 return run

@@ -12,6 +12,7 @@ from fronts import refuses, runs_on_the_reference
 import fasttransformer as ft
 from contract import backends_of, check, running_on
 from fasttransformer import reference
+from fasttransformer.backends import TABLE
 
 BACKENDS = backends_of("attention_varlen")
 KERNELS = [name for name in BACKENDS if name != "torch"]
@@ -148,6 +149,21 @@ def test_operators_keep_torchs_rules():
     torch.library.opcheck(
         backward, (out, None, *arguments[:3], out, lse, *arguments[3:], False, False)
     )
+
+
+@pytest.mark.parametrize("on", [name for name in KERNELS if name != "triton"])
+@pytest.mark.parametrize("bad", [[1, 3, 8], [0, 9, 8], [0, 6, 8], [0, 5, 7]], ids=str)
+def test_the_kernels_look_at_boundaries_that_the_front_can_not_see(on, bad):
+    q, k, v = packed((5, 3), (4, 4), torch.float32)
+    right, bad = bounds(4, 4), torch.tensor(bad, dtype=torch.int32)
+    with running_on(on) as backend:
+        kernel = TABLE["attention_varlen"][backend].forward
+        for cu in ((bad, right), (right, bad)):
+            with pytest.raises(
+                (ValueError, RuntimeError), match="does not rise from 0 to the number of"
+            ):
+                kernel(q, k, v, *cu, 5, 5, None, None, False, False, -1, -1, 0.0, None, None, 1.0,
+                       0.0, None)  # fmt: skip
 
 
 def test_compiles_with_given_lengths():

@@ -36,10 +36,12 @@ def test_order_and_grouping_do_not_matter():
     torch.testing.assert_close(ft.merge_attention(*zip(*halves)), whole)
 
 
+SHAPES = [(3, 5), (2, 0, 4), (2, 7, 33), (4, 2, 3, 9, 64), (2, 1, 2, 1, 3, 8), (20, 6, 130)]
+
+
 @pytest.mark.parametrize("on", backends_of("merge_attention"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 5), (2, 0, 4), (2, 7, 33), (4, 2, 3, 9, 64), (2, 1, 2, 1, 3, 8),
-                                   (20, 6, 130)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_contract(on, dtype, shape):
     def run(module):
         return lambda o, l: module.merge_attention(

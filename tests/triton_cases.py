@@ -4,12 +4,16 @@ import torch
 
 from fasttransformer.kernels import (
     _norm,
+    activation,
     attention,
+    cross_entropy,
+    embedding,
     linear_add,
     linear_cross_entropy,
     linear_softmax,
     linear_topk,
 )
+from fasttransformer.kernels import rotary_embedding as rotary
 from fasttransformer.kernels import softmax as soft
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -85,6 +89,34 @@ def _output_layer(rows, features, classes, dtype, weighted=False):
         linear_topk.linear_topk(x, w, b, k, 0.7)
 
 
+def _cross_entropy(columns, dtype, smoothing=0.0, rows=64):
+    x, target = torch.empty(rows, columns, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    weight = torch.empty(columns) if smoothing else None
+    cross_entropy.cross_entropy(x, target, weight, -100, smoothing)
+    statistics, grad = torch.empty(rows, 4), torch.empty(rows)
+    cross_entropy.cross_entropy_backward(grad, x, target, weight, statistics, -100, smoothing)
+
+
+def _embedding(features, dtype, everything=False):
+    ids, weight = torch.zeros(8, 64, dtype=torch.int64), torch.empty(100, features, dtype=dtype)
+    table = torch.empty(64, features, dtype=dtype) if everything else None
+    positions = torch.zeros(64, dtype=torch.int32) if everything else None
+    embedding.embedding(ids, weight, positions, table, everything, 2.0)
+    order = ids.view(-1)
+    embedding.embedding_backward(weight.new_empty((512, features)), order, order, 100, 2.0, 1)
+
+
+def _rotary(head_dim, dtype, interleaved=False):
+    query, key = (torch.empty(2, 64, h, head_dim, dtype=dtype).transpose(1, 2) for h in (8, 2))
+    table, ids = torch.empty(64, head_dim // 2), torch.zeros(2, 64, dtype=torch.int64)
+    rotary.rotary_embedding(query, key, table, table, interleaved, ids if interleaved else None)
+
+
+def _activation(features, dtype, name):
+    x = torch.empty(64, features * (2 if name in activation.GATES else 1), dtype=dtype)
+    activation.activation_backward(activation.activation(x, name), x, name)
+
+
 CASES = {
     "softmax 64 bf16": lambda: _softmax(64, BF16),
     "softmax 1000 f32": lambda: _softmax(1000, F32, mask=True, log=True),
@@ -114,6 +146,16 @@ CASES = {
     "attention 64 f32": lambda: _attention(64, F32, bias=(2, 4, 256, 256)),
     "attention 128 f32 causal": lambda: _attention(128, F32, is_causal=True),
     "attention 256 f32": lambda: _attention(256, F32),
+    "cross_entropy 1000 f32": lambda: _cross_entropy(1000, F32, 0.1),
+    "cross_entropy 50257 bf16": lambda: _cross_entropy(50257, BF16),
+    "cross_entropy 128256 f32": lambda: _cross_entropy(128256, F32, 0.1),
+    "embedding 384 f32": lambda: _embedding(384, F32),
+    "embedding 4096 bf16": lambda: _embedding(4096, BF16, everything=True),
+    "rotary 128 bf16": lambda: _rotary(128, BF16),
+    "rotary 64 f32": lambda: _rotary(64, F32, interleaved=True),
+    "activation 3072 bf16": lambda: _activation(3072, BF16, "gelu"),
+    "activation 11008 bf16": lambda: _activation(11008, BF16, "swiglu"),
+    "activation 100 f32": lambda: _activation(100, F32, "gelu_tanh"),
     "linear 4096x4096x4096 bf16": lambda: _linear(4096, 4096, 4096, BF16, activation="gelu"),
     "linear 2048x768x768 bf16": lambda: _linear(2048, 768, 768, BF16, heads=12),
     "linear 4x4096x4096 bf16": lambda: _linear(4, 4096, 4096, BF16),
@@ -136,6 +178,11 @@ FEW = {
     "norm 65536 bf16",
     "attention 64 bf16 bias",
     "attention 128 bf16 causal",
+    "cross_entropy 50257 bf16",
+    "cross_entropy 128256 f32",
+    "embedding 4096 bf16",
+    "rotary 64 f32",
+    "activation 11008 bf16",
     "linear 2048x768x768 bf16",
     "linear backward 2048x768x768 bf16",
     "linear norm 32768x384x384 bf16",

@@ -46,6 +46,22 @@ struct Packing {
   int64_t max_seqlen_q, max_seqlen_k;
 };
 
+#if !defined(FT_CUDA) && !defined(FT_SIMT)
+// The front has looked already, but under torch.compile, where it can't. On CUDA a kernel looks.
+void check_boundaries(const int32_t* starts, int64_t sequences, int64_t most, int64_t tokens,
+                      const char* name) {
+  bool right = starts[0] == 0 && starts[sequences] == tokens;
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t length = int64_t{starts[b + 1]} - starts[b];
+    right = right && length >= 0 && length <= most;
+  }
+  if (right) return;
+  throw std::invalid_argument(
+      std::string("attention_varlen: ") + name +
+      " does not rise from 0 to the number of tokens, or a sequence is longer than its maximum");
+}
+#endif
+
 void fill_case(AttentionCase& p, const Tensor& query, const Tensor& key, const Tensor& value,
                const OptionalTensor& key_lengths, const Packing* packing, const Options& o) {
   p.dtype = dtype_of(query);
@@ -59,6 +75,10 @@ void fill_case(AttentionCase& p, const Tensor& query, const Tensor& key, const T
     p.kv_len = packing->max_seqlen_k;
     p.head_rows = query.size(0);
     p.key_rows = key.size(0);
+#if !defined(FT_CUDA) && !defined(FT_SIMT)
+    check_boundaries(p.cu_seqlens_q, p.batch, p.q_len, p.head_rows, "cu_seqlens_q");
+    check_boundaries(p.cu_seqlens_k, p.batch, p.kv_len, p.key_rows, "cu_seqlens_k");
+#endif
   } else {
     p.batch = query.size(0);
     p.q_len = p.head_rows = query.size(2);

@@ -25,7 +25,8 @@ class TransformerConfig:
         num_layers, num_heads: ``num_heads`` divides ``embed_dim``.
         pre_norm: norms stand at the entry of each block (Xiong et al., 2020) and not behind it.
         positions: ``"sinusoidal"`` and ``"learned"`` are added to the embeddings, ``"rotary"``
-            turns queries and keys, ``"alibi"`` lowers scores by distance.
+            turns queries and keys, ``"alibi"`` lowers scores by distance (in an encoder, distance
+            to either side: it does not tell a text from its mirror image).
         activation: of the feed-forward block: relu, gelu, gelu_tanh, silu, swiglu, geglu.
         dropout: probability, in training, where torch's Transformer has it: on attention's weights,
             the hidden features and each block's output; and on the sum of embedding and position.

@@ -61,6 +61,14 @@ class TextModel(nn.Module):
         for owner, other in self.tied():
             other.weight = owner.weight
 
+    def _second_names(self) -> dict[str, str]:
+        """The second name of each tied parameter → its first."""
+        names = {id(module): name for name, module in self.named_modules()}
+        return {
+            f"{names[id(other)]}.weight": f"{names[id(owner)]}.weight"
+            for owner, other in self.tied()
+        }
+
     # Both may put new parameters into each place of a tied one.
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
@@ -71,6 +79,19 @@ class TextModel(nn.Module):
         result = super().load_state_dict(*args, **kwargs)
         self._tie()
         return result
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As of :class:`torch.nn.Module`, but a tied parameter is there once."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in self._second_names():
+            state.pop(prefix + name, None)
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for second, first in self._second_names().items():
+            if prefix + first in state_dict:
+                state_dict.setdefault(prefix + second, state_dict[prefix + first])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +189,7 @@ class TextModel(nn.Module):
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: weight.detach().contiguous() for name, weight in self._own_state().items()}
+        state = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
         write_atomically(folder / WEIGHTS_FILE, _safetensors().save(state, {"format": "pt"}))
         if self._tokenizer is not None:
             self._tokenizer.save(folder)
@@ -220,18 +241,8 @@ class TextModel(nn.Module):
             model.tokenizer = Tokenizer.load(folder)
         return model.to(device=device, dtype=dtype).eval()
 
-    def _own_state(self) -> dict[str, Tensor]:
-        """The state dict without the second names of tied parameters."""
-        seen: set[int] = set()
-        own = {}
-        for name, parameter in self.state_dict(keep_vars=True).items():
-            if id(parameter) not in seen:
-                own[name] = parameter
-                seen.add(id(parameter))
-        return own
-
     def _load(self, state: dict[str, Tensor], folder: Path) -> None:
-        own = self._own_state()
+        own = self.state_dict()
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unknown:
             raise ValueError(
@@ -254,7 +265,7 @@ class TextModel(nn.Module):
         dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
         if len(dtypes) == 1:
             self.to(dtypes.pop())
-        self.load_state_dict(state, strict=False)
+        self.load_state_dict(state)
 
 
 def _safetensors() -> Any:

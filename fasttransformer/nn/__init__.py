@@ -15,7 +15,7 @@ True
 
 from ._fallback import fallbacks
 from .attention import MultiheadAttention
-from .input import RotaryEmbedding, TokenPositionEmbedding
+from .input import RotaryEmbedding, SinusoidalPositionalEncoding, TokenPositionEmbedding
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .linear import Embedding, FeedForward, Linear, OutputProjection, Softmax
 from .lm_head import LMHead
@@ -34,6 +34,7 @@ __all__ = [
     "OutputProjection",
     "RMSNorm",
     "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
     "Softmax",
     "TokenPositionEmbedding",
     "Transformer",

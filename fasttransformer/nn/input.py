@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.embedding import embedding
 from ..ops.rotary_embedding import rotary_embedding
+from ..reference.embedding import sinusoid
 from .norms import checked_dropout
 
 
@@ -100,6 +101,52 @@ class TokenPositionEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, positions={self.positions!r}"
+
+
+class SinusoidalPositionalEncoding(nn.Module):
+    r"""Adds the Transformer paper's fixed positions to vectors; no parameters, any length.
+
+    .. math:: y_{p,2i} = x_{p,2i} + \sin(p / 10000^{2i/C}), \qquad
+        y_{p,2i+1} = x_{p,2i+1} + \cos(p / 10000^{2i/C})
+
+    Input (\*, length, embedding_dim), float; output the same, in its dtype. Where the vectors are a
+    table's rows, :class:`TokenPositionEmbedding` looks up and adds in one kernel.
+
+    Args:
+        embedding_dim: C.
+        dropout: probability, in [0, 1), of dropping an element of the sum in training.
+
+    Raises:
+        ValueError: an input whose last dimension is not ``embedding_dim``; dropout outside [0, 1).
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762), section 3.5.
+
+    >>> import torch, fasttransformer as ft
+    >>> ft.nn.SinusoidalPositionalEncoding(4)(torch.zeros(1, 2, 4))[0, 0]
+    tensor([0., 1., 0., 1.])
+    """
+
+    def __init__(self, embedding_dim: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.dropout = checked_dropout("SinusoidalPositionalEncoding", dropout)
+
+    def forward(self, input: Tensor, positions: Tensor | None = None) -> Tensor:
+        """``positions`` are integers that broadcast to (\\*, length); 0, 1, … unless given."""
+        if input.dim() < 2 or input.shape[-1] != self.embedding_dim:
+            raise ValueError(
+                f"SinusoidalPositionalEncoding: input has shape {tuple(input.shape)}; it must be "
+                f"(*, length, {self.embedding_dim})"
+            )
+        if positions is None:
+            positions = torch.arange(input.shape[-2], device=input.device)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        table = sinusoid(positions, self.embedding_dim)
+        y = (input.to(wide) + table.to(wide)).to(input.dtype)
+        return F.dropout(y, self.dropout) if self.training and self.dropout else y
+
+    def extra_repr(self) -> str:
+        return f"{self.embedding_dim}, dropout={self.dropout}"
 
 
 class RotaryEmbedding(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import unavailable
+from ..backends import Kernel, unavailable
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
@@ -50,8 +50,8 @@ def checked_index(
 def checked_first(
     op: str, name: str, index: Tensor, size: int | torch.SymInt, ignore: int | None = None
 ) -> Tensor:
-    """:func:`checked_index` of ids in the CPU's memory; others as they are: a GPU's kernels look at
-    each id before they read with it, and where the reference runs, it comes with the operator."""
+    """:func:`checked_index` of ids in the CPU's memory; others as they are: CUDA kernels look at
+    each id before they read with it, and for the others :func:`checked_for` follows."""
     if not index.is_cpu:
         return index
     if (
@@ -67,6 +67,20 @@ def checked_first(
     if at >= 0:
         raise ValueError(_outside(f"{op}: {name}", int(index.view(-1)[at]), size, ignore))
     return index
+
+
+def checked_for(
+    kernel: Kernel,
+    op: str,
+    name: str,
+    index: Tensor,
+    size: int | torch.SymInt,
+    ignore: int | None = None,
+) -> Tensor:
+    """Ids that :func:`checked_first` let pass unseen, for a kernel that does not look at them."""
+    if index.is_cpu or kernel.backend == "cuda":
+        return index
+    return checked_index(op, name, index, size, ignore)
 
 
 def _outside(what: str, bad: int, size: int | torch.SymInt, ignore: int | None) -> str:

@@ -360,8 +360,8 @@ class _Attention:
         d_query, d_key, d_value, d_bias, d_sinks = ctx.kernel.backward(
             last_stride_one(grad_out), None if grad_lse is None else grad_lse.contiguous(),
             query, key, value, out, lse, mask, expanded(bias, scores_shape(query, key)), is_causal,
-            bottom_right, window_left, window_right, softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p,
-            seed, bias_grad, sinks_grad,
+            bottom_right, window_left, window_right, softcap, alibi_slopes, sinks, key_lengths,
+            scale, dropout_p, seed, bias_grad, sinks_grad,
         )  # fmt: skip
         if bias_grad:
             d_bias = own_bias_gradient(d_bias, bias)

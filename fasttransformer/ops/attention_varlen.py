@@ -270,7 +270,7 @@ def _(grad_out, grad_lse, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_
     d_bias = d_bias_shape(bias) if bias_grad else [0]
     return (*(query.new_empty(x.shape) for x in (query, key, value)),
             query.new_empty(d_bias, dtype=torch.float32),
-            query.new_empty([query.shape[1] if sinks_grad else 0], dtype=torch.float32))  # fmt: skip
+            query.new_empty([query.shape[1] * sinks_grad], dtype=torch.float32))  # fmt: skip
 
 
 def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:

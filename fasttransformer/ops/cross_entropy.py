@@ -17,7 +17,7 @@ from ._front import (
     needs_grad,
 )
 from ._function import differentiable, fold, unfold, vmap_rule
-from ._index import checked_first, checked_index, kernel_ids
+from ._index import checked_first, checked_for, kernel_ids
 from ._output_layer import by_rows, check_loss, in_one_piece, reduced
 
 _NONE: frozenset[str] = frozenset()
@@ -89,10 +89,11 @@ def cross_entropy(
     kernel = choose(
         op, input.device.type, input.dtype, _options(input, target, weight), (), backend
     )
+    if not target.is_floating_point():
+        classes = shape[min(1, len(shape) - 1)]
+        target = checked_for(kernel, op, "target", target, classes, ignore_index)
     if kernel.forward is not None:
         return _on_kernel(input, target, weight, reduction, ignore_index, label_smoothing, kernel)
-    if not target.is_floating_point() and target.device.type != "cpu":
-        target = checked_index(op, "target", target, shape[min(1, len(shape) - 1)], ignore_index)
     if input.dim() == 1 or in_one_piece(input.numel()):
         return reference.cross_entropy(
             input,
@@ -143,7 +144,9 @@ def _on_kernel(
     rows = last_stride_one(rows)
     if weight is not None:
         weight = float32_at_most(weight).contiguous()
-    args = (rows, kernel_ids(target).view(-1), weight, ignore_index, float(label_smoothing))
+    ids = kernel_ids(target)
+    ids = ids if ids.dim() == 1 else ids.view(-1)
+    args = (rows, ids, weight, ignore_index, float(label_smoothing))
     if needs_grad(input):
         losses, statistics = _cross_entropy_with_grad(*args, kernel)
     else:
@@ -152,8 +155,8 @@ def _on_kernel(
         return losses.view(target.shape).to(input.dtype)
     loss = losses.sum()
     if reduction == "mean":  # by the classes' weights, which are 0 in rows that are left out
-        loss = loss / statistics[:, 2].sum()
-    return loss.to(input.dtype)
+        loss = loss / statistics.select(1, 2).sum()
+    return loss if input.dtype is torch.float32 else loss.to(input.dtype)
 
 
 class _CrossEntropy:

@@ -9,7 +9,7 @@ from .. import reference
 from ..backends import Kernel, choose
 from ._front import fake, is_float, last_stride_one, needs_grad, same_device, same_dtype
 from ._function import differentiable, vmap_rule
-from ._index import checked_first, checked_index, is_index, kernel_ids
+from ._index import checked_first, checked_for, is_index, kernel_ids
 
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
@@ -91,14 +91,13 @@ def embedding(
     index = checked_first(op, "input", input, rows)
     options = _GRAD if needs_grad(weight, position_weight) else _NONE
     kernel = choose(op, weight.device.type, weight.dtype, options, (), backend)
+    index = checked_for(kernel, op, "input", index, rows)
+    if positions is not None and position_weight is not None:
+        positions = checked_for(kernel, op, "positions", positions, position_weight.shape[0])
     if kernel.forward is not None:
         return _on_kernel(
             index, weight, positions, position_weight, sinusoidal, scale, padding_idx, kernel
         )
-    if index.device.type != "cpu":
-        index = checked_index(op, "input", index, rows)
-        if positions is not None and position_weight is not None:
-            positions = checked_index(op, "positions", positions, position_weight.shape[0])
     return reference.embedding(
         index,
         weight,

@@ -17,7 +17,7 @@ from ._front import (
     same_dtype,
 )
 from ._function import differentiable, vmap_rule
-from ._index import checked_first, checked_index, is_index, kernel_ids
+from ._index import checked_first, checked_for, is_index, kernel_ids
 
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
@@ -101,10 +101,10 @@ def rotary_embedding(
         position_ids = checked_first(op, "position_ids", position_ids, positions)
     options = _options(query, key, cos, sin)
     kernel = choose(op, query.device.type, query.dtype, options, (), backend)
+    if position_ids is not None:
+        position_ids = checked_for(kernel, op, "position_ids", position_ids, positions)
     if kernel.forward is not None:
         return _on_kernel(query, key, cos, sin, interleaved, position_ids, kernel)
-    if position_ids is not None and position_ids.device.type != "cpu":
-        position_ids = checked_index(op, "position_ids", position_ids, positions)
     return reference.rotary_embedding(
         query, key, cos, sin, interleaved=interleaved, position_ids=position_ids
     )

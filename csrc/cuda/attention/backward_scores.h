@@ -10,7 +10,7 @@
 namespace ft::cuda {
 
 // What a block owns, and what it sums: dQ; dK and dV; or, where registers can't hold both (head
-// sizes over 128), dV in one pass and dK in another, each by a block of its own.
+// sizes over 128, float's over 32), dV in one pass and dK in another, each by a block of its own.
 enum class Walk { queries, keys, keys_in_passes };
 
 constexpr int kMostWarps = 8;

@@ -186,6 +186,7 @@ struct Forward {
       for (int m = 0; m < kRowTiles; ++m) products_as_a(left[m], s[m] + k / 8);
 #pragma unroll
       for (int n = 0; n < kOutTiles; n += 2) {
+        if (sizeof(T) == 4 && n % 4 == 0) warp_barrier();  // keeps ptxas from loading far ahead
         FragmentB<T> right[2];
         load_b_transposed<true>(right, value, k, column + n * 8, lane);
 #pragma unroll

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kLogitsBytes = int64_t{32} << 20;  // of a chunk, or of kLeastRows rows
 constexpr int64_t kLeastRows = 3 * NR;
-constexpr int64_t kMostRows = 1536;                    // a tile spans them
+constexpr int64_t kMostRows = 1536;                     // a tile spans them
 constexpr int64_t kInputGradBytes = int64_t{12} << 20;  // of W at a time in d_input's sum
 
 constexpr int64_t kTile = kBlockRows;  // classes of a tile of logits

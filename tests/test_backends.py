@@ -16,7 +16,7 @@ JOINED = {
     "linear_softmax": ("softmax", "linear_add"),
 }
 #: A gradient goes to the reference, with a reason.
-FORWARD_ONLY = {"linear_topk"}
+FORWARD_ONLY = {"linear_topk", "attention_decode"}
 
 
 def inputs_of(op):

@@ -130,6 +130,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
     },
     "attention_varlen": {
         "cuda": Kernel("cuda", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
+        "triton": Kernel("triton", limits={"head_dim": 256}, lacks=_ATTENTION_LACKS),
         "cpu": Kernel("cpu", lacks=_ATTENTION_LACKS),
     },
     "attention_decode": {

@@ -13,6 +13,7 @@ if __name__ != "kernels":
     from . import add_rms_norm as add_rms_norm
     from . import attention as attention
     from . import attention_decode as attention_decode
+    from . import attention_varlen as attention_varlen
     from . import cross_entropy as cross_entropy
     from . import embedding as embedding
     from . import layer_norm as layer_norm

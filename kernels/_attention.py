@@ -39,6 +39,22 @@ def load_tile(
 
 
 @triton.jit
+def sequence_of(cu_q_ptr, cu_k_ptr, b, S, T, shift, VARLEN: tl.constexpr):
+    """(queries, keys, shift, first row of the query, of the key) of batch entry b. Of packed
+    sequences S and T are the longest lengths, and shift is 1 if the last query stands at the last
+    key, else 0."""
+    start_q = b * 0
+    start_k = b * 0
+    if VARLEN:
+        start_q = tl.load(cu_q_ptr + b).to(tl.int64)
+        start_k = tl.load(cu_k_ptr + b).to(tl.int64)
+        S = (tl.load(cu_q_ptr + b + 1) - start_q).to(tl.int32)
+        T = (tl.load(cu_k_ptr + b + 1) - start_k).to(tl.int32)
+        shift = shift * (T - S)
+    return S, T, shift, start_q, start_k
+
+
+@triton.jit
 def key_runs(
     first, last, limit, shift, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,14 +128,15 @@ def scores(
 @triton.jit
 def _walk(
     acc, top, total, seen, q, i, k_ptr, v_ptr, k_step, v_step, mask_ptr, bias_ptr, mask_steps,
-    bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold, lo,
-    hi,
+    bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, position, threshold,
+    lo, hi,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys lo..hi into the running softmax of a tile of queries."""
+    """Takes keys lo..hi into the running softmax of a tile of queries. Key 0 of query i has the
+    number (position + i) · T for dropout."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -147,8 +164,8 @@ def _walk(
         if HAS_MASK or HAS_BIAS:
             seen = seen | tl.max(allowed.to(tl.int32), axis=1)
         if DROPOUT:
-            position = (head * S + i[:, None]) * T + j[None, :]
-            p = tl.where(keep_mask(seed, position, threshold), p, 0.0)
+            at = (position + i[:, None]) * T + j[None, :]
+            p = tl.where(keep_mask(seed, at, threshold), p, 0.0)
         acc = acc * alpha[:, None]
         v = load_tile(
             v_ptr + origin * v_step, v_at, j[:, None], limit, e[None, :], MASKED, E, BLOCK_E
@@ -160,13 +177,14 @@ def _walk(
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr, sinks_ptr, lengths_ptr,
-    seed_ptr, q_strides, k_strides, v_strides, out_strides, mask_strides, bias_strides,
-    slope_strides, H, group, S, T, shift, left, right, softcap, scale, threshold, keep_scale,
+    seed_ptr, cu_q_ptr, cu_k_ptr, q_strides, k_strides, v_strides, out_strides, mask_strides,
+    bias_strides, slope_strides, H, group, S, T, R, shift, left, right, softcap, scale, threshold,
+    keep_scale,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINKS: tl.constexpr, LENGTHS: tl.constexpr, AT_END: tl.constexpr, DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
+    VARLEN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(S, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -181,14 +199,21 @@ def forward_kernel(
     e = tl.arange(0, BLOCK_E)
     i = first + m
     local = m.to(tl.int64) if WIDE else m
-    limit = T
+    position = head * S
+    S, limit, shift, start_q, start_k = sequence_of(
+        cu_q_ptr, cu_k_ptr, b, S, T, shift, VARLEN
+    )  # fmt: skip
+    if VARLEN:
+        limit = tl.where(first < S, limit, 0)  # a tile without queries sees nothing
+        head = h
     if LENGTHS:
         limit = tl.minimum(T, tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0))
     if AT_END:  # the queries are the last of a cache's tokens
         shift = limit - S
-    q_ptr += b * q_strides[0] + h * q_strides[1] + first.to(tl.int64) * q_strides[2]
-    k_ptr += b * k_strides[0] + (h // group) * k_strides[1]
-    v_ptr += b * v_strides[0] + (h // group) * v_strides[1]
+    row0 = start_q + first.to(tl.int64)
+    q_ptr += b * q_strides[0] + h * q_strides[1] + row0 * q_strides[2]
+    k_ptr += b * k_strides[0] + (h // group) * k_strides[1] + start_k * k_strides[2]
+    v_ptr += b * v_strides[0] + (h // group) * v_strides[1] + start_k * v_strides[2]
     mask_steps = (0, 0)
     bias_steps = (0, 0)
     if HAS_MASK:
@@ -218,19 +243,19 @@ def forward_kernel(
         acc, top, total, seen = _walk(
             acc, top, total, seen, q, i, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr,
             bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap,
-            scale, seed, head, threshold, lo, full_lo, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT,
+            scale, seed, position, threshold, lo, full_lo, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT,
             SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
         )  # fmt: skip
     acc, top, total, seen = _walk(
         acc, top, total, seen, q, i, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, bias_ptr,
         mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
-        head, threshold, full_lo, full_hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
-        DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, False,
+        position, threshold, full_lo, full_hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP,
+        ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, False,
     )  # fmt: skip
     acc, top, total, seen = _walk(
         acc, top, total, seen, q, i, k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, bias_ptr,
         mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
-        head, threshold, full_hi, hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
+        position, threshold, full_hi, hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
         DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
     )  # fmt: skip
     # Whether a query has a key at all is told by the rules, never by the sum: a query that is NaN,
@@ -259,8 +284,8 @@ def forward_kernel(
         out = acc * (keep_scale / total)[:, None]
     out = tl.where(some[:, None], out, 0.0)
     lse = tl.where(some, base * (1.0 / UNIT) + tl.log(total), float("-inf"))
-    tl.store(lse_ptr + head * S + i, lse, mask=i < S)
-    out_ptr += b * out_strides[0] + h * out_strides[1] + first.to(tl.int64) * out_strides[2]
+    tl.store(lse_ptr + head * R + start_q + i, lse, mask=i < S)
+    out_ptr += b * out_strides[0] + h * out_strides[1] + row0 * out_strides[2]
     tl.store(
         out_ptr + local[:, None] * out_strides[2] + e[None, :],
         out.to(out_ptr.dtype.element_ty),

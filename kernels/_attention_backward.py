@@ -18,7 +18,7 @@ Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 3.1; split as in
 import triton
 import triton.language as tl
 
-from ._attention import key_runs, load_tile, power, scores
+from ._attention import key_runs, load_tile, power, scores, sequence_of
 from ._device import dot, keep_mask
 
 
@@ -51,7 +51,7 @@ def delta_kernel(
 @triton.jit
 def _gradient_tile(
     qk, dp, i, j, lse, share, delta, mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit,
-    shift, left, right, slope, softcap, scale, seed, head, threshold, keep_scale,
+    shift, left, right, slope, softcap, scale, seed, position, threshold, keep_scale,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UNIT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -74,7 +74,7 @@ def _gradient_tile(
         p = tl.where(allowed, p, 0.0)  # of a NaN query too
     dropped = p
     if DROPOUT:
-        keep = keep_mask(seed, (head * S + i) * T + j, threshold)
+        keep = keep_mask(seed, (position + i) * T + j, threshold)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta)
@@ -84,21 +84,21 @@ def _gradient_tile(
 
 
 @triton.jit
-def _load_rows(rows_ptr, i, S, UNIT: tl.constexpr):
-    """(lse, share, delta) of queries i (see dq_kernel); lse is +inf beyond the end."""
+def _load_rows(rows_ptr, i, S, R, UNIT: tl.constexpr):
+    """(lse, share, delta) of queries i (see dq_kernel), R apart; lse is +inf beyond the end."""
     lse = tl.load(rows_ptr + i, mask=i < S, other=float("inf"))
     share = lse
     if UNIT == 1.0:
-        share = tl.load(rows_ptr + S + i, mask=i < S, other=1.0)
-    delta = tl.load(rows_ptr + 2 * S + i, mask=i < S, other=0.0)
+        share = tl.load(rows_ptr + R + i, mask=i < S, other=1.0)
+    delta = tl.load(rows_ptr + 2 * R + i, mask=i < S, other=0.0)
     return lse, share, delta
 
 
 @triton.jit
 def _walk_queries(
     dk, dv, k, v, j, q_ptr, grad_ptr, rows_ptr, q_step, grad_step, mask_ptr, bias_ptr, mask_steps,
-    bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold,
-    keep_scale, lo, hi,
+    bias_steps, S, T, R, limit, shift, left, right, slope, softcap, scale, seed, position,
+    threshold, keep_scale, lo, hi,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -120,11 +120,11 @@ def _walk_queries(
         )
         qk = dot(k, tl.trans(q))
         dp = dot(v, tl.trans(grad))
-        lse, share, delta = _load_rows(rows_ptr, i, S, UNIT)
+        lse, share, delta = _load_rows(rows_ptr, i, S, R, UNIT)
         dropped, _, ds, factor = _gradient_tile(
             qk, dp, i[None, :], j[:, None], lse[None, :], share[None, :], delta[None, :],
             mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope,
-            softcap, scale, seed, head, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT,
+            softcap, scale, seed, position, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT,
             SOFTCAP, ALIBI, DROPOUT, UNIT, MASKED,
         )  # fmt: skip
         dv = dot(dropped.to(grad.dtype), grad, dv)
@@ -135,12 +135,12 @@ def _walk_queries(
 @triton.jit
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, slopes_ptr,
-    lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
-    mask_strides, bias_strides, slope_strides, H, group, S, T, shift, left, right, softcap, scale,
-    d_scale, threshold, keep_scale,
+    lengths_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, q_strides, k_strides, v_strides, grad_strides,
+    dk_strides, dv_strides, mask_strides, bias_strides, slope_strides, H, group, S, T, R, shift,
+    left, right, softcap, scale, d_scale, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    LENGTHS: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -155,9 +155,12 @@ def dkdv_kernel(
     j = first + n
     local = n.to(tl.int64) if WIDE else n
     origin = first.to(tl.int64)
-    limit = T
+    longest = S
+    S, keys, shift, start_q, start_k = sequence_of(cu_q_ptr, cu_k_ptr, b, S, T, shift, VARLEN)
+    limit = keys
     if LENGTHS:
         limit = tl.minimum(T, tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0))
+    origin += start_k
     k_ptr += b * k_strides[0] + g * k_strides[1] + origin * k_strides[2]
     v_ptr += b * v_strides[0] + g * v_strides[1] + origin * v_strides[2]
     # Keys behind the limit load as 0; what they then gather stays in their own rows, unstored.
@@ -191,6 +194,9 @@ def dkdv_kernel(
     for r in range(0, group):
         h = g * group + r
         head = b * H + h
+        position = head * longest
+        if VARLEN:
+            head = h
         head_mask_ptr = mask_ptr
         head_bias_ptr = bias_ptr
         mask_steps = (0, 0)
@@ -205,29 +211,32 @@ def dkdv_kernel(
         if ALIBI:
             at = b * slope_strides[0] + h * slope_strides[1]
             slope = tl.load(slopes_ptr + at).to(tl.float32) * UNIT
-        head_q_ptr = q_ptr + (b * q_strides[0] + h * q_strides[1])
-        head_grad_ptr = grad_ptr + (b * grad_strides[0] + h * grad_strides[1])
+        head_rows_ptr = rows_ptr + head * 3 * R + start_q
+        head_q_ptr = q_ptr + (b * q_strides[0] + h * q_strides[1] + start_q * q_strides[2])
+        head_grad_ptr = grad_ptr + b * grad_strides[0] + h * grad_strides[1]
+        head_grad_ptr += start_q * grad_strides[2]
         if RIGHT:
             dk, dv = _walk_queries(
-                dk, dv, k, v, j, head_q_ptr, head_grad_ptr, rows_ptr + head * 3 * S,
+                dk, dv, k, v, j, head_q_ptr, head_grad_ptr, head_rows_ptr,
                 q_strides[2], grad_strides[2], head_mask_ptr, head_bias_ptr,
-                mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale,
-                seed, head, threshold, keep_scale, lo, full_lo, D, E, HAS_MASK, HAS_BIAS, LEFT,
-                RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_M, BLOCK_D, BLOCK_E, UNIT, True,
+                mask_steps, bias_steps, S, T, R, limit, shift, left, right, slope, softcap,
+                scale, seed, position, threshold, keep_scale, lo, full_lo, D, E, HAS_MASK,
+                HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_M, BLOCK_D, BLOCK_E,
+                UNIT, True,
             )  # fmt: skip
         dk, dv = _walk_queries(
-            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, rows_ptr + head * 3 * S,
+            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, head_rows_ptr,
             q_strides[2], grad_strides[2], head_mask_ptr, head_bias_ptr, mask_steps, bias_steps, S,
-            T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold, keep_scale,
-            full_lo, full_hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE,
-            BLOCK_M, BLOCK_D, BLOCK_E, UNIT, False,
+            T, R, limit, shift, left, right, slope, softcap, scale, seed, position, threshold,
+            keep_scale, full_lo, full_hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
+            DROPOUT, WIDE, BLOCK_M, BLOCK_D, BLOCK_E, UNIT, False,
         )  # fmt: skip
         dk, dv = _walk_queries(
-            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, rows_ptr + head * 3 * S,
+            dk, dv, k, v, j, head_q_ptr, head_grad_ptr, head_rows_ptr,
             q_strides[2], grad_strides[2], head_mask_ptr, head_bias_ptr, mask_steps, bias_steps, S,
-            T, limit, shift, left, right, slope, softcap, scale, seed, head, threshold, keep_scale,
-            full_hi, hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE,
-            BLOCK_M, BLOCK_D, BLOCK_E, UNIT, True,
+            T, R, limit, shift, left, right, slope, softcap, scale, seed, position, threshold,
+            keep_scale, full_hi, hi, D, E, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
+            DROPOUT, WIDE, BLOCK_M, BLOCK_D, BLOCK_E, UNIT, True,
         )  # fmt: skip
     dk_ptr += b * dk_strides[0] + g * dk_strides[1] + origin * dk_strides[2]
     dv_ptr += b * dv_strides[0] + g * dv_strides[1] + origin * dv_strides[2]
@@ -236,12 +245,12 @@ def dkdv_kernel(
     tl.store(
         dk_ptr + local[:, None] * dk_strides[2] + d[None, :],
         dk.to(dk_ptr.dtype.element_ty),
-        mask=(j < T)[:, None] & (d < D)[None, :],
+        mask=(j < keys)[:, None] & (d < D)[None, :],
     )
     tl.store(
         dv_ptr + local[:, None] * dv_strides[2] + e[None, :],
         dv.to(dv_ptr.dtype.element_ty),
-        mask=(j < T)[:, None] & (e < E)[None, :],
+        mask=(j < keys)[:, None] & (e < E)[None, :],
     )
 
 
@@ -249,7 +258,7 @@ def dkdv_kernel(
 def _walk_keys(
     dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_step, v_step, mask_ptr,
     bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
-    head, threshold, keep_scale, lo, hi,
+    position, threshold, keep_scale, lo, hi,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -276,8 +285,8 @@ def _walk_keys(
         _, p, ds, factor = _gradient_tile(
             qk, dp, i[:, None], j[None, :], lse[:, None], 1.0, delta[:, None], mask_ptr, bias_ptr,
             mask_steps, bias_steps, S, T, limit, shift, left, right, slope, softcap, scale, seed,
-            head, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT,
-            UNIT, MASKED,
+            position, threshold, keep_scale, HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI,
+            DROPOUT, UNIT, MASKED,
         )  # fmt: skip
         if UNIT == 1.0:
             total += tl.sum(p, axis=1)
@@ -290,14 +299,14 @@ def _walk_keys(
 @triton.jit
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, rows_ptr, dq_ptr, mask_ptr, bias_ptr, slopes_ptr,
-    sinks_ptr, lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, dq_strides,
-    mask_strides, bias_strides, slope_strides, H, group, S, T, shift, left, right, softcap, scale,
-    d_scale, threshold, keep_scale,
+    sinks_ptr, lengths_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, q_strides, k_strides, v_strides,
+    grad_strides, dq_strides, mask_strides, bias_strides, slope_strides, H, group, S, T, R, shift,
+    left, right, softcap, scale, d_scale, threshold, keep_scale,
     HAS_GRAD_LSE: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LENGTHS: tl.constexpr, VARLEN: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq; with UNIT 1 also what the later kernels take p and delta from.
 
@@ -322,12 +331,18 @@ def dq_kernel(
     e = tl.arange(0, BLOCK_E)
     i = first + m
     local = m.to(tl.int64) if WIDE else m
-    origin = first.to(tl.int64)
-    limit = T
+    position = head * S
+    S, limit, shift, start_q, start_k = sequence_of(
+        cu_q_ptr, cu_k_ptr, b, S, T, shift, VARLEN
+    )  # fmt: skip
+    origin = start_q + first.to(tl.int64)
+    if VARLEN:
+        limit = tl.where(first < S, limit, 0)  # a tile without queries sees nothing
+        head = h
     if LENGTHS:
         limit = tl.minimum(T, tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0))
-    k_ptr += b * k_strides[0] + (h // group) * k_strides[1]
-    v_ptr += b * v_strides[0] + (h // group) * v_strides[1]
+    k_ptr += b * k_strides[0] + (h // group) * k_strides[1] + start_k * k_strides[2]
+    v_ptr += b * v_strides[0] + (h // group) * v_strides[1] + start_k * v_strides[2]
     mask_steps = (0, 0)
     bias_steps = (0, 0)
     if HAS_MASK:
@@ -349,9 +364,9 @@ def dq_kernel(
         grad_ptr + b * grad_strides[0] + h * grad_strides[1] + origin * grad_strides[2],
         local[:, None] * grad_strides[2] + e[None, :], i[:, None], S, e[None, :], True, E, BLOCK_E,
     )  # fmt: skip
-    rows_ptr += head * 3 * S
+    rows_ptr += head * 3 * R + start_q
     lse = tl.load(rows_ptr + i, mask=i < S, other=float("inf"))
-    delta = tl.load(rows_ptr + 2 * S + i, mask=i < S, other=0.0)
+    delta = tl.load(rows_ptr + 2 * R + i, mask=i < S, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -364,22 +379,22 @@ def dq_kernel(
         dq, mean, total, excess = _walk_keys(
             dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2],
             v_strides[2], mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left,
-            right, slope, softcap, scale, seed, head, threshold, keep_scale, lo, full_lo, D, E,
+            right, slope, softcap, scale, seed, position, threshold, keep_scale, lo, full_lo, D, E,
             HAS_MASK, HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D,
             BLOCK_E, UNIT, True,
         )  # fmt: skip
     dq, mean, total, excess = _walk_keys(
         dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2],
         mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope,
-        softcap, scale, seed, head, threshold, keep_scale, full_lo, full_hi, D, E, HAS_MASK,
+        softcap, scale, seed, position, threshold, keep_scale, full_lo, full_hi, D, E, HAS_MASK,
         HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT,
         False,
     )  # fmt: skip
     dq, mean, total, excess = _walk_keys(
         dq, mean, total, excess, q, grad, i, lse, delta, k_ptr, v_ptr, k_strides[2], v_strides[2],
         mask_ptr, bias_ptr, mask_steps, bias_steps, S, T, limit, shift, left, right, slope,
-        softcap, scale, seed, head, threshold, keep_scale, full_hi, hi, D, E, HAS_MASK, HAS_BIAS,
-        LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
+        softcap, scale, seed, position, threshold, keep_scale, full_hi, hi, D, E, HAS_MASK,
+        HAS_BIAS, LEFT, RIGHT, SOFTCAP, ALIBI, DROPOUT, WIDE, BLOCK_N, BLOCK_D, BLOCK_E, UNIT, True,
     )  # fmt: skip
     if UNIT == 1.0:
         if SINKS:
@@ -390,10 +405,10 @@ def dq_kernel(
         share = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0: a query without keys
         step = excess * share
         if HAS_GRAD_LSE:
-            step -= tl.load(grad_lse_ptr + head * S + i, mask=i < S, other=0.0)
+            step -= tl.load(grad_lse_ptr + head * R + start_q + i, mask=i < S, other=0.0)
         dq = (dq - mean * step[:, None]) * share[:, None]
-        tl.store(rows_ptr + S + i, share, mask=i < S)
-        tl.store(rows_ptr + 2 * S + i, delta + step, mask=i < S)
+        tl.store(rows_ptr + R + i, share, mask=i < S)
+        tl.store(rows_ptr + 2 * R + i, delta + step, mask=i < S)
     dq_ptr += b * dq_strides[0] + h * dq_strides[1] + origin * dq_strides[2]
     tl.store(
         dq_ptr + local[:, None] * dq_strides[2] + d[None, :],
@@ -405,12 +420,12 @@ def dq_kernel(
 @triton.jit
 def dbias_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, partial_ptr, mask_ptr, bias_ptr, slopes_ptr,
-    lengths_ptr, seed_ptr, q_strides, k_strides, v_strides, grad_strides, mask_strides,
-    bias_strides, slope_strides, H, group, S, T, OB, OH, OS, OT, RB, RH, RS, RT, per_split, shift,
-    left, right, softcap, scale, threshold, keep_scale,
+    lengths_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, q_strides, k_strides, v_strides, grad_strides,
+    mask_strides, bias_strides, slope_strides, H, group, S, T, R, OB, OH, OS, OT, RB, RH, RS, RT,
+    per_split, shift, left, right, softcap, scale, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, HAS_MASK: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LENGTHS: tl.constexpr,
-    DROPOUT: tl.constexpr, SUM_S: tl.constexpr, SUM_T: tl.constexpr,
+    VARLEN: tl.constexpr, DROPOUT: tl.constexpr, SUM_S: tl.constexpr, SUM_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -443,19 +458,24 @@ def dbias_kernel(
         head = b * H + h
         first_i = tile_m * BLOCK_M
         first_j = tile_n * BLOCK_N
-        limit = T
+        position = head * S
+        queries, limit, offset, start_q, start_k = sequence_of(
+            cu_q_ptr, cu_k_ptr, b, S, T, shift, VARLEN
+        )  # fmt: skip
+        if VARLEN:
+            head = h
         if LENGTHS:
             limit = tl.minimum(T, tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0))
-        needed = first_j < limit
+        needed = (first_j < limit) & (first_i < queries)
         if RIGHT:
-            needed = needed & (first_j <= first_i + BLOCK_M - 1 + shift + right)
+            needed = needed & (first_j <= first_i + BLOCK_M - 1 + offset + right)
         if LEFT:
-            needed = needed & (first_j + BLOCK_N - 1 >= first_i + shift - left)
+            needed = needed & (first_j + BLOCK_N - 1 >= first_i + offset - left)
         if needed:
             i = first_i.to(tl.int32) + m
             j = first_j.to(tl.int32) + n
-            row = i.to(tl.int64)
-            column = j.to(tl.int64)
+            row = start_q + i.to(tl.int64)
+            column = start_k + j.to(tl.int64)
             slope = 0.0
             if ALIBI:
                 at = b * slope_strides[0] + h * slope_strides[1]
@@ -467,13 +487,13 @@ def dbias_kernel(
                 mask_steps = (mask_strides[2], mask_strides[3])
             q = load_tile(
                 q_ptr + b * q_strides[0] + h * q_strides[1],
-                row[:, None] * q_strides[2] + d[None, :], i[:, None], S, d[None, :], True, D,
-                BLOCK_D,
+                row[:, None] * q_strides[2] + d[None, :], i[:, None], queries, d[None, :], True,
+                D, BLOCK_D,
             )  # fmt: skip
             grad = load_tile(
                 grad_ptr + b * grad_strides[0] + h * grad_strides[1],
-                row[:, None] * grad_strides[2] + e[None, :], i[:, None], S, e[None, :], True, E,
-                BLOCK_E,
+                row[:, None] * grad_strides[2] + e[None, :], i[:, None], queries, e[None, :],
+                True, E, BLOCK_E,
             )  # fmt: skip
             k = load_tile(
                 k_ptr + b * k_strides[0] + (h // group) * k_strides[1],
@@ -487,13 +507,15 @@ def dbias_kernel(
             )  # fmt: skip
             qk = dot(q, k)
             dp = dot(grad, v)
-            lse, share, delta = _load_rows(rows_ptr + head * 3 * S, i, S, UNIT)
+            lse, share, delta = _load_rows(
+                rows_ptr + head * 3 * R + start_q, i, queries, R, UNIT
+            )  # fmt: skip
             _, _, ds, _ = _gradient_tile(
                 qk, dp, i[:, None], j[None, :], lse[:, None], share[:, None], delta[:, None],
                 mask_at, bias_ptr + (b * bias_strides[0] + h * bias_strides[1]), mask_steps,
-                (bias_strides[2], bias_strides[3]), S, T, limit, shift, left, right, slope, softcap,
-                scale, seed, head, threshold, keep_scale, HAS_MASK, True, LEFT, RIGHT, SOFTCAP,
-                ALIBI, DROPOUT, UNIT, True,
+                (bias_strides[2], bias_strides[3]), queries, T, limit, offset, left, right, slope,
+                softcap, scale, seed, position, threshold, keep_scale, HAS_MASK, True, LEFT, RIGHT,
+                SOFTCAP, ALIBI, DROPOUT, UNIT, True,
             )  # fmt: skip
             acc += ds
     partial_ptr += ((split * OB + out_b) * OH + out_h) * OS * OT

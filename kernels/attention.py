@@ -91,6 +91,45 @@ def block_of(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+class Packing(NamedTuple):
+    """Where the sequences of packed (tokens, heads, head_dim) tensors begin."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class Sizes(NamedTuple):
+    """B, H, G, S, T, D, E as everywhere, S and T the longest lengths of packed sequences; and the
+    number of rows that a head has in lse, (batches, H, rows)."""
+
+    B: int
+    H: int
+    G: int
+    S: int
+    T: int
+    D: int
+    E: int
+    rows: int
+    batches: int
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> "Sizes":
+        H, G, D, E = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+        if packing is None:
+            B, S = query.shape[0], query.shape[2]
+            return cls(B, H, G, S, key.shape[2], D, E, S, B)
+        sequences = packing.cu_seqlens_q.shape[0] - 1
+        longest = packing.max_seqlen_q, packing.max_seqlen_k
+        return cls(sequences, H, G, *longest, D, E, query.shape[0], 1)
+
+
+def steps_of(x: Tensor) -> tuple[int, ...]:
+    """Strides by (batch, head, row, column), also of (row, head, column)."""
+    return x.stride() if x.dim() == 4 else (0, x.stride(1), x.stride(0), x.stride(2))
+
+
 class _Call(NamedTuple):
     """What every kernel of one call is given."""
 
@@ -99,12 +138,13 @@ class _Call(NamedTuple):
 
 
 def _describe(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
-    is_causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
-    alibi_slopes: Tensor | None, key_lengths: Tensor | None, scale: float, dropout_p: float,
-    seed: Tensor | None, others: tuple[Tensor, ...], exact_rows: bool,
+    sizes: Sizes, packing: Packing | None, query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None, bias: Tensor | None, is_causal: bool, bottom_right: bool, window_left: int,
+    window_right: int, softcap: float, alibi_slopes: Tensor | None, key_lengths: Tensor | None,
+    scale: float, dropout_p: float, seed: Tensor | None, others: tuple[Tensor, ...],
+    exact_rows: bool,
 ) -> _Call:  # fmt: skip
-    H, S, T = query.shape[1], query.shape[2], key.shape[2]
+    H, S, T = sizes.H, sizes.S, sizes.T
     if is_causal:  # a window with nothing to the right
         window_right = 0 if window_right < 0 else min(window_right, 0)
     natural = query.dtype == torch.float32 or bias is not None or exact_rows
@@ -112,20 +152,22 @@ def _describe(
     folded = scale / softcap if softcap else scale * unit
     runtime = {
         "mask_ptr": mask, "bias_ptr": bias, "slopes_ptr": alibi_slopes, "lengths_ptr": key_lengths,
-        "seed_ptr": seed, "mask_strides": _strides(mask), "bias_strides": _strides(bias),
-        "slope_strides": _strides(alibi_slopes), "H": H, "group": H // key.shape[1], "S": S, "T": T,
-        "shift": T - S if bottom_right else 0,
+        "seed_ptr": seed, "cu_q_ptr": packing and packing.cu_seqlens_q,
+        "cu_k_ptr": packing and packing.cu_seqlens_k, "mask_strides": _strides(mask),
+        "bias_strides": _strides(bias),
+        "slope_strides": _strides(alibi_slopes), "H": H, "group": H // sizes.G, "S": S, "T": T,
+        "R": sizes.rows, "shift": 0 if not bottom_right else T - S if packing is None else 1,
         "left": min(window_left, S + T), "right": min(window_right, S + T),
         "softcap": softcap * unit, "scale": folded,
         "threshold": threshold_of(dropout_p), "keep_scale": 1.0 / (1.0 - dropout_p),
     }  # fmt: skip
-    wide = max(x.stride(2) for x in (query, key, value, *others)) >= WIDE_STEP
+    wide = max(steps_of(x)[2] for x in (query, key, value, *others)) >= WIDE_STEP
     options = {
-        "D": query.shape[3], "E": value.shape[3], "HAS_MASK": mask is not None,
+        "D": sizes.D, "E": sizes.E, "HAS_MASK": mask is not None,
         "HAS_BIAS": bias is not None, "LEFT": window_left >= 0, "RIGHT": window_right >= 0,
         "SOFTCAP": softcap != 0.0, "ALIBI": alibi_slopes is not None,
         "LENGTHS": key_lengths is not None, "DROPOUT": seed is not None, "WIDE": wide, "UNIT": unit,
-        "BLOCK_D": block_of(query.shape[3]), "BLOCK_E": block_of(value.shape[3]),
+        "VARLEN": packing is not None, "BLOCK_D": block_of(sizes.D), "BLOCK_E": block_of(sizes.E),
     }  # fmt: skip
     return _Call(runtime, options)
 
@@ -135,7 +177,10 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
 
 
 def _heads_last(like: Tensor, x: Tensor, dim: int) -> Tensor:
-    """An empty (batch, heads, length, dim) whose memory is (batch, length, heads, dim)."""
+    """An empty (batch, heads, length, dim) whose memory is (batch, length, heads, dim); or packed
+    (tokens, heads, dim)."""
+    if x.dim() == 3:
+        return like.new_empty((*x.shape[:2], dim))
     batch, heads, length, _ = x.shape
     return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
@@ -144,27 +189,29 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
     is_causal: bool, bottom_right: bool, window_left: int, window_right: int, softcap: float,
     alibi_slopes: Tensor | None, sinks: Tensor | None, key_lengths: Tensor | None, scale: float,
-    dropout_p: float, seed: Tensor | None, at_end: bool,
+    dropout_p: float, seed: Tensor | None, *, at_end: bool = False, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """attention, or with ``at_end`` attention_decode, whose queries are the last tokens."""
-    B, H, S, D = query.shape
-    E = value.shape[3]
+    """attention; with ``at_end`` attention_decode, whose queries are the last tokens; with
+    ``packing`` attention_varlen."""
+    sizes = Sizes.of(query, key, value, packing)
+    B, H, _, S, T, D, E, rows, batches = sizes
     out = _heads_last(query, query, E)
-    lse = query.new_empty((B, H, S), dtype=torch.float32)
-    if lse.numel() == 0:
+    shape = (batches, H, rows) if packing is None else (H, rows)
+    lse = query.new_empty(shape, dtype=torch.float32)
+    if lse.numel() == 0 or B * S == 0:
         return out, lse
-    if key.shape[2] == 0:
+    if T == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     call = _describe(
-        query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
-        alibi_slopes, key_lengths, scale, dropout_p, seed, (out,), False,
+        sizes, packing, query, key, value, mask, bias, is_causal, bottom_right, window_left,
+        window_right, softcap, alibi_slopes, key_lengths, scale, dropout_p, seed, (out,), False,
     )  # fmt: skip
     tile = tile_for(FORWARD, FORWARD_F32, query, max(D, E))
     tile = short(lighter(tile) if heavy(call.options) else tile, S)
     forward_kernel[(triton.cdiv(S, tile.m) * B * H,)](
         q_ptr=query, k_ptr=key, v_ptr=value, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
-        q_strides=query.stride(), k_strides=key.stride(), v_strides=value.stride(),
-        out_strides=out.stride(), SINKS=sinks is not None, AT_END=at_end, BLOCK_M=tile.m,
+        q_strides=steps_of(query), k_strides=steps_of(key), v_strides=steps_of(value),
+        out_strides=steps_of(out), SINKS=sinks is not None, AT_END=at_end, BLOCK_M=tile.m,
         BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **call.runtime,
         **call.options,
     )  # fmt: skip
@@ -192,8 +239,79 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     return forward(
         query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
-        alibi_slopes, sinks, key_lengths, scale, dropout_p, seed, False,
+        alibi_slopes, sinks, key_lengths, scale, dropout_p, seed,
     )  # fmt: skip
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+    out: Tensor, lse: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: bool,
+    bottom_right: bool, window_left: int, window_right: int, softcap: float,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, key_lengths: Tensor | None, scale: float,
+    dropout_p: float, seed: Tensor | None, bias_grad: bool, sinks_grad: bool,
+    packing: Packing | None = None,
+) -> Gradients:  # fmt: skip
+    """attention_backward, or with ``packing`` attention_varlen_backward."""
+    sizes = Sizes.of(query, key, value, packing)
+    B, H, G, S, T, D, E, R, batches = sizes
+    d_query, d_key = _heads_last(query, query, D), _heads_last(query, key, D)
+    d_value = _heads_last(query, value, E)
+    d_bias = query.new_empty(_own_shape(bias) if bias_grad else (0,), dtype=torch.float32)
+    d_sinks = query.new_empty((H if sinks_grad else 0,), dtype=torch.float32)
+    if lse.numel() == 0 or B * S * T == 0:
+        for empty in (d_query, d_key, d_value, d_bias, d_sinks):
+            empty.zero_()
+        return d_query, d_key, d_value, d_bias, d_sinks
+    call = _describe(
+        sizes, packing, query, key, value, mask, bias, is_causal, bottom_right, window_left,
+        window_right, softcap, alibi_slopes, key_lengths, scale, dropout_p, seed,
+        (grad_out, d_query, d_key, d_value), sinks_grad,
+    )  # fmt: skip
+    rows = lse.new_empty(
+        (batches, H, 3, R)
+    )  # lse in the unit of scores, share, delta: see dq_kernel
+    queries = tile_for(QUERIES, BACKWARD_F32, query, max(D, E))
+    keys = tile_for(KEYS, BACKWARD_F32, query, max(D, E))
+    if heavy(call.options):
+        queries, keys = lighter(queries), lighter_keys(keys)
+    elif packing is not None:
+        keys = lighter_keys(keys)  # the sequence's own numbers take registers too
+    delta_kernel[(triton.cdiv(R, queries.m) * batches * H,)](
+        out, grad_out, lse, grad_lse, rows, steps_of(out), steps_of(grad_out), H, R, E=E,
+        HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=queries.m, BLOCK_E=block_of(E),
+        UNIT=call.options["UNIT"], num_warps=4,
+    )  # fmt: skip
+    shared = {
+        "q_ptr": query, "k_ptr": key, "v_ptr": value, "grad_ptr": grad_out, "rows_ptr": rows,
+        "q_strides": steps_of(query), "k_strides": steps_of(key), "v_strides": steps_of(value),
+        "grad_strides": steps_of(grad_out), **call.runtime,
+    }  # fmt: skip
+    d_scale = scale  # of qk: with a softcap its derivative, times scale
+    dq_kernel[(triton.cdiv(S, queries.m) * B * H,)](
+        grad_lse_ptr=grad_lse, sinks_ptr=sinks, dq_ptr=d_query, dq_strides=steps_of(d_query),
+        d_scale=d_scale, HAS_GRAD_LSE=grad_lse is not None, SINKS=sinks is not None,
+        BLOCK_M=queries.m, BLOCK_N=queries.n, num_warps=queries.warps, num_stages=queries.stages,
+        **shared, **call.options,
+    )  # fmt: skip
+    dkdv_kernel[(triton.cdiv(T, keys.n) * B * G,)](
+        dk_ptr=d_key, dv_ptr=d_value, dk_strides=steps_of(d_key), dv_strides=steps_of(d_value),
+        d_scale=d_scale, BLOCK_M=keys.m, BLOCK_N=keys.n, num_warps=keys.warps,
+        num_stages=keys.stages, **shared, **call.options,
+    )  # fmt: skip
+    if bias_grad:
+        assert bias is not None
+        _bias_gradient(d_bias, sizes, queries, shared, call.options)
+    if sinks_grad:
+        assert sinks is not None
+        # The sink's probability has no value: its score's gradient is −p · delta.
+        lse = lse.view(batches, H, R)
+        p = torch.exp((sinks.float()[:, None] - lse).clamp_(max=0.0)).mul_(rows[:, :, 1])
+        p.masked_fill_(lse == float("-inf"), 0.0)
+        torch.sum(p.mul_(rows[:, :, 2]).neg_(), dim=(0, 2), out=d_sinks)
+    return d_query, d_key, d_value, d_bias, d_sinks
 
 
 @operator("d_query", "d_key", "d_value", "d_bias", "d_sinks")
@@ -221,58 +339,11 @@ def attention_backward(
     bias_grad: bool,
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, H, S, D = query.shape
-    G, T, E = value.shape[1:]
-    d_query, d_key = _heads_last(query, query, D), _heads_last(query, key, D)
-    d_value = _heads_last(query, value, E)
-    d_bias = query.new_empty(_own_shape(bias) if bias_grad else (0,), dtype=torch.float32)
-    d_sinks = query.new_empty((H if sinks_grad else 0,), dtype=torch.float32)
-    if lse.numel() == 0 or T == 0:
-        for empty in (d_query, d_key, d_value, d_bias, d_sinks):
-            empty.zero_()
-        return d_query, d_key, d_value, d_bias, d_sinks
-    call = _describe(
-        query, key, value, mask, bias, is_causal, bottom_right, window_left, window_right, softcap,
-        alibi_slopes, key_lengths, scale, dropout_p, seed, (grad_out, d_query, d_key, d_value),
-        sinks_grad,
+    return backward(
+        grad_out, grad_lse, query, key, value, out, lse, mask, bias, is_causal, bottom_right,
+        window_left, window_right, softcap, alibi_slopes, sinks, key_lengths, scale, dropout_p,
+        seed, bias_grad, sinks_grad,
     )  # fmt: skip
-    rows = lse.new_empty((B, H, 3, S))  # lse in the unit of scores, share, delta: see dq_kernel
-    queries = tile_for(QUERIES, BACKWARD_F32, query, max(D, E))
-    keys = tile_for(KEYS, BACKWARD_F32, query, max(D, E))
-    if heavy(call.options):
-        queries, keys = lighter(queries), lighter_keys(keys)
-    delta_kernel[(triton.cdiv(S, queries.m) * B * H,)](
-        out, grad_out, lse, grad_lse, rows, out.stride(), grad_out.stride(), H, S, E=E,
-        HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=queries.m, BLOCK_E=block_of(E),
-        UNIT=call.options["UNIT"], num_warps=4,
-    )  # fmt: skip
-    shared = {
-        "q_ptr": query, "k_ptr": key, "v_ptr": value, "grad_ptr": grad_out, "rows_ptr": rows,
-        "q_strides": query.stride(), "k_strides": key.stride(), "v_strides": value.stride(),
-        "grad_strides": grad_out.stride(), **call.runtime,
-    }  # fmt: skip
-    d_scale = scale  # of qk: with a softcap its derivative, times scale
-    dq_kernel[(triton.cdiv(S, queries.m) * B * H,)](
-        grad_lse_ptr=grad_lse, sinks_ptr=sinks, dq_ptr=d_query, dq_strides=d_query.stride(),
-        d_scale=d_scale, HAS_GRAD_LSE=grad_lse is not None, SINKS=sinks is not None,
-        BLOCK_M=queries.m, BLOCK_N=queries.n, num_warps=queries.warps, num_stages=queries.stages,
-        **shared, **call.options,
-    )  # fmt: skip
-    dkdv_kernel[(triton.cdiv(T, keys.n) * B * G,)](
-        dk_ptr=d_key, dv_ptr=d_value, dk_strides=d_key.stride(), dv_strides=d_value.stride(),
-        d_scale=d_scale, BLOCK_M=keys.m, BLOCK_N=keys.n, num_warps=keys.warps,
-        num_stages=keys.stages, **shared, **call.options,
-    )  # fmt: skip
-    if bias_grad:
-        assert bias is not None
-        _bias_gradient(d_bias, query, key, queries, shared, call.options)
-    if sinks_grad:
-        assert sinks is not None
-        # The sink's probability has no value: its score's gradient is −p · delta.
-        p = torch.exp((sinks.float()[:, None] - lse).clamp_(max=0.0)).mul_(rows[:, :, 1])
-        p.masked_fill_(lse == float("-inf"), 0.0)
-        torch.sum(p.mul_(rows[:, :, 2]).neg_(), dim=(0, 2), out=d_sinks)
-    return d_query, d_key, d_value, d_bias, d_sinks
 
 
 def _own_shape(bias: Tensor | None) -> tuple[int, ...]:
@@ -285,14 +356,12 @@ def _own_shape(bias: Tensor | None) -> tuple[int, ...]:
 
 def _bias_gradient(
     d_bias: Tensor,
-    query: Tensor,
-    key: Tensor,
+    sizes: Sizes,
     tile: Tile,
     shared: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    B, H, S, _ = query.shape
-    T = key.shape[2]
+    B, H, _, S, T, *_ = sizes
     OB, OH, OS, OT = d_bias.shape
     repeats = {
         "RB": B // OB,

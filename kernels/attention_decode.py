@@ -25,5 +25,5 @@ def attention_decode(
 ) -> tuple[Tensor, Tensor]:
     return forward(
         query, key, value, mask, bias, is_causal, False, window_left, window_right, softcap,
-        alibi_slopes, sinks, key_lengths, scale, 0.0, None, True,
+        alibi_slopes, sinks, key_lengths, scale, 0.0, None, at_end=True,
     )  # fmt: skip

@@ -110,6 +110,18 @@ def test_b59_pieces_of_a_tensor_past_two_to_the_31():
     torch.testing.assert_close(tail.float(), -logp[target[-3:]], rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on.startswith("cpu")][-1:])
+def test_b59_every_row_past_two_to_the_31(on):
+    """pytorch/pytorch#85786: the kernel's losses of all rows (1 s on two cores)."""
+    columns, rows = 50257, 42740
+    x = torch.randn(1, columns).bfloat16()
+    target = torch.arange(rows) * 7 % columns
+    with running_on(on):
+        total = ft.cross_entropy(x.expand(rows, columns), target, reduction="none")
+    logp = torch.log_softmax(x[0].double(), 0)
+    torch.testing.assert_close(total.double(), -logp[target], rtol=2**-8, atol=0)
+
+
 def test_b59_the_whole_of_it(full_size):
     """pytorch/pytorch#85786: every row's loss; the gradient of the row that all are views of."""
     columns, rows = 50257, 42740
@@ -138,6 +150,81 @@ def test_pieces_of_rows_equal_the_whole(monkeypatch, kind, reduction, dtype):
     pieces = ft.cross_entropy(x, target, **options)
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x) for y in (pieces, whole)))
+
+
+CPU = [on for on in BACKENDS if on.startswith("cpu")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 15, 17, 33, 2049, 4097, 5000])
+@pytest.mark.parametrize("on", CPU)
+def test_columns_around_a_vector_and_a_block(on, columns, dtype):
+    target = torch.arange(3) * 7919 % columns
+    for options in ({}, {"label_smoothing": 0.3, "weight": torch.rand(columns) + 0.5}):
+        check(
+            lambda x: ft.cross_entropy(x, target, reduction="sum", **options),  # noqa: B023
+            lambda x: reference.cross_entropy(x, target, reduction="sum", **options),  # noqa: B023
+            [3 * torch.randn(3, columns).to(dtype)],
+            on=on,
+        )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("on", CPU[-1:])
+def test_long_rows(on, dtype, smoothing):
+    """262,144 classes; the largest logit in the first, a middle and the last block."""
+    x = torch.randn(3, 262144)
+    x[0, 5], x[1, 131072], x[2, -1] = 20.0, 20.0, 20.0
+    target = torch.tensor([5, 0, 262143])
+    check(
+        lambda x: ft.cross_entropy(x, target, label_smoothing=smoothing, reduction="none"),
+        lambda x: reference.cross_entropy(x, target, label_smoothing=smoothing, reduction="none"),
+        [x.to(dtype)],
+        on=on,
+    )
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_strided_rows_int32_ids_empty_and_all_ignored(on):
+    wide = torch.randn(6, 50, requires_grad=True)
+    target = torch.tensor([0, 3, -100, 19, 7, 1])
+    with running_on(on):
+        loss = ft.cross_entropy(wide[:, 5:25], target.int())
+        (gradient,) = torch.autograd.grad(loss, wide)
+        want = ft.cross_entropy(wide[:, 5:25].contiguous(), target)
+        (wanted,) = torch.autograd.grad(want, wide)
+        every_other = ft.cross_entropy(wide[::2, :20], target[::2])
+        none = torch.full((6,), -100)
+        nothing = ft.cross_entropy(wide, none, reduction="sum")
+        (zero,) = torch.autograd.grad(nothing, wide)
+        assert ft.cross_entropy(wide, none).isnan()
+        empty = torch.zeros(0, 5, requires_grad=True)
+        assert ft.cross_entropy(empty, none[:0], reduction="none").shape == (0,)
+        assert ft.cross_entropy(empty, none[:0], reduction="sum") == 0
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(every_other, F.cross_entropy(wide[::2, :20], target[::2]))
+    assert nothing == 0 and not zero.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("on", BACKENDS)
+def test_nan_and_infinities_stay_in_their_row(on, dtype):
+    x = torch.randn(6, 40)
+    x[0, 3], x[1, 2], x[3] = float("nan"), float("inf"), -float("inf")
+    x[4, 7] = -float("inf")  # an ordinary row: a class that can't be
+    x[5, 39] = torch.tensor([-1], dtype=torch.int32).view(torch.float32)  # a NaN of all bits
+    target = torch.tensor([1, 2, 0, 5, 1, 0])
+    leaf = x.to(dtype).requires_grad_()
+    with running_on(on):
+        losses = ft.cross_entropy(leaf, target, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    assert losses.isnan().tolist() == [True, True, False, True, False, True]
+    assert gradient.isnan().any(1).tolist() == [True, True, False, True, False, True]
+    want = F.cross_entropy(leaf.float(), target, reduction="none")[[2, 4]]
+    torch.testing.assert_close(losses[[2, 4]].float(), want, rtol=1e-2, atol=0)
+    assert gradient[4, 7] == 0
 
 
 @pytest.mark.parametrize("on, compiled", [("torch", True), *((on, False) for on in BACKENDS)])

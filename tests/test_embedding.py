@@ -8,6 +8,7 @@ from fronts import refuses, runs_on_the_reference, same_compiled
 import fasttransformer as ft
 from contract import backends_of, check, running_on
 from fasttransformer import reference
+from fasttransformer.backends import backends
 
 BACKENDS = backends_of("embedding")
 IDS = torch.tensor([[1, 0, 2], [2, 2, 1]])
@@ -89,6 +90,75 @@ def test_b62_no_ids(on, shape):
         out = ft.embedding(ids, weight, position_weight=table, sinusoidal=True)
         gradients = torch.autograd.grad(out.sum(), (weight, table))
     assert out.shape == (*shape, 4) and not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("features", [1, 7, 16, 40, 130, 384])
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on != "simt"])
+def test_features_around_a_vector_and_strided_tables(on, features):
+    ids = torch.randint(9, (3, 20))
+    tables = torch.randn(9, features + 3), torch.randn(20, features + 5)
+    with running_on(on):
+        weight, table = (t.clone().requires_grad_() for t in tables)
+        narrow = weight[:, :features], table[:, 2 : features + 2]
+        out = ft.embedding(ids, narrow[0], position_weight=narrow[1], sinusoidal=True, scale=0.5)
+        got = torch.autograd.grad(out.square().sum(), (weight, table))
+    leaves = [t.clone().requires_grad_() for t in tables]
+    want = reference.embedding(
+        ids,
+        leaves[0][:, :features],
+        position_weight=leaves[1][:, 2 : features + 2],
+        sinusoidal=True,
+        scale=0.5,
+    )
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(got, torch.autograd.grad(want.square().sum(), leaves))
+
+
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on.startswith("cpu")])
+def test_gradient_is_the_same_on_any_number_of_threads(on):
+    """One id has most of the tokens, so that threads share its row by columns."""
+    ids = torch.cat([torch.full((9000,), 3), torch.randint(50, (3000,))])[torch.randperm(12000)]
+    weight, cotangent = torch.randn(50, 200, requires_grad=True), torch.randn(12000, 200)
+    gradients, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with running_on(on):
+                out = ft.embedding(ids, weight, padding_idx=7)
+                gradients += torch.autograd.grad(out, weight, cotangent)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+    want = torch.zeros(50, 200, dtype=torch.float64).index_add_(0, ids, cotangent.double())
+    want[7] = 0
+    torch.testing.assert_close(gradients[0].double(), want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on.startswith(("cpu", "triton"))])
+def test_sinusoid_is_exact_at_far_positions(on):
+    positions = torch.tensor([0, 1, 2, 1000, 99_999, 1_000_000, 10**8, -5])
+    ids = torch.zeros(8, dtype=torch.int64)
+    for features in (64, 7):
+        weight = torch.zeros(1, features)
+        with running_on(on):
+            got = ft.embedding(ids, weight, positions=positions, sinusoidal=True)
+        want = reference.embedding(ids, weight.double(), positions=positions, sinusoidal=True)
+        assert (got - want).abs().max() <= 1.2e-7
+
+
+@pytest.mark.skipif(backends()["cpu"] is not None, reason="the C++ library is not built")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 1023, 1025, 5000])
+def test_find_outside(count, dtype):
+    find = torch.ops.fasttransformer.find_outside
+    ids = torch.randint(7, (count,), dtype=dtype)
+    assert find(ids, 7, None) == -1
+    for at in {0, count // 2, count - 1} - {-1} if count else ():
+        for bad in (-1, 7, -(2**31)):
+            wrong = ids.clone()
+            wrong[at] = bad
+            assert find(wrong, 7, None) == find(wrong, 7, 3) == at
+            assert find(wrong, 7, bad) == -1
 
 
 @pytest.mark.parametrize("on", BACKENDS)

@@ -22,9 +22,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def problem(dtype=torch.float32, rows=8, features=10, classes=15):
-    """input, linear_weight, linear_bias."""
-    sizes = ((rows, features), (classes, features), (classes,))
-    return tuple(torch.randn(size).to(dtype) for size in sizes)
+    """input, linear_weight, linear_bias, whose logits are about 3 in size."""
+    x = torch.randn(rows, features) * 3 / features**0.5
+    return x.to(dtype), torch.randn(classes, features).to(dtype), torch.randn(classes).to(dtype)
 
 
 def targets(rows, classes):

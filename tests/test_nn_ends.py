@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasttransformer as ft
+from fasttransformer.nn._dropout import dropout
 
 
 def table(length, features):
@@ -117,3 +118,26 @@ def test_lm_head_is_tied_by_assignment():
     head.loss(embedding(torch.tensor([3])), torch.tensor([4])).backward()
     assert head.weight.grad is embedding.weight.grad
     assert head.weight.grad[3].abs().sum() > 0 and head.weight.grad[20].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_of_the_cpu(p, dtype):
+    x = torch.full((999, 1001), 3.0, dtype=dtype, requires_grad=True)
+    torch.manual_seed(4)
+    y = dropout(x, p)
+    kept = y != 0
+    count = x.numel()
+    assert (
+        abs(kept.sum().item() - count * (1 - p))
+        < 5 * math.sqrt(count * p * (1 - p)) + count / 2**17
+    )
+    assert y[kept].unique().numel() == 1
+    assert abs(y.double().mean().item() / 3 - 1) < (0.01 if p < 0.9 else 0.2)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, kept)
+    columns = kept.double().mean(0)  # no pattern of four
+    assert all(abs(columns[i::4].mean() - (1 - p)) < 0.01 for i in range(4))
+    torch.manual_seed(4)
+    assert torch.equal(dropout(x, p), y) and not torch.equal(dropout(x, p), y)
+    assert dropout(torch.ones(0, 3), p).shape == (0, 3)

@@ -36,19 +36,22 @@ SHARED = {
     "fasttransformer/ops/*.py": {"__init__"},
     "fasttransformer/reference/*.py": {"__init__", "dropout", "precision"},
     "kernels/*.py": {"__init__"},
-    "csrc/bindings/*.cpp": {"ceilings"},
-    "csrc/params/*.h": {"common", "philox", "row_norm", "ceilings"},
-    "csrc/cpu/*.cpp": {"ceilings", "isa", "parallel", "gemm", "dot_product"},
+    "csrc/bindings/*.cpp": {"ceilings", "find_outside"},
+    "csrc/params/*.h": {"common", "philox", "row_norm", "ceilings", "find_outside"},
+    "csrc/cpu/*.cpp": {"ceilings", "isa", "parallel", "gemm", "dot_product", "find_outside"},
     "csrc/cuda/*.cu": set(),
-    "benchmarks/bench_*.py": set(),
+    "benchmarks/bench_*.py": {"models"},
 }
+#: Operations whose C++ is that of another, called with other arguments.
+SAME_KERNELS = {"attention_varlen": "attention", "attention_decode": "attention"}
 OWN_KERNELS = {op: row for op, row in TABLE.items() if op not in COMPOSED}
 
 
 def floors(op):
     yield from EVERY_OPERATION.values()
     for backend in OWN_KERNELS.get(op, ()):
-        yield from BY_BACKEND.get(backend, ())
+        own = op if backend == "triton" else SAME_KERNELS.get(op, op)
+        yield from (path.replace("{op}", own) for path in BY_BACKEND.get(backend, ()))
     if len(OWN_KERNELS.get(op, ())) > 1:
         yield "benchmarks/bench_{op}.py"
 

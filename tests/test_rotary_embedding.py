@@ -37,6 +37,35 @@ def test_contract(on, leading, interleaved, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [2, 6, 34, 66, 128])
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on.startswith("cpu")])
+def test_head_sizes_around_a_vector_and_strides(on, head_dim, dtype):
+    """As a projection leaves query and key, of more tokens than a tile; full and 16-bit tables."""
+    query, key = (torch.randn(2, 19, h, head_dim).to(dtype).transpose(1, 2) for h in (3, 1))
+    angle = torch.rand(19, head_dim // 2) * 6
+    wide = torch.cat([angle, angle], -1)
+    for table, interleaved in ((angle, True), (angle.to(dtype), False), (wide, False)):
+        options = {"interleaved": interleaved}
+        check(
+            lambda *args: ft.rotary_embedding(*args, table.cos(), table.sin(), **options),  # noqa: B023
+            lambda *args: reference.rotary_embedding(*args, table.cos(), table.sin(), **options),  # noqa: B023
+            [query, key],
+            on=on,
+        )
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (2, 0, 3, 4)], ids=str)
+@pytest.mark.parametrize("on", BACKENDS)
+def test_nothing_to_turn(on, shape):
+    table, key = torch.ones(5, 2), torch.randn(shape[0], 1, *shape[2:], requires_grad=True)
+    with running_on(on):
+        outs = ft.rotary_embedding(torch.zeros(shape), key, table, 0 * table)
+        (gradient,) = torch.autograd.grad(outs[1].sum(), key)
+    assert outs[0].shape == shape and torch.equal(outs[1], key)
+    assert torch.equal(gradient, torch.ones_like(key))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_gradients_of_the_tables(interleaved):
     """The reference alone has them, so a trained table runs there."""

@@ -28,16 +28,14 @@ from fasttransformer.kernels._device import threshold_of
 T = torch.ops.fasttransformer_triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-OPERATORS = [
-    "softmax", "softmax_backward", "layer_norm", "layer_norm_backward", "rms_norm",
-    "rms_norm_backward", "add_layer_norm", "add_layer_norm_backward", "add_rms_norm",
-    "add_rms_norm_backward", "linear_add", "linear_add_backward", "linear_add_layer_norm",
-    "linear_add_rms_norm", "linear_cross_entropy", "linear_cross_entropy_backward",
-    "linear_softmax", "linear_topk", "attention", "attention_backward",
-    "cross_entropy",
-    "cross_entropy_backward", "embedding", "embedding_backward", "rotary_embedding",
-    "rotary_embedding_backward", "activation", "activation_backward",
-]  # fmt: skip
+BOTH_WAYS = (
+    "softmax", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "linear_add",
+    "linear_cross_entropy", "attention", "attention_varlen", "cross_entropy", "embedding",
+    "rotary_embedding", "activation",
+)  # fmt: skip
+OPERATORS = [*BOTH_WAYS, *(f"{op}_backward" for op in BOTH_WAYS), "attention_decode",
+             "linear_add_layer_norm", "linear_add_rms_norm", "linear_softmax",
+             "linear_topk"]  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on inf − inf
 

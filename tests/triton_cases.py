@@ -6,6 +6,8 @@ from fasttransformer.kernels import (
     _norm,
     activation,
     attention,
+    attention_decode,
+    attention_varlen,
     cross_entropy,
     embedding,
     linear_add,
@@ -58,6 +60,30 @@ def _attention(D, dtype, E=None, S=256, T=256, G=2, H=4, mask=False, bias=None, 
         attention.attention_backward(
             out, lse if everything else None, q, k, v, out, lse, *options, b is not None, False
         )
+
+
+def _attention_varlen(D, dtype, everything=False):
+    q, out = torch.empty(2, 256, 4, D, dtype=dtype)
+    k, v = torch.empty(2, 300, 2, D, dtype=dtype)
+    lse, cu = torch.empty(4, 256), torch.tensor([0, 200, 256], dtype=torch.int32)
+    mask = bias = slopes = sinks = seed = None
+    if everything:
+        mask = torch.ones(1, 1, 1, 200, dtype=torch.bool).expand(2, 4, 200, 200)
+        bias = torch.empty(1, 4, 1, 200, dtype=dtype).expand(2, 4, 200, 200)
+        slopes, sinks, seed = torch.ones(2, 4), torch.ones(4), torch.zeros(1, dtype=torch.int64)
+    options = (cu, cu, 200, 200, mask, bias, True, True, -1, -1, 30.0 if everything else 0.0,
+               slopes, sinks, 0.1, 0.1 if everything else 0.0, seed)  # fmt: skip
+    attention_varlen.attention_varlen(q, k, v, *options)
+    attention_varlen.attention_varlen_backward(
+        out, None, q, k, v, out, lse, *options, everything, False
+    )
+
+
+def _attention_decode(D, dtype):
+    q, cache = torch.empty(2, 8, 1, D, dtype=dtype), torch.empty(2, 2, 512, D, dtype=dtype)
+    lengths = torch.ones(2, dtype=torch.int32)
+    options = (None, None, True, 100, -1, 0.0, None, None, 0.1)
+    attention_decode.attention_decode(q, cache, cache, lengths, *options)
 
 
 def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
@@ -138,6 +164,10 @@ CASES = {
     "attention 128 bf16 mask": lambda: _attention(128, BF16, mask=True),
     "attention 128 bf16 bias": lambda: _attention(128, BF16, bias=(1, 4, 256, 256)),
     "attention 128 bf16 decode": lambda: _attention(128, BF16, S=1),
+    "attention_decode 128 bf16": lambda: _attention_decode(128, BF16),
+    "attention_varlen 128 bf16": lambda: _attention_varlen(128, BF16),
+    "attention_varlen 64 f16": lambda: _attention_varlen(64, torch.float16),
+    "attention_varlen 64 f32 everything": lambda: _attention_varlen(64, F32, True),
     "attention 96-80 bf16": lambda: _attention(96, BF16, E=80),
     "attention 256 bf16 causal": lambda: _attention(256, BF16, is_causal=True),
     "attention 64 bf16 everything": lambda: _attention(
@@ -178,6 +208,7 @@ FEW = {
     "norm 65536 bf16",
     "attention 64 bf16 bias",
     "attention 128 bf16 causal",
+    "attention_varlen 128 bf16",
     "cross_entropy 50257 bf16",
     "cross_entropy 128256 f32",
     "embedding 4096 bf16",

@@ -26,15 +26,15 @@ struct ValueAndSlope {
 };
 
 // act(x) and act′(x), also where x² is infinite; an infinite x gives a slope of NaN, as in torch.
-template <Activation kActivation>
+template <Activation kActivation, class T>
 FT_INLINE ValueAndSlope value_and_slope(vf x) {
   const vf one = splat(1.f);
   if constexpr (kActivation == Activation::silu) {
     const vf s = sigmoid(x), value = x * s;
     return {value, fma(value, one - s, s)};
   } else if constexpr (kActivation == Activation::gelu) {
-    const vf tail = normal_tail(x), phi = select(x < zero(), tail, one - tail);
-    const vf density = exp2(x * x * splat(-0.5f * kLog2E)) * splat(kInverseSqrtTwoPi);
+    const vf tail = normal_tail<T>(x), phi = select(x < zero(), tail, one - tail);
+    const vf density = exp2_for<T>(x * x * splat(-0.5f * kLog2E)) * splat(kInverseSqrtTwoPi);
     return {gelu_of_tail(x, tail), fma(x, density, phi)};
   } else if constexpr (kActivation == Activation::gelu_tanh) {  // x · sigmoid(2u)
     const vf square = x * x;
@@ -64,11 +64,11 @@ void row(const T* x, const T* up, int64_t n, T* out) {
     const auto xj = load(x + j, part);
     if constexpr (Gated) {
       const auto f = [](vf a, vf b, vf)
-                         __attribute__((always_inline)) { return activate(kActivation, a) * b; };
+                         __attribute__((always_inline)) { return activate<T>(kActivation, a) * b; };
       store(out + j, each(f, xj, load(up + j, part), xj), part);
     } else {
       const auto f = [](vf a, vf, vf)
-                         __attribute__((always_inline)) { return activate(kActivation, a); };
+                         __attribute__((always_inline)) { return activate<T>(kActivation, a); };
       store(out + j, each(f, xj, xj, xj), part);
     }
   });
@@ -82,17 +82,17 @@ void grad_row(const T* x, const T* up, const T* g, int64_t n, T* dx, T* d_up) {
     if constexpr (Gated) {
       const auto upj = load(up + j, part);
       const auto by_gate = [](vf a, vf b, vf c) __attribute__((always_inline)) {
-        return c * b * value_and_slope<kActivation>(a).slope;
+        return c * b * value_and_slope<kActivation, T>(a).slope;
       };
       const auto by_up = [](vf a, vf, vf c) __attribute__((always_inline)) {
-        return c * value_and_slope<kActivation>(a).value;
+        return c * value_and_slope<kActivation, T>(a).value;
       };
       store(dx + j, each(by_gate, xj, upj, gj), part);
       store(d_up + j, each(by_up, xj, upj, gj), part);
     } else {
       const auto f = [](vf a, vf, vf c) __attribute__((always_inline)) {
         if constexpr (kActivation == Activation::relu) return select(a <= zero(), zero(), c);
-        return c * value_and_slope<kActivation>(a).slope;
+        return c * value_and_slope<kActivation, T>(a).slope;
       };
       store(dx + j, each(f, xj, xj, gj), part);
     }

@@ -5,8 +5,8 @@
 // positions and goes through all the sequences with them, so that a row of sines is made once per
 // position. Backward: the ids come sorted, with the tokens they are from. A thread owns a run of
 // the table's rows, chosen so that rows to write and tokens to read are shared out evenly; it
-// writes each row once, zeros or the sum of the row's tokens, which registers hold for kSumVectors
-// vectors of columns. Only a row of very many tokens is shared by columns instead. Each column's
+// writes zeros or the sum of the row's tokens, which registers hold for kSumVectors vectors of
+// columns. Only a row of very many tokens is shared by columns instead. Each column's
 // sum has one order, that of the tokens in tiles of kEmbeddingTile, whoever makes it: the same bits
 // on any number of threads. Bound by memory: forward reads a table row and writes a row per token,
 // backward reads a row per token and writes the table. Source: Vaswani et al., 2017
@@ -21,12 +21,13 @@
 namespace ft::FT_ISA {
 namespace {
 
-constexpr int64_t kGrain = 32768;   // elements below which a second thread costs more than it gives
-constexpr int64_t kPositions = 8;   // whose sines are kept at a time
-constexpr int64_t kAhead = 2;       // tokens ahead whose row is asked for
-constexpr int kSumVectors = 8;      // vectors of columns that are summed in registers
-constexpr int64_t kShared = 4096;   // tokens of a row that is shared by columns
-constexpr int64_t kLine = 64;       // bytes of a cache line
+constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it gives
+constexpr int64_t kPositions = 8;  // whose sines are kept at a time
+constexpr int64_t kAhead = 2;      // tokens ahead whose row is asked for
+constexpr int kSumVectors = 8;     // vectors of columns that are summed in registers
+constexpr int64_t kShared = 4096;  // tokens of a row that is shared by columns
+constexpr int64_t kInMemory = int64_t{32} << 20;  // bytes of a table that no cache holds
+constexpr int64_t kLine = 64;                     // bytes of a cache line
 constexpr int64_t kAskedLines = 4;  // of a row: the processor itself asks for what follows
 
 template <class T>
@@ -204,12 +205,17 @@ void table_rows(const EmbeddingBackwardParams& p, int64_t from, int64_t to, int6
     std::memset(static_cast<void*>(table + first * p.features), 0,
                 static_cast<size_t>((last - first) * p.features) * sizeof(T));
   };
+  // Where most rows get zeros and lie in memory, all do, in one stretch: that is written without
+  // being read first.
+  const bool cleared =
+      2 * p.tokens < p.rows && p.rows * p.features * static_cast<int64_t>(sizeof(T)) > kInMemory;
+  if (cleared) clear(from, to);
   int64_t row = from, i = first_of(p, from);
   while (row < to) {
     const int64_t id = i < p.tokens ? id_at(p.ids, i) : p.rows;
     if (id > row) {  // no token looked up the rows before it
       const int64_t end = id < to ? id : to;
-      clear(row, end);
+      if (!cleared) clear(row, end);
       row = end;
       continue;
     }

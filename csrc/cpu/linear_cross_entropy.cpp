@@ -26,8 +26,13 @@ namespace {
 
 constexpr int64_t kLogitsBytes = int64_t{32} << 20;  // of a chunk, or of kLeastRows rows
 constexpr int64_t kLeastRows = 3 * NR;
-constexpr int64_t kMostRows = 1536;                    // a tile spans them
-constexpr int64_t kInputGradBytes = int64_t{4} << 20;  // of W at a time in d_input's sum
+constexpr int64_t kMostRows = 1536;  // a tile spans them; with gradients:
+constexpr int64_t kMostGradientRows = 1024;
+
+// Classes are shared out to threads in kShares parts, or fewer whose sums for d_input fit.
+constexpr int64_t kShares = 32;
+constexpr int64_t kShareBytes = int64_t{16} << 20;
+constexpr int64_t kTilesAtOnce = 4;  // of a share: their G stays in L2
 
 constexpr int64_t kTile = kBlockRows;  // classes of a tile of logits
 constexpr int kAtOnce = 4;             // classes in flight: more than the latency of an addition
@@ -94,7 +99,8 @@ struct Chunk {
   // G = scale · p − hot at the target − even · class weight
   float *scale = nullptr, *hot = nullptr, *even = nullptr;
   int32_t* target = nullptr;
-  float* d_input = nullptr;     // (count, features)
+  int64_t shares = 1;
+  float* d_input = nullptr;     // (shares, stride, features)
   const void* input = nullptr;  // the chunk's rows, `input_stride` elements apart
   int64_t input_stride = 0;
 
@@ -197,22 +203,21 @@ struct Gradient {
   float* d_bias;  // null: not wanted
 };
 
-// Exponentials, of E, become G in place. A narrower T is written before what is still to be read.
+// Exponentials, of E, become G in place, for classes [first, last). A narrower T is written before
+// what is still to be read.
 template <class E, class T>
-void gradient_of_exponentials(const Gradient& g) {
+void gradient_of_exponentials(const Gradient& g, int64_t first, int64_t last) {
   const Chunk& c = g.chunk;
-  parallel_for(c.tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t v = begin * kTile; v < std::min(end * kTile, c.call.p.classes); ++v) {
-      const E* line = c.line<E>(v);
-      const float* factor = c.tops + v / kTile * c.stride;
-      const auto share = [&](int64_t j, auto part) __attribute__((always_inline)) {
-        return load(line + j, part) * load(factor + j);
-      };
-      const float sum =
-          gradient_line<T, sizeof(E) != sizeof(float)>(c, v, 0, c.count, c.line<T>(v), share);
-      if (g.d_bias) g.d_bias[v] += sum;
-    }
-  });
+  for (int64_t v = first; v < last; ++v) {
+    const E* line = c.line<E>(v);
+    const float* factor = c.tops + v / kTile * c.stride;
+    const auto share = [&](int64_t j, auto part) __attribute__((always_inline)) {
+      return load(line + j, part) * load(factor + j);
+    };
+    const float sum =
+        gradient_line<T, sizeof(E) != sizeof(float)>(c, v, 0, c.count, c.line<T>(v), share);
+    if (g.d_bias) g.d_bias[v] += sum;
+  }
 }
 
 // A tile of logits becomes G by the rows' statistics.
@@ -353,36 +358,64 @@ Gemm product_of_gradient(const Chunk& c, int64_t from_class) {
   return g;
 }
 
-template <class T, class TG>
-void multiply_weight_grad(const Chunk& c, const Sum& sum) {
-  Gemm g = product_of_gradient<T, TG>(c, 0);
-  g.rows = c.call.p.classes;
-  g.depth = c.count;
-  g.b = {c.input, false, c.input_stride};
-  g.context = &sum;
-  gemm(g);
+// Classes [first, last), on this thread: G where it is not there yet, and their part in the sums.
+// `d_input` is this share's.
+template <class T, class E, class TG>
+void take_share(const Gradient& gradient, int64_t first, int64_t last, const Sum& d_weight,
+                float* d_input) {
+  const Chunk& c = gradient.chunk;
+  const LinearCrossEntropyParams& p = c.call.p;
+  for (int64_t v = first; v < last; v += kTilesAtOnce * kTile) {
+    const int64_t classes = std::min(kTilesAtOnce * kTile, last - v), at = v * p.features;
+    if (p.losses) gradient_of_exponentials<E, TG>(gradient, v, v + classes);
+    Gemm g = product_of_gradient<T, TG>(c, v);
+    g.one_thread = true;
+    if (p.d_weight) {
+      const Sum sum = {d_weight.total + at, static_cast<T*>(d_weight.out) + at, p.features,
+                       d_weight.first, d_weight.last};
+      g.rows = classes;
+      g.depth = c.count;
+      g.b = {c.input, false, c.input_stride};
+      g.context = &sum;
+      gemm(g);
+    }
+    if (p.d_input) {
+      const Sum sum = {d_input, nullptr, p.features, v == first, false};
+      g.a.transposed = true;
+      g.rows = c.count;
+      g.depth = classes;
+      g.b = {static_cast<const T*>(p.weight) + at, false, p.features};
+      g.context = &sum;
+      gemm(g);
+    }
+  }
 }
 
-template <class T, class TG>
-void multiply_input_grad(const Chunk& c) {
+// All shares, in whatever order threads come to them, and d_input as their sum, in theirs.
+template <class T, class E, class TG>
+void multiply_gradients(const Gradient& gradient, const Sum& d_weight) {
+  const Chunk& c = gradient.chunk;
   const LinearCrossEntropyParams& p = c.call.p;
-  const int64_t row_bytes = p.features * static_cast<int64_t>(sizeof(float));
-  const int64_t height = std::max<int64_t>(kInputGradBytes / (row_bytes + 1) / kTile, 1) * kTile;
-  for (int64_t v = 0; v < p.classes; v += height) {
-    const Sum sum = {c.d_input, nullptr, p.features, v == 0, false};
-    Gemm g = product_of_gradient<T, TG>(c, v);
-    g.a.transposed = true;
-    g.rows = c.count;
-    g.depth = std::min(height, p.classes - v);
-    g.b = {static_cast<const T*>(p.weight) + v * p.features, false, p.features};
-    g.context = &sum;
-    gemm(g);
-  }
-  parallel_for(c.count, 16384 / (p.features + 1) + 1, [&](int64_t begin, int64_t end) {
+  const int64_t size = c.stride * p.features;
+  int64_t next = 0;
+  parallel_for(std::min<int64_t>(num_threads(), c.shares), 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t s = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (s >= c.shares) return;
+      const int64_t first = c.tiles * s / c.shares * kTile;
+      const int64_t last = std::min(c.tiles * (s + 1) / c.shares * kTile, p.classes);
+      take_share<T, E, TG>(gradient, first, last, d_weight, c.d_input + s * size);
+    }
+  });
+  if (p.d_input == nullptr) return;
+  parallel_for(c.count, 16384 / (p.features * c.shares + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       T* out = static_cast<T*>(p.d_input) + c.rows[j] * p.features;
+      const float* from = c.d_input + j * p.features;
       over_lanes(p.features, [&](int64_t k, auto part) __attribute__((always_inline)) {
-        store(out + k, load(c.d_input + j * p.features + k, part), part);
+        vf total = load(from + k, part);
+        for (int64_t s = 1; s < c.shares; ++s) total += load(from + s * size + k, part);
+        store(out + k, total, part);
       });
     }
   });
@@ -418,7 +451,7 @@ T* place(Chunk& c, Parts parts, size_t* bytes = nullptr) {
     *array = parts.take<float>(c.stride);
   }
   c.target = parts.take<int32_t>(c.stride);
-  c.d_input = parts.take<float>(p.d_input ? c.stride * p.features : 0);
+  c.d_input = parts.take<float>(p.d_input ? c.shares * c.stride * p.features : 0);
   T* copy = parts.take<T>(c.stride * p.features);
   if (bytes) *bytes = parts.used;
   return copy;
@@ -459,17 +492,15 @@ void run_chunk(const Chunk& c, float* d_bias, const Sum& d_weight) {
     merge(c);
     if (c.lines == nullptr) return;
     set_factors(c);
-    gradient_of_exponentials<E, TG>(gradient);
   }
-  if (p.d_weight) multiply_weight_grad<T, TG>(c, d_weight);
-  if (p.d_input) multiply_input_grad<T, TG>(c);
+  multiply_gradients<T, E, TG>(gradient, d_weight);
 }
 
 // Rows of a chunk whose lines hold elements of so many bytes.
 int64_t most_rows(const Call& call, size_t element) {
   if (!call.gradients) return kMostRows;
   const int64_t fit = kLogitsBytes / static_cast<int64_t>(element) / (call.p.classes + 1);
-  return std::clamp(fit / NR * NR, kLeastRows, kMostRows);
+  return std::clamp(fit / NR * NR, kLeastRows, kMostGradientRows);
 }
 
 template <class T, class E, class TG>
@@ -482,6 +513,9 @@ void run(const Call& call) {
   c.tiles = ceil_div(p.classes, kTile);
   c.stride = chunks == 0 ? 0 : round_up(ceil_div(kept, chunks), NR);
   c.line_bytes = c.stride * static_cast<int64_t>(element);
+  const int64_t share = c.stride * p.features * static_cast<int64_t>(sizeof(float));
+  const int64_t fit = p.d_input ? kShareBytes / (share + 1) : kShares;
+  c.shares = std::min(std::clamp<int64_t>(fit, 1, kShares), c.tiles);
   size_t bytes = 0;
   place<T>(c, Parts{}, &bytes);
   Parts parts{static_cast<char*>(thread_scratch(Scratch::logits, bytes + 64))};

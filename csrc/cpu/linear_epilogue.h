@@ -6,10 +6,12 @@
 
 namespace ft::FT_ISA {
 
+// As exact as rounding to T asks for.
+template <class T>
 FT_INLINE vf activate(Activation activation, vf x) {
   switch (activation) {
     case Activation::relu: return relu(x);
-    case Activation::gelu: return gelu(x);
+    case Activation::gelu: return gelu<T>(x);
     case Activation::gelu_tanh: return gelu_tanh(x);
     case Activation::silu: return silu(x);
     default: return x;
@@ -25,7 +27,7 @@ FT_INLINE void finish_row(const float* acc, const float* bias, const T* residual
   for (; j + W <= n; j += W) {
     vf x = load(acc + j);
     if (bias) x += load(bias + j);
-    x = activate(activation, x);
+    x = activate<T>(activation, x);
     if (residual) x += load(residual + j);
     store(out + j, x);
   }
@@ -33,7 +35,7 @@ FT_INLINE void finish_row(const float* acc, const float* bias, const T* residual
     const int rest = static_cast<int>(n - j);
     vf x = load(acc + j, rest);
     if (bias) x += load(bias + j, rest);
-    x = activate(activation, x);
+    x = activate<T>(activation, x);
     if (residual) x += load(residual + j, rest);
     store(out + j, x, rest);
   }

@@ -183,6 +183,14 @@ CHECKS: tuple[Check, ...] = (
         ),
     ),
     Check(
+        "merge_attention",
+        "three parts",
+        "3,2,5,24 3,2,5",
+        lambda ops, outs, lses: ops.merge_attention(
+            outs, lses.to(torch.promote_types(outs.dtype, torch.float32))
+        ),
+    ),
+    Check(
         "feed_forward",
         "swiglu",
         "9,32 96,32 96 32,48 32",

@@ -113,6 +113,32 @@ def _attention(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
     return tensors, options
 
 
+def _varlen(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
+    """``--shape`` is the padded batch's, whose sequences are all of full length."""
+    tensors, options = _attention(a)
+    batch, bounds = a.shape[0], []
+    for x in tensors[:2]:
+        bounds.append(torch.arange(batch + 1, device=a.args.device) * x.shape[2])
+    packed = [x.detach().transpose(1, 2).flatten(0, 1).requires_grad_(a.args.grad) for x in tensors]
+    return [*packed, *bounds], options
+
+
+def _decode(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
+    """``--shape`` is the query's, ``--key-shape`` the cache's."""
+    (query, key, value), options = _attention(a)
+    lengths = a.like(1, key.shape[0], dtype=torch.int32).contiguous().fill_(key.shape[2])
+    cache = ft.KVCache(key.detach()[None], value.detach()[None], lengths)
+    return [query, cache], {"is_causal": a.args.causal, **options}
+
+
+def _merge(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
+    """``--shape`` is (parts, *, value_dim)."""
+    if len(a.shape) < 2:
+        raise UsageError(f"--shape must be PARTS,...,VALUE_DIM for {a.args.op}, got {a.shape}")
+    wide = torch.promote_types(a.args.dtype, torch.float32)
+    return [a.tensor(*a.shape), a.like(*a.shape[:-1], dtype=wide)], {}
+
+
 def _cross_entropy(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
     rows = a.shape[:1] + a.shape[2:] if len(a.shape) > 1 else ()
     return [a.tensor(*a.shape), a.like(*rows, dtype=torch.int64)], {}
@@ -164,6 +190,11 @@ FAMILIES: dict[str, _Family] = {
     "embedding": _Family(_embedding, frozenset()),
     "rotary_embedding": _Family(_rotary, frozenset()),
     "attention": _Family(_attention, _ALL_ATTENTION),
+    "attention_varlen": _Family(_varlen, _ALL_ATTENTION - {"key_lengths"}),
+    "attention_decode": _Family(
+        _decode, _ALL_ATTENTION - {"key_lengths", "bottom_right", "dropout"}
+    ),
+    "merge_attention": _Family(_merge, frozenset()),
     "scaled_dot_product_attention": _Family(
         _attention, frozenset({"causal", "mask", "dropout", "key_shape", "value_dim"})
     ),

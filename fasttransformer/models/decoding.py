@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends import Kernel, choose
 from ..nn import RotaryEmbedding
 from ..ops import KVCache
+from ..ops._front import autocast_dtype
 from ..ops.attention_decode import attention_decode
 from ..ops.embedding import embedding
 from ..ops.layer_norm import layer_norm
@@ -170,7 +171,11 @@ class DecodingState:
 
     def _allocate(self, rows: int, capacity: int) -> None:
         shape = (len(self.layers), 2, rows, self.heads, capacity, self.head_dim)
-        self._use(self.weight.new_zeros(shape))
+        # Under autocast projections, and so keys and values, are of its dtype.
+        dtype = self.weight.dtype
+        if dtype != torch.float64:
+            dtype = autocast_dtype(self.weight.device.type) or dtype
+        self._use(self.weight.new_zeros(shape, dtype=dtype))
 
     def _use(self, stored: Tensor) -> None:
         self.stored = stored

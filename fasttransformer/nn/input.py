@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.embedding import embedding
 from ..ops.rotary_embedding import rotary_embedding
 from ..reference.embedding import sinusoid
+from ._dropout import dropout
 from .norms import checked_dropout
 
 
@@ -97,7 +97,7 @@ class TokenPositionEmbedding(nn.Module):
             scale=self.scale,
             padding_idx=self.padding_idx,
         )
-        return F.dropout(y, self.dropout) if self.training and self.dropout else y
+        return dropout(y, self.dropout) if self.training and self.dropout else y
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, positions={self.positions!r}"
@@ -143,7 +143,7 @@ class SinusoidalPositionalEncoding(nn.Module):
         wide = torch.promote_types(input.dtype, torch.float32)
         table = sinusoid(positions, self.embedding_dim)
         y = (input.to(wide) + table.to(wide)).to(input.dtype)
-        return F.dropout(y, self.dropout) if self.training and self.dropout else y
+        return dropout(y, self.dropout) if self.training and self.dropout else y
 
     def extra_repr(self) -> str:
         return f"{self.embedding_dim}, dropout={self.dropout}"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._front import FLOATS
+from ..ops._activation import activated
+from ..ops._front import FLOATS, needs_grad
 from ..ops.embedding import embedding
-from ..ops.linear_add import ACTIVATIONS, activate, linear_add
+from ..ops.linear_add import ACTIVATIONS, linear_add
 from ..ops.softmax import softmax
 from ..reference.feed_forward import GATES
+from ._dropout import dropout
 from ._fallback import record
 from ._project import project_add, project_add_norm
 from .norms import LayerNorm, RMSNorm, checked_dropout
@@ -222,13 +223,12 @@ class FeedForward(nn.Module):
     def hidden(self, input: Tensor) -> Tensor:
         """What enters the second linear layer, (..., dim_feedforward): for blocks that fuse that
         layer with what follows it."""
-        linear1 = self.linear1
-        if self.activation in GATES:
-            gate, up = linear1(input).chunk(2, dim=-1)
-            hidden = activate(gate, GATES[self.activation]) * up
+        weight, bias = self.linear1.weight, self.linear1.bias
+        if self.activation in GATES or needs_grad(input, weight, bias):
+            hidden = activated(linear_add(input, weight, bias), self.activation)
         else:
-            hidden = linear_add(input, linear1.weight, linear1.bias, activation=self.activation)
-        return F.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
+            hidden = linear_add(input, weight, bias, activation=self.activation)
+        return dropout(hidden, self.dropout) if self.training and self.dropout else hidden
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"

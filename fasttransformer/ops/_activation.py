@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import Kernel
+from ..backends import STEPS, Kernel, choose
 from ..reference.feed_forward import GATES
-from ._front import fake, needs_grad
+from ._front import device_type_of, fake, needs_grad
 from ._function import differentiable, vmap_rule
+from ._norm import GRAD, NO_OPTIONS
+from .linear_add import activate
+
+
+def step_of(backend: str, input: Tensor, options: frozenset[str]) -> Kernel | None:
+    """The backend's kernel for the activation of ``input``, or None."""
+    step = STEPS["activation"].get(backend)
+    if step is not None and step.unsupported(input.dtype, options, ()) is not None:
+        return None
+    return step
+
+
+def activated(input: Tensor, name: str) -> Tensor:
+    """:func:`activation` by the backend that runs linear layers here, or by torch's operations."""
+    options = GRAD if needs_grad(input) else NO_OPTIONS
+    on = choose("linear_add", device_type_of(input), input.dtype, options).backend
+    step = step_of(on, input, options)
+    if step is not None:
+        return activation(input, name, step)
+    if name in GATES:
+        gate, up = input.chunk(2, dim=-1)
+        return activate(gate, GATES[name]) * up
+    return activate(input, name)
 
 
 def activation(input: Tensor, name: str, kernel: Kernel) -> Tensor:

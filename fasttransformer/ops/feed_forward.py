@@ -9,9 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..backends import STEPS, Kernel, choose
+from ..backends import Kernel, choose
 from ..reference.feed_forward import GATES
 from ._activation import activation as _activation
+from ._activation import step_of
 from ._front import is_float, needs_grad, same_device, same_dtype
 from ._function import differentiable
 from .linear_add import (
@@ -84,9 +85,7 @@ def feed_forward(
             input, weight_in, bias_in, weight_out, bias_out, activation=activation
         )
     on = kernel.backend
-    step = STEPS["activation"].get(on)
-    if step is not None and step.unsupported(input.dtype, options, ()) is not None:
-        step = None
+    step = step_of(on, input, options)
     if step is not None and options:
         return _with_grad(
             input, weight_in, bias_in, weight_out, bias_out, activation, (kernel, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -63,28 +64,31 @@ def linear_softmax(
 
 
 class _LinearSoftmax:
-    # Backward joins two operators that exist anyway: the softmax's, then the linear layer's.
+    # Backward joins two operators that exist anyway: the softmax's, then the linear layer's. For 16
+    # bits the probabilities are made again in float32: of a rounded one that is nearly 1, the
+    # gradient would have nothing right.
     @staticmethod
     def forward(x, weight, bias, temperature, kernel):
         return kernel.forward(x, weight, bias, temperature)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.temperature, ctx.kernel = inputs
-        ctx.save_for_backward(x, weight, output)
+        x, weight, bias, ctx.temperature, ctx.kernel = inputs
+        ctx.save_for_backward(x, weight, bias, output if x.dtype == torch.float32 else None)
 
     @staticmethod
     def backward(ctx, grad):
-        backend = ctx.kernel.backend
-        # 16-bit operands are widened: logits' gradients, rounded to 16 bits, are too coarse for
-        # sums over few rows.
-        x, weight, output, grad = (t.float() for t in (*ctx.saved_tensors, grad))
+        x, weight, bias, output = ctx.saved_tensors
+        dtype, backend = x.dtype, ctx.kernel.backend
+        if output is None:
+            x, weight, grad = x.float(), weight.float(), grad.float()
+            bias = None if bias is None else bias.float()
+            output = ctx.kernel.forward(x, weight, bias, ctx.temperature)
         d_logits = TABLE["softmax"][backend].backward(
             grad.contiguous(), output, 1.0 / ctx.temperature, False
         )
         linear = TABLE["linear_add"][backend]
         gradients = linear_gradients(linear, d_logits, x, weight, ctx.needs_input_grad)
-        dtype = ctx.saved_tensors[0].dtype
         return *(None if g is None else g.to(dtype) for g in gradients), None, None
 
 

@@ -1,8 +1,9 @@
 """English and Chinese by rule: numbers, dates, times of day, counted things, short sentences.
 
 Each record is one direction, (source, target), and both directions are made; which one is wanted is
-plain from the source's script. A number, a date, a time, or a pair of noun and adjective is either
-for training or held out, in all its phrases and both directions.
+plain from the source's script. A number that stands alone, a date, a time, or a pair of noun and
+adjective is either for training or held out, in both directions. Words are shared: counts, minutes
+and years are made of the same ones.
 """
 
 from __future__ import annotations

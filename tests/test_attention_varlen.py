@@ -71,7 +71,7 @@ def packed(lengths_q, lengths_k, dtype, heads=4, kv_heads=2, dim=16, value_dim=N
 
 
 LENGTHS = ((33, 0, 1, 70, 16), (40, 5, 150, 70, 0))
-SMALL = ((20, 0, 1, 35, 4), (12, 5, 40, 35, 0))  # for the interpreter
+SMALL = ((9, 0, 1, 34, 4), (12, 5, 40, 3, 0))  # for the interpreter
 
 
 def lengths_for(on):
@@ -121,6 +121,8 @@ def test_dtypes_and_head_sizes(on, dtype):
 @pytest.mark.parametrize("whole", [(0, 0, 1, 1), (1, 1, 1, 1), (1, 0, 0, 1), (0, 1, 1, 0)], ids=str)
 def test_gradient_of_a_bias_and_of_sinks(on, whole):
     """`whole`: dimensions (sequence, head, query, key) over which the bias does not broadcast."""
+    if on in slow_interpreter and whole != (1, 1, 1, 1):
+        pytest.skip("slow in the interpreter")
     lengths = lengths_for(on)
     full = (5, 4, *map(max, lengths))
     bias = torch.randn([n if w else 1 for n, w in zip(full, whole)])

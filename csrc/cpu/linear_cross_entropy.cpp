@@ -14,10 +14,10 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/columns.h"
 #include "cpu/gemm.h"
+#include "cpu/own_vector.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
 
@@ -48,10 +48,10 @@ int64_t id_at(const IdsArg& ids, int64_t i) {
 // What a call needs beside its chunks.
 struct Call {
   const LinearCrossEntropyParams& p;
-  std::vector<int64_t> kept;               // the rows that count
-  std::vector<float> bias, class_weights;  // empty: zeros, ones
-  std::vector<double> tile_weights;        // sums of the classes' weights
-  double weight_sum = 0, row_grad = 1;     // forward, each row's grad
+  OwnVector<int64_t> kept;               // the rows that count
+  OwnVector<float> bias, class_weights;  // empty: zeros, ones
+  OwnVector<double> tile_weights;        // sums of the classes' weights
+  double weight_sum = 0, row_grad = 1;   // forward, each row's grad
   bool gradients;
 
   explicit Call(const LinearCrossEntropyParams& params)
@@ -73,7 +73,7 @@ struct Call {
     if (p.mean) row_grad = 1 / total;
   }
 
-  void widen(const VectorArg& vector, std::vector<float>& out) const {
+  void widen(const VectorArg& vector, OwnVector<float>& out) const {
     if (vector.data == nullptr) return;
     out.resize(static_cast<size_t>(p.classes));
     widen_vector(vector, p.classes, out.data());
@@ -527,7 +527,7 @@ void run(const Call& call) {
     total = static_cast<float*>(
         thread_scratch(Scratch::sums, static_cast<size_t>(weights) * sizeof(float)));
   }
-  std::vector<float> d_bias(static_cast<size_t>(p.d_bias ? p.classes : 0));
+  OwnVector<float> d_bias(static_cast<size_t>(p.d_bias ? p.classes : 0));
   for (int64_t at = 0; at < kept; at += c.count) {
     c.rows = call.kept.data() + at;
     c.count = std::min(c.stride, kept - at);

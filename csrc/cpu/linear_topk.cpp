@@ -11,13 +11,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 #include "cpu/columns.h"
 #include "cpu/output_layer.h"
 
 namespace ft::FT_ISA {
 namespace {
+
+// std::greater would make std::sort a weak symbol that all instruction sets share.
+struct Descending {
+  bool operator()(uint64_t a, uint64_t b) const { return a > b; }
+};
 
 constexpr int64_t kListed = 128;  // the largest k that is kept in lists
 constexpr int64_t kShares = 16;
@@ -234,8 +238,8 @@ void run_selection(const LinearTopkParams& p) {
         float* x = logits + r * n;
         const Sum sum = sum_of(x, bias, 1.f / l.temperature, n);
         for (int64_t j = 0; j < n; ++j) ranks[j] = rank_of(x[j], j);
-        if (p.k < n) std::nth_element(ranks, ranks + p.k, ranks + n, std::greater<>());
-        std::sort(ranks, ranks + p.k, std::greater<>());
+        if (p.k < n) std::nth_element(ranks, ranks + p.k, ranks + n, Descending{});
+        std::sort(ranks, ranks + p.k, Descending{});
         const int64_t at = (row + r) * p.k;
         for (int64_t i = 0; i < p.k; ++i) {
           const int64_t index = 0xffffffffu - static_cast<int64_t>(ranks[i] & 0xffffffffu);

@@ -34,7 +34,7 @@ from fasttransformer.reference.attention import attend_at
 from fasttransformer.reference.rotary_embedding import rotate
 
 
-@dataclass
+@dataclass(repr=False)
 class KVCache:
     """Keys and values of all layers in one contiguous block each.
 
@@ -42,8 +42,8 @@ class KVCache:
     how many positions of each sample are filled. Each layer keeps its own lengths, so layers may be
     called in any order, and none needs to know which is the last.
 
-    >>> KVCache.allocate(layers=2, batch=1, heads=4, capacity=16, head_dim=8).keys.shape
-    torch.Size([2, 1, 4, 16, 8])
+    >>> KVCache.allocate(layers=2, batch=1, heads=4, capacity=16, head_dim=8)
+    KVCache(float32, layers=2, batch=1, heads=4, capacity=16, head_dim=8)
     """
 
     keys: Tensor
@@ -72,6 +72,14 @@ class KVCache:
             keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
             values=torch.zeros(*shape, value_head_dim or head_dim, dtype=dtype, device=device),
             lengths=torch.zeros(layers, batch, dtype=torch.int32, device=device),
+        )
+
+    def __repr__(self) -> str:
+        layers, batch, heads, capacity, head_dim = self.keys.shape
+        dtype = str(self.keys.dtype).removeprefix("torch.")
+        return (
+            f"KVCache({dtype}, layers={layers}, batch={batch}, heads={heads}, "
+            f"capacity={capacity}, head_dim={head_dim})"
         )
 
     @property

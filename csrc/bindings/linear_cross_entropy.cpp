@@ -1,6 +1,6 @@
 #include "params/linear_cross_entropy.h"
 
-#include "bindings/device.h"
+#include "bindings/output_layer.h"
 
 namespace ft::bindings {
 
@@ -13,16 +13,9 @@ LinearCrossEntropyParams linear_cross_entropy_params(const Tensor& input, const 
                                                      const OptionalTensor& class_weight,
                                                      int64_t ignore_index, double label_smoothing) {
   LinearCrossEntropyParams p;
-  p.input = data(input);
-  p.weight = data(weight);
-  p.bias = vector_arg(bias);
+  fill_product(p, input, weight, bias);
   p.target = ids_arg(target);
   p.class_weight = vector_arg(class_weight);
-  p.dtype = dtype_of(input);
-  p.rows = input.size(0);
-  p.features = input.size(1);
-  p.row_stride = input.stride(0);
-  p.classes = weight.size(0);
   if (p.classes > kMostClasses) {
     throw std::invalid_argument("linear_cross_entropy: over 2^30 classes");
   }

@@ -5,9 +5,10 @@
 
 namespace ft::bindings {
 
-inline LinearSoftmaxParams output_layer(const Tensor& input, const Tensor& weight,
-                                        const OptionalTensor& bias, double temperature) {
-  LinearSoftmaxParams p;
+// The product's operands, of any params that have one.
+template <class Params>
+void fill_product(Params& p, const Tensor& input, const Tensor& weight,
+                  const OptionalTensor& bias) {
   p.input = data(input);
   p.weight = data(weight);
   p.bias = vector_arg(bias);
@@ -16,6 +17,12 @@ inline LinearSoftmaxParams output_layer(const Tensor& input, const Tensor& weigh
   p.features = input.size(1);
   p.row_stride = input.stride(0);
   p.classes = weight.size(0);
+}
+
+inline LinearSoftmaxParams output_layer(const Tensor& input, const Tensor& weight,
+                                        const OptionalTensor& bias, double temperature) {
+  LinearSoftmaxParams p;
+  fill_product(p, input, weight, bias);
   p.temperature = static_cast<float>(temperature);
   return p;
 }

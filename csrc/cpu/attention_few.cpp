@@ -90,12 +90,9 @@ FT_INLINE void scores_of_one(const float* query, int64_t columns, const T* key, 
                              float* s) {
   for (int r = 0; r < R; ++r) {
     vf sum = zero();
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) sum = fma(load(query + r * columns + d), load(key + d), sum);
-    if (d < dim) {
-      const vf x = load(key + d, static_cast<int>(dim - d));
-      sum = fma(load(query + r * columns + d), x, sum);
-    }
+    over_columns<1>(dim, [&](int64_t d, int, auto part) __attribute__((always_inline)) {
+      sum = fma(load(query + r * columns + d), load(key + d, part), sum);
+    });
     s[r * kKeys] = reduce_add(sum);
   }
 }
@@ -239,11 +236,9 @@ void part_of(const AttentionParams& p, const Units& u, const Plan& plan, const S
       last = max64(last, rows[r].last);
     }
     const T* query = at<T>(p.query, b, rows[r].head, rows[r].token);
-    for (int64_t d = 0; d < plan.query_columns; d += W) {
-      const int have = static_cast<int>(min64(W, p.head_dim - d));
-      store(queries + r * plan.query_columns + d,
-            have == W ? load(query + d) : load(query + d, have));
-    }
+    over_columns<1>(p.head_dim, [&](int64_t d, int, auto part) {
+      store(queries + r * plan.query_columns + d, load(query + d, part));
+    });
     to.top[r] = -__builtin_inff();
     store(to.total + r * W, zero());
     for (int64_t e = 0; e < plan.columns; e += W) store(to.sums + r * plan.columns + e, zero());

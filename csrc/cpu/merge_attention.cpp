@@ -4,8 +4,8 @@
 // A thread owns rows; bound by memory. Source: Milakov and Gimelshein, 2018 (arXiv:1805.02867).
 #include "params/merge_attention.h"
 
+#include "cpu/columns.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -45,13 +45,6 @@ float weigh(const MergeAttentionParams& p, const Place& at, float (&weights)[kMo
   return lost ? __builtin_nanf("") : top == __builtin_inff() ? top : top + __builtin_logf(total);
 }
 
-template <class T, class F>
-FT_INLINE void each_vector(int64_t columns, const F& f) {
-  int64_t e = 0;
-  for (; e + W <= columns; e += W) f(e, W);
-  if (e < columns) f(e, static_cast<int>(columns - e));
-}
-
 template <class T>
 void forward(const MergeAttentionParams& p) {
   parallel_for(p.rows(), kGrain / (p.columns * p.parts + 1) + 1, [&](int64_t begin, int64_t end) {
@@ -64,13 +57,13 @@ void forward(const MergeAttentionParams& p) {
         parts[i] = static_cast<const T*>(p.outs[i].data) + at.in(p.outs[i].strides);
       }
       T* out = static_cast<T*>(p.out) + at.in(p.out_strides);
-      each_vector<T>(p.columns, [&](int64_t e, int have) {
+      over_columns<1>(p.columns, [&](int64_t e, int, auto part) __attribute__((always_inline)) {
         vf sum = zero();
         for (int i = 0; i < p.parts; ++i) {
           if (weights[i] == 0.f) continue;
-          sum = fma(load(parts[i] + e, have), splat(weights[i]), sum);
+          sum = fma(load(parts[i] + e, part), splat(weights[i]), sum);
         }
-        store(out + e, sum, have);
+        store(out + e, sum, part);
       });
     }
   });
@@ -85,15 +78,15 @@ void backward(const MergeAttentionBackwardParams& p) {
       weigh(p, at, weights);
       const T* grad = static_cast<const T*>(p.grad_out.data) + at.in(p.grad_out.strides);
       for (int i = 0; i < p.parts; ++i) {
-        const T* part = static_cast<const T*>(p.outs[i].data) + at.in(p.outs[i].strides);
+        const T* from = static_cast<const T*>(p.outs[i].data) + at.in(p.outs[i].strides);
         T* d_part = static_cast<T*>(p.d_outs[i]) + row * p.columns;
         const bool absent = weights[i] == 0.f;
         vf sum = zero();
-        each_vector<T>(p.columns, [&](int64_t e, int have) {
-          if (absent) return store(d_part + e, zero(), have);
-          const vf g = load(grad + e, have);
-          sum = fma(g, load(part + e, have), sum);
-          store(d_part + e, g * splat(weights[i]), have);
+        over_columns<1>(p.columns, [&](int64_t e, int, auto part) __attribute__((always_inline)) {
+          if (absent) return store(d_part + e, zero(), part);
+          const vf g = load(grad + e, part);
+          sum = fma(g, load(from + e, part), sum);
+          store(d_part + e, g * splat(weights[i]), part);
         });
         products[i] = reduce_add(sum);
         if (!absent) mean += weights[i] * products[i];

@@ -14,8 +14,27 @@ from ..reference.feed_forward import GATES
 POSITIONS = ("sinusoidal", "learned", "rotary", "alibi")
 
 
+class CheckedOptions:
+    """Of dataclasses that check themselves when they are made: rules whose messages name the
+    option, its value and what it must be."""
+
+    #: in front of a message
+    _OF = ""
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self._wrong(name, f"an integer, {least} or more")
+
+    def _wrong(self, name: str, rule: str) -> None:
+        raise ValueError(f"{self._OF}{name} is {getattr(self, name)!r}; it must be {rule}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
 @dataclass
-class TransformerConfig:
+class TransformerConfig(CheckedOptions):
     """The sizes and options of one stack of layers, encoder or decoder.
 
     Args:
@@ -47,6 +66,8 @@ class TransformerConfig:
     >>> TransformerConfig.from_json(config.to_json()) == config
     True
     """
+
+    _OF = "TransformerConfig: "
 
     vocab_size: int
     embed_dim: int = 512
@@ -97,14 +118,6 @@ class TransformerConfig:
             if getattr(self, name) >= self.vocab_size:
                 self._wrong(name, f"less than vocab_size, {self.vocab_size}")
 
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self._wrong(name, f"an integer, {least} or more")
-
-    def _wrong(self, name: str, rule: str) -> None:
-        raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)!r}; it must be {rule}")
-
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
@@ -112,9 +125,6 @@ class TransformerConfig:
     def replace(self, **changes: Any) -> TransformerConfig:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:

@@ -1,9 +1,10 @@
 """The state of decoding: a cache of each row's keys and values, and one step for all rows.
 
-A step computes one token per row. Keys and values of self-attention are appended to a
-:class:`fasttransformer.KVCache`; those of the source are computed once. The beams of a source are
-queries of one attention over its keys, which are therefore stored once per source. Rows that are
-done leave: the last rows move into their places, so that a step costs what its live rows cost.
+A step computes one token per row. Keys and values of self-attention are appended to a cache in
+which the two lie beside each other, so that one copy writes both; those of the source are computed
+once. The beams of a source are queries of one attention over its keys, which are therefore stored
+once per source. Rows that are done leave: the last rows move into their places, so that a step
+costs what its live rows cost.
 
 What limits a step is reading the weights, and for small models the calls: about ten a layer. So
 they are made by :class:`_Calls`, which asks for the kernels once; shapes do not change from step to
@@ -86,8 +87,6 @@ class _Calls:
             cache = KVCache(keys[None], values[None], lengths[None])
             # Half of the public function's work is to append, which is done already.
             return attention_decode(query, cache, is_causal=is_causal, alibi_slopes=slopes)
-        if slopes is not None:
-            slopes = slopes.expand(query.shape[:2]).contiguous()
         return kernel(
             query, keys, values, lengths, None, None, is_causal, -1, -1, 0.0, slopes, None,
             self.scale,
@@ -207,6 +206,8 @@ class DecodingState:
     def step(self, ids: Tensor) -> Tensor:
         """(rows,) ids of the newest tokens to (rows, embed_dim), the decoder's output for them."""
         rows, calls, slopes = ids.shape[0], self.calls, self.slopes
+        if slopes is not None:
+            slopes = slopes.expand(rows, -1).contiguous()
         if self.longest == self.stored.shape[4]:
             self._grow()
         positions = self.lengths

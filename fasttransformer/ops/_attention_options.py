@@ -3,6 +3,7 @@ they are handed to the kernels."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -82,6 +83,15 @@ def kernel_slopes(alibi_slopes: Tensor | None, batch: int, heads: int) -> Tensor
     if alibi_slopes is None:
         return None
     return alibi_slopes.detach().float().expand(batch, heads).contiguous()
+
+
+def kernel_scale(scale: float | None, head_dim: int) -> float:
+    return 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
+
+
+def kernel_softcap(softcap: float | None) -> float:
+    """0 = off."""
+    return 0.0 if softcap is None else float(softcap)
 
 
 def kernel_sinks(sinks: Tensor | None) -> Tensor | None:

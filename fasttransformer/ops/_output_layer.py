@@ -138,3 +138,10 @@ def reduced(
     if weight is None:
         return total / kept.sum()
     return total / torch.where(kept, weight.to(losses.dtype)[torch.where(kept, target, 0)], 0).sum()
+
+
+def reduced_losses(losses: Tensor, statistics: Tensor, mean: bool) -> Tensor:
+    """The sum of a kernel's losses, or their mean by the classes' weights, which are 0 in rows that
+    are left out."""
+    loss = losses.sum()
+    return loss / statistics.select(1, 2).sum() if mean else loss

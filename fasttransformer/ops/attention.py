@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -31,8 +30,10 @@ from ._attention_options import (
     d_bias_shape,
     expanded,
     kernel_bias,
+    kernel_scale,
     kernel_sinks,
     kernel_slopes,
+    kernel_softcap,
     needs_wide_inputs,
     own_bias_gradient,
 )
@@ -152,7 +153,7 @@ def attention(
     bottom_right = causal_alignment == "bottom_right"
     out, lse = _attend(
         op, query, key, value, mask, bias, is_causal, bottom_right, left, right,
-        0.0 if softcap is None else float(softcap), alibi_slopes, sinks, key_lengths, scale,
+        kernel_softcap(softcap), alibi_slopes, sinks, key_lengths, scale,
         dropout_p, return_lse, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -274,7 +275,7 @@ def _attend(
                              for x in (query, key, value))  # fmt: skip
         same_dtype(op, query, key=key, value=value)
     head_dim = query.shape[3]
-    scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
+    scale = kernel_scale(scale, head_dim)
     flags = (
         needs_grad(query, key, value, bias, sinks, alibi_slopes), mask is not None,
         bias is not None, is_causal,

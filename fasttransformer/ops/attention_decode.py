@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,8 +16,10 @@ from ._attention_options import (
     check_options,
     expanded,
     kernel_bias,
+    kernel_scale,
     kernel_sinks,
     kernel_slopes,
+    kernel_softcap,
     option_names,
 )
 from ._front import (
@@ -175,10 +176,10 @@ def attention_decode(
         is_causal,
         left,
         right,
-        0.0 if softcap is None else float(softcap),
+        kernel_softcap(softcap),
         kernel_slopes(alibi_slopes, query.shape[0], query.shape[1]),
         kernel_sinks(sinks),
-        1.0 / math.sqrt(max(query.shape[3], 1)) if scale is None else float(scale),
+        kernel_scale(scale, query.shape[3]),
     )
     return (out, lse) if return_lse else out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -17,8 +16,10 @@ from ._attention_options import (
     d_bias_shape,
     expanded,
     kernel_bias,
+    kernel_scale,
     kernel_sinks,
     kernel_slopes,
+    kernel_softcap,
     needs_wide_inputs,
     option_names,
     own_bias_gradient,
@@ -169,7 +170,7 @@ def attention_varlen(
             return_lse=return_lse,
             seed=seed,
         )
-    dtype, head_dim = query.dtype, query.shape[2]
+    dtype = query.dtype
     if bias is not None:
         bias = kernel_bias(bias, query, grad)
     if grad and needs_wide_inputs(kernel, query, bias, sinks):
@@ -191,9 +192,9 @@ def attention_varlen(
         causal_alignment == "bottom_right",
         left,
         right,
-        0.0 if softcap is None else float(softcap),
+        kernel_softcap(softcap),
         kernel_slopes(alibi_slopes, sequences, query.shape[1]),
-        1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale),
+        kernel_scale(scale, query.shape[2]),
         dropout_p,
         seed,
         kernel,

@@ -18,7 +18,7 @@ from ._front import (
 )
 from ._function import differentiable, fold, unfold, vmap_rule
 from ._index import checked_first, checked_for, kernel_ids
-from ._output_layer import by_rows, check_loss, in_one_piece, reduced
+from ._output_layer import by_rows, check_loss, in_one_piece, reduced, reduced_losses
 
 _NONE: frozenset[str] = frozenset()
 _GRAD = frozenset({"grad"})
@@ -153,9 +153,7 @@ def _on_kernel(
         losses, statistics = kernel.forward(*args)
     if reduction == "none":
         return losses.view(target.shape).to(input.dtype)
-    loss = losses.sum()
-    if reduction == "mean":  # by the classes' weights, which are 0 in rows that are left out
-        loss = loss / statistics.select(1, 2).sum()
+    loss = reduced_losses(losses, statistics, reduction == "mean")
     return loss if input.dtype is torch.float32 else loss.to(input.dtype)
 
 

@@ -21,7 +21,7 @@ from ._front import (
 )
 from ._function import differentiable, fold, unfold, vmap_rule
 from ._index import checked_first, checked_index, kernel_ids
-from ._output_layer import by_rows, check_loss, kernel_operands, reduced
+from ._output_layer import by_rows, check_loss, kernel_operands, reduced, reduced_losses
 from .linear_add import autocast_linear
 
 #: dtypes whose gradients may be rounded before the upstream gradient multiplies them. float16 has
@@ -197,13 +197,7 @@ def _on_kernel(
         losses, statistics = _losses_with_grad(*operands, *options, kernel)
     if reduction == "none":
         return losses.view(target.shape)
-    return _reduced(losses, statistics, mean)
-
-
-def _reduced(losses: Tensor, statistics: Tensor, mean: bool) -> Tensor:
-    loss = losses.sum()
-    # By the classes' weights, which are 0 in rows that are left out.
-    return loss / statistics[:, 2].sum() if mean else loss
+    return reduced_losses(losses, statistics, mean)
 
 
 class _Losses:
@@ -242,7 +236,7 @@ class _Reduced:
         losses, statistics, *gradients = kernel.forward(
             x, weight, bias, target, class_weight, ignore_index, smoothing, mean, *wanted
         )
-        return _reduced(losses, statistics, mean), *gradients
+        return reduced_losses(losses, statistics, mean), *gradients
 
     @staticmethod
     def setup_context(ctx, inputs, output):

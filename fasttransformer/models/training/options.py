@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import TransformerConfig
+from ..config import CheckedOptions, TransformerConfig
 from ..tokenizer import SMALLEST
 
 #: What may differ when a run goes on: how long it trains, and what it looks at and writes.
@@ -15,7 +15,7 @@ CHANGEABLE = ("steps", "save_every", "eval_every", "patience", "device", "eval_l
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(CheckedOptions):
     """Options of a run.
 
     Args:
@@ -96,14 +96,6 @@ class TrainingOptions:
             self._wrong("answers", "span or text")
         self.config(self.vocab_size)
 
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self._wrong(name, f"an integer, {least} or more")
-
-    def _wrong(self, name: str, rule: str) -> None:
-        raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
-
     @property
     def warmup_steps(self) -> int:
         return min(500, self.steps // 10) if self.warmup is None else self.warmup
@@ -113,9 +105,6 @@ class TrainingOptions:
         names = {field.name for field in dataclasses.fields(TransformerConfig)}
         own = {name: value for name, value in self.to_dict().items() if name in names}
         return TransformerConfig(**{**own, "vocab_size": vocab_size, **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def resumed(self, given: dict[str, Any]) -> TrainingOptions:
         """These options of a saved run with what is given now.

@@ -104,8 +104,10 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
   m.def(
       "rotary_embedding_backward(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin, bool "
       "interleaved, Tensor? position_ids) -> (Tensor d_query, Tensor d_key)");
-  m.def("activation(Tensor input, str activation) -> Tensor");
-  m.def("activation_backward(Tensor grad, Tensor input, str activation) -> Tensor");
+  m.def("activation(Tensor input, str activation, float dropout_p, Tensor? seed) -> Tensor");
+  m.def(
+      "activation_backward(Tensor grad, Tensor input, str activation, float dropout_p, "
+      "Tensor? seed) -> Tensor");
 
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, bool "

@@ -16,7 +16,8 @@ from functools import cache
 import torch
 
 from fasttransformer.backends import backends
-from fasttransformer.benchmarks._shared import Case, cpu_name, dtype_name, randn, time_in_turns
+from fasttransformer.benchmarks._shared import Case, cpu_name, dtype_name, randn
+from fasttransformer.benchmarks.clock import time_in_turns
 
 SIZES = {1 << 16: "64 KiB", 1 << 20: "1 MiB", 1 << 24: "16 MiB", 1 << 28: "256 MiB"}
 SECONDS = 0.1  # per measurement: long enough to see the best of some hundred samples

@@ -30,12 +30,11 @@ from fasttransformer.benchmarks._shared import (
     OURS,
     Candidate,
     Case,
-    Timing,
     backward_of,
     dtype_name,
     environment,
-    timing_of,
 )
+from fasttransformer.benchmarks.clock import Timing, timing_of
 
 BF16 = torch.bfloat16
 COLUMNS = (1024, 4096, 16384, 65536, 262144)

@@ -11,7 +11,8 @@ import torch
 from fasttransformer import cli, reference
 from fasttransformer.backends import ALIASES, COMPOSED, NAMES, TABLE, backends
 from fasttransformer.benchmarks import minilm
-from fasttransformer.benchmarks._shared import OURS, Case, time_in_turns, timing_of
+from fasttransformer.benchmarks._shared import OURS, Case
+from fasttransformer.benchmarks.clock import time_in_turns, timing_of
 from fasttransformer.cli import bench, check, explain, info
 from fasttransformer.cli.cases import CHECKS, Check
 

@@ -17,12 +17,11 @@ from ..benchmarks import ceilings
 from ..benchmarks._shared import (
     OURS,
     Case,
-    Timing,
     dtype_name,
     environment,
     keep_allocations,
-    time_in_turns,
 )
+from ..benchmarks.clock import Timing, time_in_turns
 from ._output import UsageError, command, console, escape, progress, table, write_json
 
 

@@ -47,7 +47,8 @@ class Case:
     the rate is given. ``make`` builds the inputs and returns name → callable, with :data:`OURS`
     first. It may add :data:`REFERENCE`, which returns in float64 what the others should, to check
     them by; without it they are held to ours. ``random`` cases (dropout) can't be compared.
-    ``cold`` ones start each call with their inputs in memory, not in a cache.
+    ``cold`` ones start each call with their inputs in memory, not in a cache. Cases whose ``along``
+    names the same curve are drawn as one, over the number beside it.
     """
 
     op: str
@@ -59,10 +60,11 @@ class Case:
     device: str = "cpu"
     cold: bool = False
     random: bool = False
+    along: tuple[str, float] | None = None
 
     @property
     def id(self) -> str:
-        return f"{self.op} {self.name} {dtype_name(self.dtype)}"
+        return f"{self.op} {self.name} {dtype_name(self.dtype)}" + (" cold" if self.cold else "")
 
     @property
     def memory_bound(self) -> bool:

@@ -3,12 +3,22 @@ the report, memory over length. Nothing here judges a time."""
 
 import importlib
 import json
+import re
 import sys
 
 import pytest
 import torch
 
-from fasttransformer.benchmarks import agreement, clock, compare, memory, peers, record, report
+from fasttransformer.benchmarks import (
+    agreement,
+    clock,
+    compare,
+    memory,
+    peers,
+    readme,
+    record,
+    report,
+)
 from fasttransformer.benchmarks import runner as cases_runner
 from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case, candidates
 from fasttransformer.cli import bench
@@ -257,3 +267,27 @@ def test_memory_of_attention_grows_with_length_and_not_its_square(monkeypatch):
         short, long = (m.bytes for m in memory.measure("attention", name, "cpu", True))
         grown[name] = long / short
     assert grown[OURS] < 2.6 < 3.0 < grown["torch eager"]
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def test_tables_in_the_pages_are_what_the_results_say(tmp_path, monkeypatch, capsys):
+    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+    text = (readme.ROOT / "README.md").read_text()
+    assert "<!-- numbers: minilm" in text
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "PAGES", ("README.md",))
+    changed = re.sub(r"\| 1 × 16 \| float32 \| [\d.]+ ms", "| 1 × 16 | float32 | 1.0 ms", text)
+    (tmp_path / "README.md").write_text(changed)
+    assert readme.main(["--check"]) == 1 and "README.md" in capsys.readouterr().out
+    assert readme.main([]) == 0 and (tmp_path / "README.md").read_text() == text
+
+
+def test_results_are_of_this_schema_or_of_another_command():
+    for path in sorted(readme.RESULTS.glob("*.json")):
+        if path.name.split("-")[0] not in ("minilm", "overhead"):
+            assert record.load(path).rows, path.name
+    said = (readme.RESULTS / "README.md").read_text()
+    for path in readme.RESULTS.glob("*.json"):
+        assert path.name in said, f"{path.name} is not in results/README.md"

@@ -157,7 +157,8 @@ def html(run: Run, pictures: list[Path]) -> str:
         *(f"<li>{fact}</li>" for fact in facts),
         "</ul><p>A rate counts what must be read and written, or computed, once. ± is half the "
         "distance of the quartiles. × is how many times faster than the peer, turn by turn in the "
-        "same run; it has a colour where both quartiles are on one side of 1. “wrong”: the peer's result differs from the reference.</p><nav>",
+        "same run; it has a colour where both quartiles are on one side of 1. “wrong”: the peer's "
+        "result differs from the reference.</p><nav>",
         *(f'<a href="#{escape(_anchor(op))}">{escape(op)}</a>' for op in operations),
         "</nav>",
     ]

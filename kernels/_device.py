@@ -54,3 +54,8 @@ def tanh(x):
 def threshold_of(dropout_p: float) -> int:
     """Bits below it drop the element."""
     return int(dropout_p * 2**32)
+
+
+def keep_of(dropout_p: float) -> tuple[int, float]:
+    """(threshold, what the kept are multiplied by)."""
+    return threshold_of(dropout_p), 1.0 / (1.0 - dropout_p)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import keep_mask, tanh, threshold_of
+from ._device import keep_mask, keep_of, tanh
 from ._matmul import ACTIVATIONS, activate
 from ._norm import row_stride
 from ._register import operator
@@ -139,8 +139,8 @@ def activation(input: Tensor, activation: str, dropout_p: float, seed: Tensor | 
     rows, features, stride = _shape(input, activation, True)
     per_tile, block, column_tiles = _launch(features)
     _forward[(triton.cdiv(rows, per_tile) * column_tiles,)](
-        input, out, seed, rows, features, stride, column_tiles, threshold_of(dropout_p),
-        1.0 / (1.0 - dropout_p),
+        input, out, seed, rows, features, stride, column_tiles,
+        *keep_of(dropout_p),
         ACTIVATION=name, GATED=gated, DROPOUT=seed is not None, ROWS=per_tile,
         BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def activation_backward(
     per_tile, block, column_tiles = _launch(features)
     _backward[(triton.cdiv(rows, per_tile) * column_tiles,)](
         grad, input, d_input, seed, rows, features, grad_stride, stride, column_tiles,
-        threshold_of(dropout_p), 1.0 / (1.0 - dropout_p),
+        *keep_of(dropout_p),
         ACTIVATION=name, GATED=gated, DROPOUT=seed is not None, ROWS=per_tile,
         BLOCK=block, num_warps=WARPS,
     )  # fmt: skip

@@ -56,16 +56,6 @@ FT_DEVICE Place<T> locate(const Args& a, int64_t chunk) {
   return at;
 }
 
-// Dropout of a chunk of the output or of its gradient.
-template <class T>
-FT_DEVICE void drop(const Dropout& dropout, uint64_t seed, int64_t position,
-                    float (&x)[kLanes<T>]) {
-  if (dropout.threshold == 0) return;
-  const uint32_t keep = keep_bits<kLanes<T>>(seed, position, dropout.threshold);
-#pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) x[i] = keep >> i & 1 ? x[i] * dropout.scale : 0.f;
-}
-
 template <class T, bool kGated>
 FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_forward(const Args a) {
   const ActivationParams& p = a.p.forward;
@@ -96,7 +86,7 @@ FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_forward(const Args a) {
         }
       });
       const Place<T> at = locate<T>(a, first + k * kBlock);
-      drop<T>(p.dropout, seed, at.row * p.features + at.column, v);
+      drop(p.dropout, seed, at.row * p.features + at.column, v);
       T* out = static_cast<T*>(p.output) + at.row * p.features;
       store_chunk(out, at.column, p.features, is_aligned(out), pack<T>(v));
     }
@@ -129,7 +119,7 @@ FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_gradients(const Args a) {
       unpack<T>(g[k], d);
       if (kGated) unpack<T>(up[k], u);
       const Place<T> at = locate<T>(a, first + k * kBlock);
-      drop<T>(p.dropout, seed, at.row * p.features + at.column, d);
+      drop(p.dropout, seed, at.row * p.features + at.column, d);
       with_activation(p.activation, [&]<Activation kActivation>() {
 #pragma unroll
         for (int i = 0; i < kLanes<T>; ++i) {

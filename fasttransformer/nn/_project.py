@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.add_layer_norm import add_layer_norm
@@ -19,11 +18,10 @@ def project_add(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, p: float
 ) -> Tensor:
     """``residual + dropout(x @ weight.T + bias)``."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return linear_add(x, weight, bias, residual, dropout_p=p)
     # Under autocast the product is 16-bit while the residual stream, as in torch, stays float32.
-    if p == 0.0 and not torch.is_autocast_enabled(x.device.type):
-        return linear_add(x, weight, bias, residual)
-    y = linear_add(x, weight, bias)
-    return residual + (F.dropout(y, p) if p else y)
+    return residual + linear_add(x, weight, bias, dropout_p=p)
 
 
 def project_add_norm(

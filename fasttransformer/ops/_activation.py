@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,7 +11,6 @@ from ..reference.feed_forward import GATES
 from ._front import device_type_of, fake, needs_grad, new_seed
 from ._function import differentiable, vmap_rule
 from ._norm import GRAD, NO_OPTIONS
-from .linear_add import activate
 
 
 def step_of(backend: str, input: Tensor, options: frozenset[str]) -> Kernel | None:
@@ -21,13 +21,23 @@ def step_of(backend: str, input: Tensor, options: frozenset[str]) -> Kernel | No
     return step
 
 
-def activated(input: Tensor, name: str, dropout_p: float = 0.0) -> Tensor:
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.relu(x)
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activated(
+    input: Tensor, name: str, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
     """:func:`activation` by the backend that runs linear layers here, or by torch's operations."""
     options = GRAD if needs_grad(input) else NO_OPTIONS
     on = choose("linear_add", device_type_of(input), input.dtype, options).backend
     step = step_of(on, input, options)
     if step is not None:
-        return activation(input, name, step, dropout_p)
+        return activation(input, name, step, dropout_p, seed)
     if name in GATES:
         gate, up = input.chunk(2, dim=-1)
         input = activate(gate, GATES[name]) * up

@@ -12,13 +12,12 @@ from torch import Tensor
 from .. import reference
 from ..backends import Kernel, choose
 from ..reference.feed_forward import GATES
+from ._activation import activate, step_of
 from ._activation import activation as _activation
-from ._activation import step_of
 from ._front import is_float, needs_grad, new_seed, probability, same_device, same_dtype
 from ._function import differentiable
 from .linear_add import (
     ACTIVATIONS,
-    activate,
     autocast_linear,
     kernel_inputs,
     linear_add,

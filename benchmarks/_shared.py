@@ -20,7 +20,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ from torch import Tensor
 OURS = "fasttransformer"
 #: The name in a case's candidates of what is right: computed in float64, never timed.
 REFERENCE = "reference"
+#: flops of an operation bound by memory, an element: an exponential, a square root and an error
+#: function count as one, like an addition.
+SOFTMAX_FLOPS, NORM_FLOPS, ACTIVATION_FLOPS = 5, 8, 8
 #: flops per byte from which on a case counts as bound by arithmetic. A core does 5 to 10 flops in
 #: the time of a byte from memory.
 BALANCE = 10
@@ -46,7 +49,8 @@ class Case:
     known: their ratio places the case under the machine's roofline, and decides in which of the two
     the rate is given. ``make`` builds the inputs and returns name → callable, with :data:`OURS`
     first. It may add :data:`REFERENCE`, which returns in float64 what the others should, to check
-    them by; without it they are held to ours. ``random`` cases (dropout) can't be compared.
+    them by; without it they are held to ours. Cases that are not ``compared``
+    have results that differ by right: dropout's, or padded ones.
     ``cold`` ones start each call with their inputs in memory, not in a cache. Cases whose ``along``
     names the same curve are drawn as one, over the number beside it.
     """
@@ -59,7 +63,7 @@ class Case:
     flops: int = 0
     device: str = "cpu"
     cold: bool = False
-    random: bool = False
+    compared: bool = True
     along: tuple[str, float] | None = None
 
     @property
@@ -122,6 +126,38 @@ def forward_backward_of(function: Callable[..., Any], *inputs: Tensor) -> Candid
         return torch.autograd.grad(out if isinstance(out, tuple) else (out,), wanted, grads)
 
     return step
+
+
+#: What a candidate of :func:`candidates` does.
+MODES: dict[str, Callable[..., Candidate]] = {
+    "forward": lambda function, *inputs: lambda: function(*inputs),
+    "backward": backward_of,
+    "forward + backward": forward_backward_of,
+}
+
+
+def candidates(
+    functions: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[Tensor],
+    mode: str = "forward",
+    reference: Callable[..., Any] | None = None,
+) -> dict[str, Candidate]:
+    """name → candidate of the functions, ours first, all of the same inputs.
+
+    ``reference`` is computed of the inputs in float64, when it is asked for.
+    """
+    made = {name: MODES[mode](function, *inputs) for name, function in functions.items()}
+    if reference is not None:
+
+        def wanted() -> object:
+            wide = [
+                x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+                for x in inputs
+            ]
+            return MODES[mode](reference, *wide)()
+
+        made[REFERENCE] = wanted
+    return made
 
 
 def keep_allocations() -> bool:

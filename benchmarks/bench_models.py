@@ -113,7 +113,10 @@ def _training(vocab: int, count: int, longest: int, equal: bool, dtype: torch.dt
     weights = LAYERS * (layer_weights(False) + layer_weights(True)) + vocab * EMBED
     padding = "" if equal else " half padding"
     name = f"train {count}×{longest}{padding} vocabulary {vocab}"
-    return Case("models", name, dtype, make, flops=6 * tokens * weights)
+    return Case(
+        "models", name, dtype, make, bytes=3 * 4 * weights, flops=6 * tokens * weights,
+        compared=False,
+    )  # fmt: skip
 
 
 def _generation(vocab: int, count: int, length: int, new: int, beams: int, dtype) -> Case:
@@ -134,7 +137,10 @@ def _generation(vocab: int, count: int, length: int, new: int, beams: int, dtype
 
     weights = LAYERS * (layer_weights(True) - 2 * EMBED * EMBED) + vocab * EMBED
     name = f"generate {count}×{new} tokens, {beams} beams, vocabulary {vocab}"
-    return Case("models", name, dtype, make, bytes=new * weights * dtype.itemsize)
+    return Case(
+        "models", name, dtype, make, bytes=new * weights * dtype.itemsize,
+        flops=2 * count * beams * new * weights, compared=False,
+    )  # fmt: skip
 
 
 def cases(quick: bool = False) -> list[Case]:

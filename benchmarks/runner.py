@@ -8,6 +8,7 @@ from fasttransformer.benchmarks import ceilings
 from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case
 from fasttransformer.benchmarks.agreement import disagreements
 from fasttransformer.benchmarks.clock import time_in_turns
+from fasttransformer.benchmarks.peers import available
 from fasttransformer.benchmarks.record import Row, row_of
 
 #: Buffers whose copying is a ceiling of every report.
@@ -49,7 +50,7 @@ def machine_ceilings() -> dict[str, tuple[float, str]]:
 
 def peers() -> dict[str, str | None]:
     """Each peer that this machine may have: None, or why it is not here."""
-    return {}
+    return available()
 
 
 def described(made: dict[str, tuple[float, str]]) -> str:

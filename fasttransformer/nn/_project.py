@@ -43,14 +43,13 @@ def project_add_norm(
     eps: float | None = norm.eps  # type: ignore[assignment]
     rms = isinstance(norm, nn.RMSNorm)
     norm_bias: Tensor | None = None if rms else norm.bias  # type: ignore[assignment]
-    if p == 0.0 and not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_autocast_enabled(x.device.type):
+        options: dict[str, Any] = {"return_sum": return_sum, "dropout_p": p}
         if rms:
-            return linear_add_rms_norm(
-                x, weight, bias, residual, norm_weight, eps, return_sum=return_sum
-            )
+            return linear_add_rms_norm(x, weight, bias, residual, norm_weight, eps, **options)
         assert eps is not None
         return linear_add_layer_norm(
-            x, weight, bias, residual, norm_weight, norm_bias, eps, return_sum=return_sum
+            x, weight, bias, residual, norm_weight, norm_bias, eps, **options
         )
     y = linear_add(x, weight, bias)
     if rms:

@@ -47,6 +47,13 @@ class Figures:
     wrong: str | None = None
 
     @property
+    def verdict(self) -> str:
+        """Ours beside this one: "faster", "slower", or "" where the quartiles lie on both sides."""
+        if self.speedup_low is None or self.speedup_high is None:
+            return ""
+        return "faster" if self.speedup_low > 1 else "slower" if self.speedup_high < 1 else ""
+
+    @property
     def spread(self) -> float:
         """Half the distance of the quartiles, as a fraction of the median."""
         if not self.seconds or self.low is None or self.high is None:

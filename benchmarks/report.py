@@ -31,6 +31,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: 0.2rem 0; } h2 { font-size: 1.1rem; margin: 2rem 0 0.4rem; }
 p, li { color: var(--quiet); max-width: 75ch; } p b, li b { color: var(--ink); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: 0.6rem 0; }
+@media (max-width: 700px) { img { max-width: none; width: 700px; } }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.82rem; min-width: 100%; }
 th { text-align: right; font-weight: 600; border-bottom: 2px solid var(--line); }
@@ -40,7 +41,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); }
 td:first-child { white-space: normal; min-width: 9rem; max-width: 17rem; }
 td.bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0); }
-.good { color: var(--good); } .bad { color: var(--bad); } small { color: var(--quiet); }
+.faster { color: var(--good); } .slower, .bad { color: var(--bad); } small { color: var(--quiet); }
 nav a { margin-right: 0.9rem; color: var(--good); display: inline-block; }
 """
 
@@ -108,9 +109,8 @@ def _cell(figures: Figures | None) -> str:
     if figures is None or figures.speedup is None:
         title = f' title="{escape(figures.wrong)}"' if figures is not None and figures.wrong else ""
         return f"<td{title}>{text}</td>"
-    style = "good" if figures.speedup >= 1 else "bad"
     between = f"{figures.speedup_low:.2f} to {figures.speedup_high:.2f}"
-    return f'<td class="{style}" title="{between} between the quartiles">{text}</td>'
+    return f'<td class="{figures.verdict}" title="{between} between the quartiles">{text}</td>'
 
 
 def _table(rows: list[Row]) -> Iterator[str]:
@@ -157,13 +157,15 @@ def html(run: Run, pictures: list[Path]) -> str:
         *(f"<li>{fact}</li>" for fact in facts),
         "</ul><p>A rate counts what must be read and written, or computed, once. ± is half the "
         "distance of the quartiles. × is how many times faster than the peer, turn by turn in the "
-        "same run. “wrong”: the peer's result differs from the reference.</p><nav>",
+        "same run; it has a colour where both quartiles are on one side of 1. “wrong”: the peer's "
+        "result differs from the reference.</p><nav>",
         *(f'<a href="#{escape(_anchor(op))}">{escape(op)}</a>' for op in operations),
         "</nav>",
     ]
     for picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode("ascii")
-        parts.append(f'<img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}">')
+        image = f'<img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}">'
+        parts.append(f'<div class="wide">{image}</div>')
     for op, rows in operations.items():
         parts.append(f'<h2 id="{escape(_anchor(op))}">{escape(op)}</h2>')
         parts.extend(_table(rows))

@@ -77,9 +77,10 @@ def _show_op(op: str, rows: list[record.Row]) -> None:
 def _ratio(figures: record.Figures | None) -> str:
     if figures is None or figures.speedup is None:
         return "[red]wrong[/]" if figures is not None and figures.wrong else "–"
-    style = "green" if figures.speedup >= 1 else "red"
     low, high = figures.speedup_low or 0.0, figures.speedup_high or 0.0
-    return f"[{style}]{figures.speedup:.2f}[/] ±{(high - low) / 2:.2f}"
+    text = f"{figures.speedup:.2f} ±{(high - low) / 2:.2f}"
+    style = {"faster": "green", "slower": "red"}.get(figures.verdict)
+    return f"[{style}]{text}[/]" if style else text
 
 
 def _head(run: record.Run) -> None:

@@ -168,7 +168,7 @@ def test_one_mask_whatever_runs_elsewhere():
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_of_samples(op):
     """vmap of grad: each sample's gradient is that of its own masked product."""
-    x, weight, bias, residual, *norm = problem(op, 6, 8, 12)
+    _, weight, bias, _, *norm = problem(op, 6, 8, 12)
 
     def loss(x, bias, residual):
         out = getattr(ft, op)(x, weight, bias, residual, *norm, dropout_p=0.5)
@@ -176,7 +176,9 @@ def test_gradients_of_samples(op):
 
     # By the sum's gradient a bias's column counts the rows kept: multiples of 1 / (1 − p).
     xs, residuals = torch.randn(3, 6, 8), torch.randn(3, 6, 12)
-    each = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), (0, None, 0), randomness="different")
+    each = torch.vmap(
+        torch.func.grad(loss, argnums=(0, 1, 2)), (0, None, 0), randomness="different"
+    )
     d_x, d_bias, d_residual = each(xs, bias, residuals)
     assert torch.equal(d_residual, torch.ones_like(residuals))
     assert torch.equal(d_bias, (d_bias / 2).round() * 2) and 0 <= d_bias.min() <= d_bias.max() <= 12

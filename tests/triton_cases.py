@@ -197,8 +197,8 @@ CASES = {
     "linear backward 2048x768x768 bf16": lambda: _linear(2048, 768, 768, BF16, 12, backward=True),
     "linear norm 32768x384x384 bf16": lambda: _linear(32768, 384, 384, BF16, norm=True),
     "linear norm 32768x256x256 bf16": lambda: _linear(32768, 256, 256, BF16, norm=True),
-    "linear norm 32768x384x384 bf16 dropout": lambda: _linear(
-        32768, 384, 384, BF16, norm=True, dropout_p=0.1
+    "linear norm 32768x256x256 bf16 dropout": lambda: _linear(
+        32768, 256, 256, BF16, norm=True, dropout_p=0.1
     ),
     "output layer 2048x1024x32000 bf16": lambda: _output_layer(2048, 1024, 32000, BF16),
     "output layer 64x512x8192 f32 weighted": lambda: _output_layer(64, 512, 8192, F32, True),
@@ -223,6 +223,7 @@ FEW = {
     "linear 2048x768x768 bf16",
     "linear backward 2048x768x768 bf16",
     "linear norm 32768x384x384 bf16",
+    "linear norm 32768x256x256 bf16 dropout",
     "output layer 64x512x8192 f32 weighted",
 }
 assert FEW <= CASES.keys()

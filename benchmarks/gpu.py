@@ -80,6 +80,7 @@ def forward_and_backward(
     backward: dict[str, int],
     dtype: torch.dtype = BF16,
     along: tuple[str, float] | None = None,
+    compared: bool = True,
 ) -> Iterator[Case]:
     """The two cases of an operation; a candidate makes its inputs when it is timed."""
     if COMPILED and "torch" in functions:
@@ -95,7 +96,7 @@ def forward_and_backward(
         detached = [t.detach() for t in tensors]
         return lambda: function(*detached)
 
-    where: dict[str, Any] = {"device": "cuda", "along": along}
+    where: dict[str, Any] = {"device": "cuda", "along": along, "compared": compared}
     yield Case(op, name, dtype, make(once), **where, **forward)
     yield Case(f"{op} backward", name, dtype, make(backward_of), **where, **backward)
 
@@ -329,6 +330,12 @@ def linear_cases() -> Iterator[Case]:
         functions["matmul alone"] = lambda x, w, b, r: F.linear(x, w)
         yield from forward_and_backward(
             "linear_add", name, functions, inputs,
+            forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
+
+        functions = both(lambda *t, **kw: ft.linear_add(*t, dropout_p=0.1, **kw))
+        functions["torch"] = lambda x, w, b, r: F.dropout(F.linear(x, w, b), 0.1) + r
+        yield from forward_and_backward(
+            "linear_add", f"{name} dropout 0.1", functions, inputs, compared=False,
             forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
 
         functions = both(lambda x, w, b, r, **kw: ft.linear_add_layer_norm(x, w, b, r, b, b, **kw))

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import dot, keep_mask, keep_of, tanh
+from ._device import dot, keep_mask, keep_of, keep_rows, tanh
 from ._norm import row_stride
 from ._reduce import sum_dtype, sum_partials
 from ._target import family
@@ -162,7 +162,11 @@ def _epilogue(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     acc = activate(acc, ACTIVATION)
-    if DROPOUT:
+    if DROPOUT == "rows":
+        first = m.to(tl.int64) * N + tl.min(n)
+        kept = keep_rows(tl.load(seed_ptr), first, keep[0], n.shape[0])
+        acc = tl.where(kept, acc * keep[1], 0.0)
+    elif DROPOUT == "elements":
         position = m.to(tl.int64)[:, None] * N + n[None, :]
         kept = keep_mask(tl.load(seed_ptr), position, keep[0])
         acc = tl.where(kept, acc * keep[1], 0.0)
@@ -311,6 +315,11 @@ def fused_tile(like: Tensor, M: int, N: int) -> Tile | None:
     return None
 
 
+def dropout_form(seed: Tensor | None, N: int) -> str:
+    """How the epilogue draws the mask: by rows where each begins on a block of the cipher."""
+    return "" if seed is None else "elements" if N % 4 else "rows"
+
+
 def heads_of(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """(sequence, head size, strides of batch, head and position) of a (B, H, S, E) operand."""
     if x.dim() == 4:
@@ -338,7 +347,7 @@ def matmul(
         row_stride(residual), S, E, steps, per_split, keep_of(dropout[0]),
         HEADS=heads[0], ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, ACTIVATION=activation,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        DROPOUT=dropout[1] is not None, GROUP=GROUP,
+        DROPOUT=dropout_form(dropout[1], N), GROUP=GROUP,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip

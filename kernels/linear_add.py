@@ -124,7 +124,7 @@ def linear_add_norm(
         float(N), steps, (weight.stride(1), weight.stride(0)),
         row_stride(residual), S, E, head_steps, _matmul.keep_of(dropout_p), eps, HEADS=heads[0],
         ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, DROPOUT=seed is not None,
+        HAS_RESIDUAL=residual is not None, DROPOUT=_matmul.dropout_form(seed, N),
         HAS_NORM_WEIGHT=norm_weight is not None, HAS_NORM_BIAS=norm_bias is not None,
         HAS_SUM=return_sum, RMS=rms, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,

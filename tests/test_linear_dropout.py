@@ -129,3 +129,57 @@ def test_compiles_and_maps(op):
     out = torch.vmap(call, randomness="different")(x) - inputs[3]
     assert 0.2 < (out.abs() < 1e-6).float().mean() < 0.8
     assert not torch.equal(out[0] == 0, out[1] == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every
+def test_rate_and_mean_of_16_bits(op, on, dtype):
+    shape = (16, 64) if on == "triton" else (200, 136)
+    x = torch.ones(shape[0], 4, dtype=dtype, device=device_of(on))
+    weight = torch.full((shape[1], 4), 0.25, dtype=dtype, device=device_of(on))
+    with running_on(on), torch.no_grad():
+        out = getattr(ft, op)(x, weight, dropout_p=0.25)
+    summed = (out if op == "linear_add" else out[1]).float()
+    kept = summed[summed != 0]
+    assert (kept - 4 / 3).abs().max() <= (2**-7 if on == "triton" else 2**-8)
+    rate = kept.numel() / summed.numel()
+    assert abs(rate - 0.75) < 4 * (0.25 * 0.75 / summed.numel()) ** 0.5
+
+
+@every
+def test_manual_seed_fixes_the_mask(op, on):
+    inputs = [t.to(device_of(on)) for t in problem(op, 12, 8, 24)]
+    with running_on(on), torch.no_grad():
+        outs = [seeded(op)(*inputs), seeded(op)(*inputs), getattr(ft, op)(*inputs, dropout_p=P)]
+    a, b, other = outs if op == "linear_add" else [out[1] for out in outs]
+    assert torch.equal(a, b) and not torch.equal(a, other)
+
+
+def test_one_mask_whatever_runs_elsewhere():
+    """The step behind an activation is the chosen backend's, so its mask is the seed's, too."""
+    inputs = problem("linear_add", 6, 5, 9)
+    want = wanted("linear_add", activation="gelu")(*inputs)
+    leaves = [t.requires_grad_() for t in inputs]
+    with ft.use_backend("torch"):
+        found = seeded("linear_add", activation="gelu", backend="cpu")(*leaves)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_samples(op):
+    """vmap of grad: each sample's gradient is that of its own masked product."""
+    _, weight, bias, _, *norm = problem(op, 6, 8, 12)
+
+    def loss(x, bias, residual):
+        out = getattr(ft, op)(x, weight, bias, residual, *norm, dropout_p=0.5)
+        return (out if op == "linear_add" else out[1]).sum()
+
+    # By the sum's gradient a bias's column counts the rows kept: multiples of 1 / (1 − p).
+    xs, residuals = torch.randn(3, 6, 8), torch.randn(3, 6, 12)
+    each = torch.vmap(
+        torch.func.grad(loss, argnums=(0, 1, 2)), (0, None, 0), randomness="different"
+    )
+    d_x, d_bias, d_residual = each(xs, bias, residuals)
+    assert torch.equal(d_residual, torch.ones_like(residuals))
+    assert torch.equal(d_bias, (d_bias / 2).round() * 2) and 0 <= d_bias.min() <= d_bias.max() <= 12
+    assert not torch.equal(d_bias[0], d_bias[1]) and d_x.shape == xs.shape

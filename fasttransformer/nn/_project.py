@@ -43,6 +43,8 @@ def project_add_norm(
     eps: float | None = norm.eps  # type: ignore[assignment]
     rms = isinstance(norm, nn.RMSNorm)
     norm_bias: Tensor | None = None if rms else norm.bias  # type: ignore[assignment]
+    # With dropout, too, one call is the faster: 1024 to 4096 rows of 512, one thread of a Zen 4,
+    # take 2 to 8 % less forward, and 0.5 to 3 % with the backward, which is the same either way.
     if not torch.is_autocast_enabled(x.device.type):
         options: dict[str, Any] = {"return_sum": return_sum, "dropout_p": p}
         if rms:

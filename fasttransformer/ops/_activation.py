@@ -29,15 +29,13 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def activated(
-    input: Tensor, name: str, dropout_p: float = 0.0, seed: Tensor | None = None
-) -> Tensor:
+def activated(input: Tensor, name: str, dropout_p: float = 0.0) -> Tensor:
     """:func:`activation` by the backend that runs linear layers here, or by torch's operations."""
     options = GRAD if needs_grad(input) else NO_OPTIONS
     on = choose("linear_add", device_type_of(input), input.dtype, options).backend
     step = step_of(on, input, options)
     if step is not None:
-        return activation(input, name, step, dropout_p, seed)
+        return activation(input, name, step, dropout_p)
     if name in GATES:
         gate, up = input.chunk(2, dim=-1)
         input = activate(gate, GATES[name]) * up

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import STEPS, Kernel, choose
-from ._activation import activated
+from ._activation import activation as _activation
 from ._front import (
     alike,
     autocast_dtype,
@@ -91,7 +91,7 @@ def linear_add(
         out = _linear_add(x, weight, bias, rows, *(dropout[::-1] or (None, 0.0)), kernel)
     else:  # the activation's derivative needs its input, so it is kept and not fused
         out = _linear_add(x, weight, bias, None, None, 0.0, kernel)
-        out = activated(out, activation, *dropout)
+        out = _activation(out, activation, STEPS["activation"][kernel.backend], *dropout)
         out = out if rows is None else out + rows
     return viewed(out, out_shape)
 

@@ -40,7 +40,7 @@ def _peers(compiled: bool) -> dict[str, Loss]:
     }
     fused = getattr(F, "linear_cross_entropy", None)  # from torch 2.13 on
     if fused is not None:
-        peers["F.linear_cross_entropy"] = fused
+        peers["torch fused"] = fused
     if compiled and others.usable("torch.compile"):
         peers["torch.compile"] = others.compiled(_pair)
     return peers

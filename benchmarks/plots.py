@@ -61,12 +61,21 @@ def roofline(run: Run, path: Path) -> bool:
         xs = [row.intensity or 1.0 for row in rows]
         left, right = min(xs) / 2, max(max(xs) * 2, 200.0)
         top = max(roofs.values())
+        rates = [row.flops / (row.ours.seconds or 1.0) / 1e9 for row in rows]
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlim(left, right)
+        axis.set_ylim(min(rates) / 2, top * 2)
         for name, bandwidth in slopes.items():
             end = top / bandwidth
             axis.plot([left, end], [left * bandwidth, top], color=QUIET, linewidth=1)
-            axis.annotate(f"{name}, {bandwidth:.0f} GB/s", (left * 1.1, left * 1.25 * bandwidth),
-                          rotation=45, rotation_mode="anchor", fontsize=8,
-                          color=QUIET, transform_rotates_text=True)  # fmt: skip
+            ends = axis.transData.transform([(left, left * bandwidth), (end, top)])
+            across, up = ends[1] - ends[0]
+            axis.annotate(
+                f"{name}, {bandwidth:.0f} GB/s", (left * 1.15, left * 1.25 * bandwidth),
+                rotation=math.degrees(math.atan2(up, across)), rotation_mode="anchor",
+                fontsize=8, color=QUIET,
+            )  # fmt: skip
         for name, value in roofs.items():
             start = value / max(slopes.values())
             axis.plot([start, right], [value, value], color=QUIET, linewidth=1)
@@ -86,10 +95,6 @@ def roofline(run: Run, path: Path) -> bool:
                     label=op if dtype == mine[0].dtype and _first(rows, op) == dtype else None,
                     zorder=3,
                 )  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlim(left, right)
-        axis.set_ylim(top=top * 2)
         axis.set_xlabel("flops per byte that must move")
         axis.set_ylabel("GFLOP/s attained")
         axis.set_title("Roofline: every operation under this machine's ceilings",

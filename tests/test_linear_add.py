@@ -426,3 +426,16 @@ def test_float64_runs_on_the_reference():
     assert explanation.backend == "torch"
     with pytest.raises(RuntimeError, match="dtype float64"):
         ft.linear_add(rand(2, 3).double(), rand(4, 3).double(), backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("on", [name for name in BACKENDS if name.startswith("cpu")])
+def test_few_rows_by_dot_products(on, dtype):
+    """At the edges of what is a dot product, with inputs that L1 holds and that it doesn't."""
+    for rows, depth in itertools.product((1, 5, 8, 9, 16, 17), (0, 37, 700)):
+        x, w, b, r = problem(rows, depth, 45, dtype)
+        w = (w.float() * max(depth, 1) ** -0.5).to(dtype)
+        check(ft.linear_add, reference.linear_add, (x, w, b, r), on=on, grads=False)
+    x, w, b, r = problem(8, 4099, 40, dtype)
+    w = (w.float() / 64).to(dtype)
+    check(ft.linear_add, reference.linear_add, (x, w, b, r), on=on, grads=False)

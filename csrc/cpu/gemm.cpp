@@ -9,7 +9,7 @@
 // Exchanged (few rows): Cᵀ = Bᵀ · Aᵀ, so that the weight is read once, in place, and the small A is
 // what gets packed; finished tiles are turned before the epilogue sees them.
 //
-// Skinny (up to four rows; with AVX-512 sixteen, or eight where a type is widened): dot products
+// Skinny (up to four rows; with AVX-512 eight, or sixteen where L1 holds the input): dot products
 // along the weight's rows, bound by reading the weight, from some ten rows on by arithmetic.
 #include "cpu/gemm.h"
 
@@ -26,9 +26,9 @@ constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
 constexpr int64_t kTaskColumns = 1536;       // columns of a task that may split them
 constexpr int64_t kWholeRowColumns = 4096;
 #if defined(__AVX512F__)
-constexpr int kSkinnyRows = 16, kSkinnyWidened = 8;  // as many sums as registers hold
+constexpr int kSkinnyRows = 16, kSkinnyDeepRows = 8;  // as many sums as registers hold
 #else
-constexpr int kSkinnyRows = 4, kSkinnyWidened = 4;
+constexpr int kSkinnyRows = 4, kSkinnyDeepRows = 4;
 #endif
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
 
@@ -326,7 +326,7 @@ void run_exchanged(const Gemm& p) {
 // ---- skinny -----------------------------------------------------------------------------------
 
 constexpr int64_t kSkinnyAhead = 8192;       // bytes of the weight between what is fetched and read
-constexpr int64_t kSkinnyInput = 20 * 1024;  // bytes of the input that stay in L1 beside the weight
+constexpr int64_t kSkinnyInput = 24 * 1024;  // bytes of the input that stay in L1 beside the weight
 constexpr int64_t kSkinnyColumns = 32;       // columns per task
 
 // Lane i of the result is the sum of acc[i]'s lanes.
@@ -363,10 +363,29 @@ FT_INLINE void add_lanes(const vf (&acc)[rows], float* out) {
   for (int i = 0; i < rows; ++i) out[i] = reduce_add(acc[i]);
 }
 
-// out[i] = x[i] · w over n elements. `ahead`: what will be read some rows of the weight later.
+// The input's rows as units, W of each row behind one another: a column's loop then needs one
+// pointer for all rows. Zeros stand behind a row's end.
 template <class Unit, class T, int rows>
-FT_INLINE void skinny_column(const T* x, int64_t x_stride, const T* w, const T* ahead, int64_t n,
-                             float* out) {
+const float* interleaved_rows(const Gemm& p) {
+  constexpr int64_t step = W * Unit::elements;
+  int64_t stride;
+  const T* x = contiguous_rows<T>(p, &stride);
+  const int64_t steps = ceil_div(p.depth, step);
+  float* out =
+      static_cast<float*>(thread_scratch(Scratch::shared, sizeof(float) * (steps * rows + 1) * W));
+  for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* from = x + i * stride + s * step;
+      store_units(out + (s * rows + i) * W, load_units<Unit>(from, p.depth - s * step));
+    }
+  }
+  return out;
+}
+
+// out[i] = row i of x · w over n elements. `ahead`: what will be read some rows of the weight
+// later.
+template <class Unit, class T, int rows>
+FT_INLINE void skinny_column(const float* x, const T* w, const T* ahead, int64_t n, float* out) {
   constexpr int parts = rows > 8 ? 1 : rows > 4 ? 2 : 4;  // sums along the row: hide the latency
   constexpr int64_t step = W * Unit::elements;
   vf acc[rows][parts] = {};
@@ -374,9 +393,8 @@ FT_INLINE void skinny_column(const T* x, int64_t x_stride, const T* w, const T* 
     __builtin_prefetch(ahead + k, 0, 3);
     const vf b = (vf)load_units<Unit>(w + k, count);
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      acc[i][part] = Unit::fma((vf)load_units<Unit>(x + i * x_stride + k, count), b, acc[i][part]);
-    }
+    for (int i = 0; i < rows; ++i) { acc[i][part] = Unit::fma(load(x + i * W), b, acc[i][part]); }
+    x += rows * W;
   };
   int64_t k = 0;
   for (; k + parts * step <= n; k += parts * step) {
@@ -400,10 +418,9 @@ template <class Unit, class T, int rows>
 void skinny(const Gemm& p) {
   constexpr int64_t kOut = rows > 4 ? W : rows;  // floats that add_lanes writes
   constexpr int64_t step = W * Unit::elements;
-  int64_t x_stride;
-  const T* x = contiguous_rows<T>(p, &x_stride);
+  const float* x = interleaved_rows<Unit, T, rows>(p);
   const T* w = static_cast<const T*>(p.b.data);
-  const int64_t fit = kSkinnyInput / (rows * static_cast<int64_t>(sizeof(T))) / step * step;
+  const int64_t fit = kSkinnyInput / (rows * W * static_cast<int64_t>(sizeof(float))) * step;
   const int64_t parts = p.depth == 0 ? 1 : ceil_div(p.depth, fit);
   const int64_t stretch = ceil_div(ceil_div(p.depth, parts), step) * step;
   const int64_t bytes = stretch * static_cast<int64_t>(sizeof(T)) + 1;
@@ -421,7 +438,8 @@ void skinny(const Gemm& p) {
         const int64_t n = min64(stretch, p.depth - k);
         for (int64_t j = 0; j < columns; ++j) {
           const T* row = base + j * p.b.row_stride;
-          skinny_column<Unit, T, rows>(x + k, x_stride, row, row + ahead, n, sums + j * kOut);
+          skinny_column<Unit, T, rows>(x + k / step * rows * W, row, row + ahead, n,
+                                       sums + j * kOut);
         }
         for (int i = 0; i < rows; ++i) {
           for (int64_t j = 0; j < columns; ++j) c[i * kSkinnyColumns + j] += sums[j * kOut + i];
@@ -443,15 +461,11 @@ void run_skinny(const Gemm& p) {
 
 enum class Form { packed, exchanged, skinny };
 
-// Dot products load each number of the input again for each row of the weight: those of more rows
-// pay where that takes no conversion.
-template <class Unit, class T>
-constexpr int kSkinny = sizeof(T) * Unit::elements == 4 ? kSkinnyRows : kSkinnyWidened;
-
 template <class Unit, class T>
 Form form_of(const Gemm& p) {
   if (p.a.transposed || !p.b.transposed || p.whole_rows || p.fixed_tiles) return Form::packed;
-  if (p.rows <= kSkinny<Unit, T>) return Form::skinny;
+  const int64_t input = p.rows * units_of<Unit>(p.depth) * static_cast<int64_t>(sizeof(float));
+  if (p.rows <= (input <= kSkinnyInput ? kSkinnyRows : kSkinnyDeepRows)) return Form::skinny;
   return p.rows <= kExchangedRows && p.rows <= p.columns ? Form::exchanged : Form::packed;
 }
 
@@ -460,7 +474,7 @@ void run(const Gemm& p) {
   switch (form_of<Unit, T>(p)) {
     case Form::packed: return Engine<Unit, T>{p, 0, 0}.run();
     case Form::exchanged: return run_exchanged<Unit, T>(p);
-    case Form::skinny: return run_skinny<Unit, T, kSkinny<Unit, T>>(p);
+    case Form::skinny: return run_skinny<Unit, T, kSkinnyRows>(p);
   }
 }
 

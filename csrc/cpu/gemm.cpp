@@ -421,8 +421,8 @@ void skinny(const Gemm& p) {
   const float* x = interleaved_rows<Unit, T, rows>(p);
   const T* w = static_cast<const T*>(p.b.data);
   const int64_t fit = kSkinnyInput / (rows * W * static_cast<int64_t>(sizeof(float))) * step;
-  const int64_t parts = p.depth == 0 ? 1 : ceil_div(p.depth, fit);
-  const int64_t stretch = ceil_div(ceil_div(p.depth, parts), step) * step;
+  const int64_t parts = p.depth > fit ? ceil_div(p.depth, fit) : 1;
+  const int64_t stretch = ceil_div(ceil_div(p.depth + 1, parts), step) * step;  // not 0
   const int64_t bytes = stretch * static_cast<int64_t>(sizeof(T)) + 1;
   const int64_t ahead = ceil_div(kSkinnyAhead, bytes) * p.b.row_stride;
   const int64_t tasks = ceil_div(p.columns, kSkinnyColumns);

@@ -6,7 +6,7 @@ from fasttransformer.models.retrieval import Retriever
 from fasttransformer.models.tasks import task_of
 from fasttransformer.models.training import TrainingOptions, train
 
-training, held_out = questions.records()
+training, dev, held_out = questions.records()
 options = TrainingOptions(
     "answer", steps=1200, vocab_size=2000, embed_dim=128, hidden_dim=256, num_heads=4
 )

@@ -5,7 +5,7 @@ from fasttransformer.models.data import summaries
 from fasttransformer.models.tasks import task_of
 from fasttransformer.models.training import TrainingOptions, train
 
-training, held_out = summaries.texts()
+training, dev, held_out = summaries.texts()
 options = TrainingOptions(
     "generate", steps=3000, batch_size=24, learning_rate=2e-3, vocab_size=2000
 )

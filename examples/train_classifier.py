@@ -5,7 +5,7 @@ from fasttransformer.models.data import sentiment
 from fasttransformer.models.tasks import task_of
 from fasttransformer.models.training import TrainingOptions, train
 
-training, new_things, new_words = sentiment.records()
+training, dev, held_out, _, held_out_words = sentiment.records()
 task = task_of("classify")
 options = TrainingOptions(
     "classify", steps=1500, dropout=0.2, vocab_size=1000, embed_dim=64, hidden_dim=128, num_heads=4

@@ -5,7 +5,7 @@ from fasttransformer.models.data import summaries
 from fasttransformer.models.tasks import task_of
 from fasttransformer.models.training import TrainingOptions, train
 
-training, held_out = summaries.records()
+training, dev, held_out = summaries.records()
 task = task_of("summarize")
 options = TrainingOptions(
     "summarize", steps=5000, dropout=0.2, label_smoothing=0.1, max_length=128, hold_out=0.05

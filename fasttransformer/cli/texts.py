@@ -54,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         places = [i for i, text in enumerate(texts) if text.strip()]
         found: list[dict[str, Any]] = [{} for _ in texts]
         if places:
-            for i, result in zip(places, ask([texts[i] for i in places])):
+            try:
+                results = ask([texts[i] for i in places])
+            except ImportError as error:
+                raise UsageError(str(error)) from None
+            for i, result in zip(places, results):
                 found[i] = result
         for text, result in zip(texts, found):
             print(_line(name, text, result, args.json), flush=name == "generate")
@@ -181,13 +185,12 @@ def _answerer(model: Any, args: argparse.Namespace, options: dict[str, Any]) -> 
 
 def _passages(path: str) -> Any:
     """questions → the best passage of the file for each."""
-    from ..benchmarks.minilm import Missing
     from ..models.retrieval import Retriever
 
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         retriever = Retriever([line for line in lines if line.strip()])
-    except (OSError, UnicodeDecodeError, ValueError, Missing) as error:
+    except (OSError, UnicodeDecodeError, ValueError, ImportError) as error:
         raise UsageError(f"--passages: {path}: {error}") from None
     return lambda asked: [retriever.passages[best[0]] for best in retriever.nearest(asked)]
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             options = TrainingOptions(**given)
         if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device: torch sees no GPU here")
-        task = task_of(options.task, options.answers)
+        task = task_of(options.task, options.answers, options.encoder)
         records = read_records(args.data, task.fields, task.problem)
         evaluation = None
         if args.eval_data:
@@ -197,6 +197,7 @@ def add_parser(commands: Any) -> None:
         "  fasttransformer train --task summarize --data pages.jsonl --out summaries \\\n"
         "      --eval-data held_out.jsonl --steps 4000 --patience 5\n"
         "  fasttransformer train --task classify --data reviews.jsonl --out reviews --resume\n"
+        "  fasttransformer train --task classify --encoder minilm --data reviews.jsonl --out r\n"
         "  torchrun --nproc-per-node 2 -m fasttransformer train --task translate …\n",
     )  # fmt: skip
     parser.add_argument("--task", choices=TASKS, required=True, help="what the model is to do")
@@ -234,5 +235,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--answers", choices=("span", "text"), default=argparse.SUPPRESS,
         help="of the task answer: point into the context, or write (span)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoder", choices=("scratch", "minilm"), default=argparse.SUPPRESS,
+        help="of the task classify: all from scratch, or the pretrained MiniLM as it is and two "
+        "layers on its vectors (scratch)",
     )  # fmt: skip
     parser.set_defaults(run=run)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .config import TransformerConfig
+from .config import CheckedOptions, TransformerConfig
 from .packing import PackedBatch, pack, pack_padded
 from .tokenizer import FILE as TOKENIZER_FILE
 from .tokenizer import Tokenizer, write_atomically
@@ -33,6 +33,8 @@ class TextModel(nn.Module):
 
     #: class name → class, for from_pretrained
     _classes: ClassVar[dict[str, type[TextModel]]] = {}
+    #: what :meth:`configs` holds
+    _config_class: ClassVar[type[CheckedOptions]] = TransformerConfig
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -44,12 +46,12 @@ class TextModel(nn.Module):
 
     # ---- what a model says about itself -------------------------------------------------------
 
-    def configs(self) -> dict[str, TransformerConfig]:
+    def configs(self) -> dict[str, Any]:
         """The configs that the model is built from again, by name."""
         raise NotImplementedError
 
     @classmethod
-    def from_configs(cls: type[M], configs: dict[str, TransformerConfig]) -> M:
+    def from_configs(cls: type[M], configs: dict[str, Any]) -> M:
         """A new model, as :meth:`configs` describes it."""
         raise NotImplementedError
 
@@ -233,7 +235,7 @@ class TextModel(nn.Module):
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{cls.__name__}: {folder} holds a {name}")
         model = found.from_configs(
-            {part: TransformerConfig.from_dict(config) for part, config in configs.items()}
+            {part: found._config_class.from_dict(config) for part, config in configs.items()}
         )
         state = _safetensors().load((folder / WEIGHTS_FILE).read_bytes())
         model._load(state, folder)

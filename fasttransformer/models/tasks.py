@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from . import metrics
 from .classifier import SpanModel, TextClassifier
 from .data.records import FIELDS, Record
@@ -20,6 +22,7 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .language_model import LanguageModel
 from .metrics import Tally
+from .minilm_classifier import HeadConfig, MiniLMClassifier
 from .outputs import TextOutput
 from .pretrained import TextModel
 from .seq2seq import Seq2SeqModel
@@ -70,7 +73,11 @@ class Task:
             for field in self.fields:
                 yield record[field]
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def tokenizer(self, records: Sequence[Record], vocab_size: int) -> Tokenizer | None:
+        """A new tokenizer; None where the model needs none."""
+        return Tokenizer.train(self.texts(records), vocab_size)
+
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         """A new model; ``options`` are :class:`~.training.options.TrainingOptions`."""
         raise NotImplementedError
 
@@ -122,7 +129,7 @@ class TextToText(Task):
     def source(self, record: Record) -> str:
         return record[self.fields[0]]
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         config = options.config(tokenizer.vocab_size, share_embeddings=True)
         model = Seq2SeqModel(Encoder.from_config(config), Decoder.from_config(config))
         model.tokenizer = tokenizer
@@ -225,7 +232,7 @@ class AnswerSpan(Task):
             "need --answers text)"
         )
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         model = SpanModel(Encoder.from_config(options.config(tokenizer.vocab_size)))
         model.tokenizer = tokenizer
         return model
@@ -273,7 +280,7 @@ class Classify(Task):
     """Accuracy, beside the most frequent label."""
 
     name, fields = "classify", FIELDS["classify"]
-    models: tuple[type[TextModel], ...] = (TextClassifier,)
+    models: tuple[type[TextModel], ...] = (TextClassifier, MiniLMClassifier)
 
     def check(self, records: Sequence[Record]) -> str | None:
         labels = {record["label"] for record in records}
@@ -284,8 +291,8 @@ class Classify(Task):
     def texts(self, records: Sequence[Record]) -> Iterator[str]:
         return (record["text"] for record in records)
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
-        labels = sorted({record["label"] for record in records})
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
+        labels = _labels(records)
         encoder = Encoder.from_config(options.config(tokenizer.vocab_size))
         model = TextClassifier(encoder, labels=labels)
         model.tokenizer = tokenizer
@@ -295,15 +302,18 @@ class Classify(Task):
         texts = model.tokenizer.encode(
             [record["text"] for record in records], eos=True, max_length=model.config.max_length
         )
+        numbers = self._numbers(model, records)
+        return [Example((ids, number), len(ids), 1) for ids, number in zip(texts, numbers)]
+
+    def _numbers(self, model: Any, records: Sequence[Record]) -> list[int]:
+        """Of the records' labels."""
         numbers = {label: number for number, label in enumerate(model.config.labels)}
-        found = []
-        for ids, record in zip(texts, records):
+        for record in records:
             if record["label"] not in numbers:
                 raise ValueError(
                     f"the label {record['label']!r} is none of the model's, {', '.join(numbers)}"
                 )
-            found.append(Example((ids, numbers[record["label"]]), len(ids), 1))
-        return found
+        return [numbers[record["label"]] for record in records]
 
     def predict(self, model: Any, records: Sequence[Record], **options: Any) -> list[str]:
         return [label for label, _ in model.predict([record["text"] for record in records])]
@@ -318,13 +328,42 @@ class Classify(Task):
         return {"most frequent": self.scores([common] * len(records), self.references(records))}
 
 
+class ClassifyByMiniLM(Classify):
+    """The same with a pretrained encoder, whose vectors of all records are made once."""
+
+    def tokenizer(self, records: Sequence[Record], vocab_size: int) -> None:
+        return None
+
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
+        return MiniLMClassifier(
+            HeadConfig(
+                _labels(records), options.encoder, options.hidden_dim, options.dropout,
+                options.label_smoothing,
+            )
+        )  # fmt: skip
+
+    def examples(self, model: Any, records: Sequence[Record]) -> list[Example]:
+        from .retrieval import vectors
+
+        found = vectors([record["text"] for record in records])
+        return [Example(pair, 1, 1) for pair in zip(found, self._numbers(model, records))]
+
+    def loss(self, model: Any, examples: Sequence[Example]) -> TextOutput:
+        vectors, numbers = zip(*(x.inputs for x in examples))
+        return model(torch.stack(vectors), numbers)
+
+
+def _labels(records: Sequence[Record]) -> list[str]:
+    return sorted({record["label"] for record in records})
+
+
 class Generate(Task):
     """Perplexity, beside the frequencies of single tokens and of pairs."""
 
     name, fields = "generate", FIELDS["generate"]
     models: tuple[type[TextModel], ...] = (LanguageModel,)
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         config = options.config(tokenizer.vocab_size)
         model = LanguageModel.from_configs({"config": config})
         model.tokenizer = tokenizer
@@ -346,8 +385,6 @@ class Generate(Task):
         return model.generate([record["text"] for record in records], **options)
 
     def measured(self, model: Any, records: Sequence[Record], **options: Any) -> Tally:
-        import torch
-
         losses = []
         model.eval()
         with torch.no_grad():
@@ -401,8 +438,13 @@ TASKS: dict[str, Task] = {
 }
 
 
-def task_of(name: str, answers: str = "span") -> Task:
+def task_of(name: str, answers: str = "span", encoder: str = "scratch") -> Task:
     """The task of this name.
+
+    Args:
+        name: one of :data:`TASKS`.
+        answers: of the task answer: "span" or "text".
+        encoder: of the task classify: "scratch" or "minilm".
 
     Raises:
         ValueError: there is none.
@@ -412,4 +454,6 @@ def task_of(name: str, answers: str = "span") -> Task:
     """
     if name not in TASKS:
         raise ValueError(f"task is {name!r}; it must be one of {', '.join(TASKS)}")
-    return AnswerText() if name == "answer" and answers == "text" else TASKS[name]
+    if name == "answer" and answers == "text":
+        return AnswerText()
+    return ClassifyByMiniLM() if name == "classify" and encoder != "scratch" else TASKS[name]

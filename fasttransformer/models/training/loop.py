@@ -34,6 +34,7 @@ from ..data.records import Record
 from ..data.split import split
 from ..pretrained import TextModel
 from ..tasks import Example, Scores, Task
+from ..tokenizer import FILE as TOKENIZER_FILE
 from ..tokenizer import Tokenizer, write_atomically
 from .batches import LengthBatches
 from .checkpoints import Checkpoint, random_state, set_random_state
@@ -185,10 +186,11 @@ class _Run:
         if saved is not None:
             TrainingOptions(**saved.options).resumed(options.to_dict())
         torch.manual_seed(options.seed)
-        if saved is not None:
-            tokenizer = Tokenizer.load(out)
+        tokenizer: Tokenizer | None
+        if saved is None:
+            tokenizer = task.tokenizer(records, options.vocab_size)
         else:
-            tokenizer = Tokenizer.train(task.texts(records), options.vocab_size)
+            tokenizer = Tokenizer.load(out) if (out / TOKENIZER_FILE).exists() else None
         self.model = task.build(given, tokenizer, options)
         self.examples = task.examples(self.model, records)
         self.held_out = task.examples(self.model, evaluation) if evaluation else []

@@ -158,41 +158,44 @@ def _answerer(model: Any, args: argparse.Namespace, options: dict[str, Any]) -> 
 
     if (args.context is None) == (args.passages is None):
         raise UsageError("--context or --passages must say where answers are, one of the two")
-    contexts_of = (
-        _passages(args.passages) if args.passages else lambda asked: [args.context] * len(asked)
-    )
+    points = isinstance(model, SpanModel)
+    task: Any = task_of("answer", "span" if points else "text")
+    options = {} if points else options
+    reader = None
+    if args.passages:
+        from ..models.retrieval import OpenReader
+
+        reader = OpenReader(task, model, retriever_of(args.passages), args.top)
 
     def ask(questions: Sequence[str]) -> list[dict[str, Any]]:
-        contexts = contexts_of(questions)
-        if isinstance(model, SpanModel):
-            found: Any = model.answer(questions, contexts)
+        if reader is not None:
+            best = reader.answer(questions, **options)
+            found = [(one.answer, one.passage, one.probability) for one in best]
         else:
-            records = [
-                {"question": q, "context": c, "answer": ""} for q, c in zip(questions, contexts)
-            ]
-            texts = task_of("answer", "text").predict(model, records, **options)
-            found = [(text, None) for text in texts]
-        results = []
-        for (answer, probability), context in zip(found, contexts):
-            result = {"answer": answer, "context": context}
-            if probability is not None:
-                result["probability"] = round(probability, 4)
-            results.append(result)
-        return results
+            contexts = [args.context] * len(questions)
+            read = task.read(model, questions, contexts, **options)
+            found = [(answer, args.context, probability) for answer, probability in read]
+        return [
+            {"answer": answer, "context": context, "probability": round(probability, 4)}
+            for answer, context, probability in found
+        ]
 
     return ask
 
 
-def _passages(path: str) -> Any:
-    """questions → the best passage of the file for each."""
+def retriever_of(path: str) -> Any:
+    """The passages of a file, one a line.
+
+    Raises:
+        UsageError: it can't be read or has none; MiniLM is not installed.
+    """
     from ..models.retrieval import Retriever
 
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-        retriever = Retriever([line for line in lines if line.strip()])
+        return Retriever([line for line in lines if line.strip()])
     except (OSError, UnicodeDecodeError, ValueError, ImportError) as error:
         raise UsageError(f"--passages: {path}: {error}") from None
-    return lambda asked: [retriever.passages[best[0]] for best in retriever.nearest(asked)]
 
 
 def _stream(model: Any, args: argparse.Namespace) -> int:
@@ -238,7 +241,11 @@ def _add_generation(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("--context", metavar="TEXT", help="where all answers are")
         parser.add_argument(
             "--passages", metavar="FILE",
-            help="texts, one a line; MiniLM picks one for each question",
+            help="texts, one a line, among which MiniLM finds those that are read",
+        )  # fmt: skip
+        parser.add_argument(
+            "--top", type=positive, default=3, metavar="N",
+            help="passages that are read for each question (3)",
         )  # fmt: skip
     if name == "generate":
         parser.add_argument("--temperature", type=float, metavar="X", help="draw, at X")

@@ -176,6 +176,28 @@ def answers(predictions: Sequence[str], references: Sequence[str]) -> Tally:
     >>> answers(["The tall tower", "yes"], ["tower", "Yes."]).scores()
     {'exact': 50.0, 'f1': 83.3}
     """
+    return _means(**_answer_columns(predictions, references))
+
+
+def found_answers(
+    predictions: Sequence[str], references: Sequence[str], ranks: Sequence[int | None]
+) -> Tally:
+    """The same for answers from many passages, with the part of questions whose passage is the
+    first, or among the first five: ``ranks`` are the places of the right ones, from 0 on, None for
+    one that was not found.
+
+    >>> found_answers(["tower", "no"], ["tower", "yes"], [0, 3]).scores()
+    {'recall_1': 50.0, 'recall_5': 100.0, 'exact': 50.0, 'f1': 50.0}
+    """
+    recalls = {
+        f"recall_{k}": [float(rank is not None and rank < k) for rank in ranks] for k in (1, 5)
+    }
+    return _means(**recalls, **_answer_columns(predictions, references))
+
+
+def _answer_columns(
+    predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, list[float]]:
     _check(predictions, references)
     exact, f1 = [], []
     for prediction, reference in zip(predictions, references):
@@ -184,7 +206,7 @@ def answers(predictions: Sequence[str], references: Sequence[str]) -> Tally:
         common = sum((collections.Counter(given) & collections.Counter(wanted)).values())
         empty = not given and not wanted
         f1.append(1.0 if empty else 2.0 * common / max(len(given) + len(wanted), 1))
-    return _means(exact=exact, f1=f1)
+    return {"exact": exact, "f1": f1}
 
 
 def classes(predictions: Sequence[str], references: Sequence[str]) -> Tally:

@@ -209,6 +209,16 @@ class AnswerText(TextToText):
     def source(self, record: Record) -> str:
         return f"{record['question']}\n{record['context']}"
 
+    def read(
+        self, model: Any, questions: Sequence[str], contexts: Sequence[str], **options: Any
+    ) -> list[tuple[str, float]]:
+        """(answer, its probability) for each question."""
+        options.setdefault("max_new_tokens", self.new_tokens)
+        records = [{"question": q, "context": c} for q, c in zip(questions, contexts)]
+        sources = [self.source(record) for record in records]
+        answers, scores = model.generate(sources, return_scores=True, **options)
+        return [(answer, math.exp(score)) for answer, score in zip(answers, scores)]
+
     def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.answers(predictions, references)
 
@@ -251,7 +261,13 @@ class AnswerSpan(Task):
     def predict(self, model: Any, records: Sequence[Record], **options: Any) -> list[str]:
         questions = [record["question"] for record in records]
         contexts = [record["context"] for record in records]
-        return [answer for answer, _ in model.answer(questions, contexts, **options)]
+        return [answer for answer, _ in self.read(model, questions, contexts, **options)]
+
+    def read(
+        self, model: Any, questions: Sequence[str], contexts: Sequence[str], **options: Any
+    ) -> list[tuple[str, float]]:
+        """(answer, its probability) for each question."""
+        return model.answer(questions, contexts, **options)
 
     def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.answers(predictions, references)
@@ -262,13 +278,18 @@ class AnswerSpan(Task):
         return _answer_baselines(self, training, records)
 
 
+def first_sentence(text: str) -> str:
+    """What a reader that knows nothing answers."""
+    from .data.documentation import sentences
+
+    return (sentences(text) or [""])[0]
+
+
 def _answer_baselines(
     task: Task, training: Sequence[Record], records: Sequence[Record]
 ) -> dict[str, Scores]:
-    from .data.documentation import sentences
-
     references = task.references(records)
-    first = [(sentences(record["context"]) or [""])[0] for record in records]
+    first = [first_sentence(record["context"]) for record in records]
     common = _most_frequent(task.references(training))
     return {
         "first sentence": task.scores(first, references),

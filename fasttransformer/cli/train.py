@@ -225,6 +225,10 @@ def add_parser(commands: Any) -> None:
         help="matrix products in bfloat16",
     )  # fmt: skip
     parser.add_argument(
+        "--shard", action="store_true", default=argparse.SUPPRESS,
+        help="under torchrun, each process keeps its part of weights and optimizer (FSDP2)",
+    )  # fmt: skip
+    parser.add_argument(
         "--post-norm", dest="pre_norm", action="store_false", default=argparse.SUPPRESS,
         help="norms behind each block, not at its entry",
     )  # fmt: skip

@@ -43,6 +43,8 @@ class TextModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._tokenizer: Tokenizer | None = None
+        # FSDP2 gives a model a class of its own later.
+        self._class_name = type(self).__name__
 
     # ---- what a model says about itself -------------------------------------------------------
 
@@ -184,21 +186,25 @@ class TextModel(nn.Module):
 
     # ---- files --------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Writes weights, configs and tokenizer into ``directory``, which is made if need be.
 
-        A tied parameter is written once.
+        A tied parameter is written once. ``state_dict`` is in place of the model's own, where its
+        weights are spread over several processes.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name: weight.detach().contiguous() for name, weight in state.items()}
         write_atomically(folder / WEIGHTS_FILE, _safetensors().save(state, {"format": "pt"}))
         if self._tokenizer is not None:
             self._tokenizer.save(folder)
         else:
             (folder / TOKENIZER_FILE).unlink(missing_ok=True)
         description = {
-            "class": type(self).__name__,
+            "class": self._class_name,
             "configs": {name: config.to_dict() for name, config in self.configs().items()},
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"

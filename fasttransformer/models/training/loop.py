@@ -128,7 +128,7 @@ def train(
     ...     train(task_of("classify"), records, out, options).steps
     2
     """
-    place = devices(options.device)
+    place = devices(options.device, options.shard)
     try:
         return _Run(task, records, Path(out), options, place, evaluation, resume, report).run()
     finally:
@@ -203,8 +203,8 @@ class _Run:
         torch.manual_seed(options.seed + place.rank)
         if saved is not None:
             self._continue(saved)
-        elif place.is_main:
-            self.model.save_pretrained(out)
+        else:
+            self._save_model()
 
     def _continue(self, saved: Checkpoint) -> None:
         if len(saved.random) != self.place.world:
@@ -212,7 +212,7 @@ class _Run:
                 f"the run in {self.out} has {len(saved.random)} processes, but now there are "
                 f"{self.place.world}"
             )
-        self.optimizer.load_state_dict(saved.optimizer)
+        self.optimizer.load_state_dict(self.place.parts(saved.optimizer, self.optimizer))
         set_random_state(saved.random[self.place.rank], self.place.device)
         self.step, self.best, self.worse = saved.step, saved.best, saved.worse
         self.log, self.seconds, self.cpu_seconds = saved.log, saved.seconds, saved.cpu_seconds
@@ -272,15 +272,16 @@ class _Run:
             # Examples of a batch are in order of length: every part gets short and long ones.
             part = batch[turn * place.world + place.rank :: every]
             last = turn == options.accumulate - 1
-            # A process without examples still takes part in the sum of gradients.
-            if not part and not (last and place.world > 1):
+            # A process without examples still takes part in what all do together.
+            if not part and not (place.sharded or (last and place.world > 1)):
                 continue
             if last:
                 loss += self._backward(part, batch, weight)
             else:
                 with place.local(self.trained):
                     loss += self._backward(part, batch, weight)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf))
+        clipped = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
+        norm = float(place.whole(clipped))
         loss = place.sum(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
@@ -312,15 +313,15 @@ class _Run:
     def _evaluate(self) -> None:
         """The loss on the held-out examples, a share of which is each process's."""
         rank, world = self.place.rank, self.place.world
-        own = self.held_out[rank::world]
         total, weight = 0.0, 0
         self.model.eval()
-        for first in range(0, len(own), EVALUATION_BATCH):
-            part = own[first : first + EVALUATION_BATCH]
+        # As many passes in each process: sharded weights are gathered by all of them together.
+        for first in range(0, len(self.held_out), EVALUATION_BATCH * world):
+            part = self.held_out[first + rank : first + EVALUATION_BATCH * world : world]
             with self._autocast():
-                output = self.task.loss(self.model, part)
+                output = self.task.loss(self.model, part or self.held_out[:1])
             assert output.loss_sum is not None
-            total += float(output.loss_sum)
+            total += float(output.loss_sum) if part else 0.0
             weight += sum(example.weight for example in part)
         self.model.train()
         loss = self.place.sum(total) / self.place.sum(weight)
@@ -329,8 +330,7 @@ class _Run:
         self.report(row)
         if self.best is None or loss < self.best[0]:
             self.best, self.worse = (loss, self.step), 0
-            if self.place.is_main:
-                self.model.save_pretrained(self.out)
+            self._save_model()
         else:
             self.worse += 1
 
@@ -339,17 +339,23 @@ class _Run:
 
     def _save(self) -> None:
         states = self.place.gather(random_state(self.place.device))
+        if not self.held_out:
+            self._save_model()
+        model = self.place.whole(self.model.state_dict())
+        optimizer = self.place.whole(self.optimizer.state_dict())
         if self.place.is_main:
-            if not self.held_out:
-                self.model.save_pretrained(self.out)
             Checkpoint(
-                self.step, self.options.to_dict(), self.digest, self.model.state_dict(),
-                self.optimizer.state_dict(), states, self.best, self.worse, self.log,
-                self.seconds, self.cpu_seconds,
+                self.step, self.options.to_dict(), self.digest, model, optimizer, states,
+                self.best, self.worse, self.log, self.seconds, self.cpu_seconds,
             ).save(self.out)  # fmt: skip
             lines = "".join(json.dumps(row) + "\n" for row in self.log)
             write_atomically(self.out / LOG_FILE, lines.encode())
         self.place.wait()
+
+    def _save_model(self) -> None:
+        state = self.place.whole(self.model.state_dict())
+        if self.place.is_main:
+            self.model.save_pretrained(self.out, state_dict=state)
 
     def _result(self, stopped_early: bool) -> Result:
         result = Result(

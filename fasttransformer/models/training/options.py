@@ -12,7 +12,7 @@ from ..minilm_classifier import ENCODERS
 from ..tokenizer import SMALLEST
 
 #: What may differ when a run goes on: how long it trains, and what it looks at and writes.
-CHANGEABLE = ("steps", "save_every", "eval_every", "patience", "device", "eval_limit")
+CHANGEABLE = ("steps", "save_every", "eval_every", "patience", "device", "shard", "eval_limit")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class TrainingOptions(CheckedOptions):
         eval_limit: the most records that texts are generated for at the end.
         bf16: matrix products in bfloat16, by autocast.
         device: where to.
+        shard: of several processes each keeps its part of weights, gradients and the optimizer's
+            state alone between the steps (FSDP2), not all (DDP).
         answers: of the task answer: "span" points into the context, "text" writes.
         encoder: of the task classify: "scratch" trains all, "minilm" two layers (of ``hidden_dim``
             features) on the vectors of the pretrained MiniLM, whatever the sizes below.
@@ -66,6 +68,7 @@ class TrainingOptions(CheckedOptions):
     eval_limit: int = 500
     bf16: bool = False
     device: str = "cpu"
+    shard: bool = False
     answers: str = "span"
     encoder: str = "scratch"
     vocab_size: int = 4000

@@ -135,6 +135,11 @@ class TransformerConfig(CheckedOptions):
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
+    @property
+    def pad_token_id(self) -> int:
+        """``pad_id`` by transformers' name."""
+        return self.pad_id
+
     def replace(self, **changes: Any) -> TransformerConfig:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)

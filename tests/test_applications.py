@@ -378,11 +378,15 @@ def test_answers_come_from_the_best_of_many_passages():
     assert 0.0 < second.probability <= 0.3 < first.probability <= 0.9
     records = [
         {"question": asked[0], "context": "", "passage": PASSAGES[0], "answer": "sleep"},
-        {"question": asked[1], "context": "elsewhere", "answer": "Open a file and read it."},
+        {"question": asked[1], "context": "elsewhere: no", "answer": "Open a file and read it."},
     ]
-    measured, nearest = reader.measured(records)
+    measured, beside = reader.measured(records)
     assert measured.scores()["recall_1"] == measured.scores()["recall_5"] == 50.0
-    assert measured.scores()["exact"] == 50.0 and nearest.keys() == {"exact", "f1"}
+    assert measured.scores()["exact"] == 50.0 and beside.keys() == {
+        "given the right passage",
+        "first sentence of the nearest",
+    }
+    assert beside["given the right passage"]["exact"] == 0.0
     assert reader.answer([]) == []
     with pytest.raises(ValueError, match="top is 0"):
         retrieval.OpenReader(Reader(), None, retriever, top=0)

@@ -9,13 +9,14 @@ from fasttransformer.models.training import TrainingOptions, train
 
 @pytest.mark.slow
 def test_summaries_beat_the_first_words(tmp_path):
-    sides = summaries.records()
+    sides = summaries.records()[:2]
     for record in (record for side in sides for record in side):
         record["text"] = " ".join(record["text"].split()[:8])
     options = TrainingOptions(
-        "summarize", steps=900, batch_size=64, learning_rate=4e-3, vocab_size=1500, embed_dim=128,
-        hidden_dim=256, num_layers=1, num_heads=4, eval_every=900, save_every=900,
+        "summarize", steps=500, batch_size=64, learning_rate=4e-3, vocab_size=1500, embed_dim=128,
+        hidden_dim=256, num_layers=1, num_heads=4, eval_every=500, save_every=500, eval_limit=200,
     )  # fmt: skip
     result = train(task_of("summarize"), sides[0], tmp_path, options, evaluation=sides[1])
     leads = max(scores["rougeL"] for scores in result.baselines.values())
-    assert result.metrics["rougeL"] > leads  # 21.2 and 18.7 when it was written
+    print(result.metrics, leads, result.cpu_seconds)
+    assert result.metrics["rougeL"] > leads

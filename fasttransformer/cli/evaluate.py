@@ -55,10 +55,10 @@ def _from_passages(
     from ..models.retrieval import OpenReader
 
     reader = OpenReader(task, model, retriever_of(args.passages), args.top)
-    measured, nearest = reader.measured(records, **options)
+    measured, beside = reader.measured(records, **options)
     return {
         "metrics": measured.scores(), "intervals": measured.intervals(),
-        "baselines": {"first sentence of the nearest": nearest},
+        "baselines": beside,
     }  # fmt: skip
 
 

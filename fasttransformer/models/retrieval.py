@@ -136,21 +136,31 @@ class OpenReader:
             found.append(Found(answer, score / total, context, [number for number, _ in row]))
         return found
 
-    def measured(self, records: Sequence[Record], **options: Any) -> tuple[Tally, Scores]:
-        """(how many right passages were found and answers given, the scores of the nearest
-        passages' first sentences). A record's right passage is its ``passage``, or ``context``."""
+    def measured(
+        self, records: Sequence[Record], **options: Any
+    ) -> tuple[Tally, dict[str, Scores]]:
+        """(how many right passages were found and answers given, what it stands beside: the same
+        model where it is given the right passages alone, and the nearest passages' first
+        sentences). A record's right passage is its ``passage``, or ``context``."""
         found = self.answer([record["question"] for record in records], **options)
+        right = [record.get("passage") or record["context"] for record in records]
+        given = self.task.read(self.model, [r["question"] for r in records], right, **options)
         places = {passage: number for number, passage in enumerate(self.retriever.passages)}
-        gold = [places.get(record.get("passage") or record["context"]) for record in records]
+        gold = [places.get(passage) for passage in right]
         ranks = [
-            one.ranked.index(right) if right in one.ranked else None
-            for one, right in zip(found, gold)
+            one.ranked.index(number) if number in one.ranked else None
+            for one, number in zip(found, gold)
         ]
         references = self.task.references(records)
         nearest = [first_sentence(self.retriever.passages[one.ranked[0]]) for one in found]
         return (
             metrics.found_answers([one.answer for one in found], references, ranks),
-            metrics.answers(nearest, references).scores(),
+            {
+                "given the right passage": metrics.answers(
+                    [answer for answer, _ in given], references
+                ).scores(),
+                "first sentence of the nearest": metrics.answers(nearest, references).scores(),
+            },
         )
 
 

@@ -30,7 +30,7 @@ OPTIONS = {
     "eval_every": "steps between evaluations",
     "patience": "evaluations without a better loss after which training stops, 0 = never",
     "hold_out": "part of the data kept for evaluation without --eval-data",
-    "eval_limit": "most held-out records that are judged at the end",
+    "eval_limit": "most evaluation records that are judged at the end",
     "vocab_size": "most tokens of the tokenizer",
     "embed_dim": "features of a token",
     "hidden_dim": "features inside a feed-forward block",
@@ -129,7 +129,7 @@ class _Shown:
         if "eval_loss" in row:
             if not self.quiet:
                 self.out.print(
-                    f"step {step}: loss {self.loss:.4f}, held out {row['eval_loss']:.4f}"
+                    f"step {step}: loss {self.loss:.4f}, evaluation {row['eval_loss']:.4f}"
                 )
             return
         self.loss = row["loss"] if step == self.done + 1 else 0.95 * self.loss + 0.05 * row["loss"]
@@ -164,7 +164,7 @@ def _show(result: Any, out: Path, as_json: bool) -> None:
     )
     if result.best is not None:
         loss, step = result.best
-        shown.print(f"best loss on {result.evaluated} held-out records: {loss:.4f}, step {step}")
+        shown.print(f"best loss on {result.evaluated} evaluation records: {loss:.4f}, step {step}")
     if result.metrics:
         shown.print(scores_table(result.metrics, result.baselines))
     shown.print(f"the model is in {escape(str(out))}")
@@ -206,7 +206,7 @@ def add_parser(commands: Any) -> None:
         "--out", required=True, metavar="DIR",
         help="folder for the model, checkpoint.pt, log.jsonl, training.json and curves.png",
     )  # fmt: skip
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out records")
+    parser.add_argument("--eval-data", metavar="FILE", help="records to choose the best step by")
     parser.add_argument(
         "--resume", action="store_true", help="go on from DIR's checkpoint, if there is one"
     )

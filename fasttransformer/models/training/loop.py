@@ -69,8 +69,8 @@ class Result:
         steps: done.
         best: loss and step of the best evaluation; None without evaluation.
         stopped_early: patience ended it.
-        evaluated: number of held-out records.
-        metrics, baselines: on the held-out records; empty without them.
+        evaluated: number of evaluation records.
+        metrics, baselines: on the evaluation records; empty without them.
         seconds, cpu_seconds: of training, wall clock and of all threads.
         log: loss and rate by step.
     """
@@ -110,7 +110,7 @@ def train(
         records: of the task.
         out: made if need be.
         options: see :class:`TrainingOptions`.
-        evaluation: held-out records; a part of ``records`` unless given.
+        evaluation: records that the best step is chosen by; a part of ``records`` unless given.
         resume: go on from the checkpoint in ``out``, if there is one.
         report: called after each step and each evaluation.
 
@@ -311,7 +311,7 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """The loss on the held-out examples, a share of which is each process's."""
+        """The loss on the evaluation examples, a share of which is each process's."""
         rank, world = self.place.rank, self.place.world
         total, weight = 0.0, 0
         self.model.eval()

@@ -12,7 +12,7 @@ from fasttransformer.benchmarks._shared import (
     OURS,
     Candidate,
     Case,
-    forward_backward_of,
+    candidates,
     randn,
 )
 
@@ -48,10 +48,20 @@ def operands(
     )
 
 
+def linear_bytes(rows: int, inner: int, outer: int, dtype: torch.dtype) -> int:
+    """Input, weight, residual and output, each once."""
+    return (rows * inner + inner * outer + 2 * rows * outer) * dtype.itemsize
+
+
 def norm_cases(
-    op: str, ours: Callable[..., Any], peer: Callable[..., Any], vectors: int, quick: bool
+    op: str,
+    functions: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
+    vectors: int,
+    quick: bool,
 ) -> list[Case]:
-    """Cases of a projection that ends in a norm with so many ``vectors`` of weights."""
+    """Cases of a projection that ends in a norm with so many ``vectors`` of weights; the functions
+    are ours, torch's and the reference."""
+    ours, peer, wanted = functions
     found = []
     for rows, inner, outer, dtype in shapes(quick):
         size = (rows, inner, outer, dtype)
@@ -62,18 +72,16 @@ def norm_cases(
             return (*operands(*size, grad=grad), *norm)
 
         def forward(inputs=inputs) -> Mapping[str, Candidate]:
-            given = inputs()
-            return {OURS: lambda: ours(*given), "torch": lambda: peer(*given)}
+            return candidates({OURS: ours, "torch": peer}, inputs(), "forward", wanted)
 
         def train(inputs=inputs) -> Mapping[str, Candidate]:
             given = inputs(grad=True)
-            return {
-                OURS: forward_backward_of(ours, *given),
-                "torch": forward_backward_of(peer, *given),
-            }
+            return candidates({OURS: ours, "torch": peer}, given, "forward + backward", wanted)
 
         name, flops = f"{rows}×{inner}→{outer}", 2 * rows * inner * outer
-        found.append(Case(op, name, dtype, forward, flops=flops))
+        size = linear_bytes(rows, inner, outer, dtype)
+        found.append(Case(op, name, dtype, forward, bytes=size, flops=flops))
         if rows > 16:
-            found.append(Case(op, f"{name} forward + backward", dtype, train, flops=3 * flops))
+            found.append(Case(op, f"{name} forward + backward", dtype, train, bytes=3 * size,
+                              flops=3 * flops))  # fmt: skip
     return found

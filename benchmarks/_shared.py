@@ -1,4 +1,4 @@
-"""What every benchmark shares: the shape of a case, the clock, and how a rate is made of a time.
+"""What every benchmark shares: the shape of a case, its inputs, and how a rate is made of a time.
 
 A bench file is a list of cases and one line for pytest:
 
@@ -12,8 +12,6 @@ A bench file is a list of cases and one line for pytest:
 
     test_softmax = run_under_pytest
 
-Candidates are timed in turns (A B A B …), so that a machine whose clock or neighbours change slows
-all of them alike; a result is the median of the turns, with the quartiles as its spread.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +28,14 @@ import torch
 from torch import Tensor
 
 OURS = "fasttransformer"
+#: The name in a case's candidates of what is right: computed in float64, never timed.
+REFERENCE = "reference"
+#: flops of an operation bound by memory, an element: an exponential, a square root and an error
+#: function count as one, like an addition.
+SOFTMAX_FLOPS, NORM_FLOPS, ACTIVATION_FLOPS = 5, 8, 8
+#: flops per byte from which on a case counts as bound by arithmetic. A core does 5 to 10 flops in
+#: the time of a byte from memory.
+BALANCE = 10
 
 Candidate = Callable[[], object]
 
@@ -40,10 +44,15 @@ Candidate = Callable[[], object]
 class Case:
     """One row of a benchmark: an operation at one shape and dtype, ours and its peers.
 
-    ``bytes`` is what must be read and written at least once (each operand once), for operations
-    bound by memory; ``flops`` is what must be computed, for the others (causal attention counts
-    the allowed half only). Give one of the two. ``make`` builds the inputs and returns
-    name → callable, with :data:`OURS` first.
+    ``bytes`` is what must be read and written at least once (each operand once), ``flops`` what
+    must be computed (causal attention counts the allowed half only). Give both where both are
+    known: their ratio places the case under the machine's roofline, and decides in which of the two
+    the rate is given. ``make`` builds the inputs and returns name → callable, with :data:`OURS`
+    first. It may add :data:`REFERENCE`, which returns in float64 what the others should, to check
+    them by; without it they are held to ours. Cases that are not ``compared``
+    have results that differ by right: dropout's, or padded ones.
+    ``cold`` ones start each call with their inputs in memory, not in a cache. Cases whose ``along``
+    names the same curve are drawn as one, over the number beside it.
     """
 
     op: str
@@ -53,33 +62,25 @@ class Case:
     bytes: int = 0
     flops: int = 0
     device: str = "cpu"
+    cold: bool = False
+    compared: bool = True
+    along: tuple[str, float] | None = None
 
     @property
     def id(self) -> str:
-        return f"{self.op} {self.name} {dtype_name(self.dtype)}"
+        return f"{self.op} {self.name} {dtype_name(self.dtype)}" + (" cold" if self.cold else "")
+
+    @property
+    def memory_bound(self) -> bool:
+        return self.flops < BALANCE * self.bytes
 
     def rate(self, seconds: float) -> float:
         """GB/s of a case bound by memory, GFLOP/s of one bound by arithmetic."""
-        return (self.bytes or self.flops) / seconds / 1e9
+        return (self.bytes if self.memory_bound else self.flops) / seconds / 1e9
 
     @property
     def unit(self) -> str:
-        return "GB/s" if self.bytes else "GFLOP/s"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call: the median of the turns and their quartiles."""
-
-    median: float
-    low: float
-    high: float
-    turns: int
-
-    @property
-    def spread(self) -> float:
-        """Half the distance of the quartiles, as a fraction of the median."""
-        return (self.high - self.low) / 2 / self.median if self.median else 0.0
+        return "GB/s" if self.memory_bound else "GFLOP/s"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -127,6 +128,38 @@ def forward_backward_of(function: Callable[..., Any], *inputs: Tensor) -> Candid
     return step
 
 
+#: What a candidate of :func:`candidates` does.
+MODES: dict[str, Callable[..., Candidate]] = {
+    "forward": lambda function, *inputs: lambda: function(*inputs),
+    "backward": backward_of,
+    "forward + backward": forward_backward_of,
+}
+
+
+def candidates(
+    functions: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[Tensor],
+    mode: str = "forward",
+    reference: Callable[..., Any] | None = None,
+) -> dict[str, Candidate]:
+    """name → candidate of the functions, ours first, all of the same inputs.
+
+    ``reference`` is computed of the inputs in float64, when it is asked for.
+    """
+    made = {name: MODES[mode](function, *inputs) for name, function in functions.items()}
+    if reference is not None:
+
+        def wanted() -> object:
+            wide = [
+                x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+                for x in inputs
+            ]
+            return MODES[mode](reference, *wide)()
+
+        made[REFERENCE] = wanted
+    return made
+
+
 def keep_allocations() -> bool:
     """Has glibc keep freed memory, so that outputs land on pages that are there already.
 
@@ -141,68 +174,6 @@ def keep_allocations() -> bool:
         return bool(libc.mallopt(-4, 0)) and bool(libc.mallopt(-1, -1))
     except (OSError, AttributeError):
         return False
-
-
-# ---- clock --------------------------------------------------------------------------------------
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _sample(function: Candidate, calls: int, device: str) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    _wait(device)
-    return (time.perf_counter() - start) / calls
-
-
-def time_in_turns(
-    candidates: Mapping[str, Candidate],
-    budget: float = 1.0,
-    *,
-    device: str = "cpu",
-    turns: int = 5,
-    sample: float = 2e-3,
-) -> dict[str, Timing]:
-    """Times the candidates in turns for about ``budget`` seconds in all.
-
-    Each is run twice first (the first run pays for packing, page faults and caches). A turn calls
-    a short candidate as often as fills ``sample`` seconds. There are at least ``turns`` turns,
-    unless that would take more than four budgets: then as many as fit, at least one.
-    """
-    calls: dict[str, int] = {}
-    once = 0.0
-    for name, function in candidates.items():
-        warm = _sample(function, 1, device)
-        if warm < budget:
-            warm = _sample(function, 1, device)
-        calls[name] = max(1, min(10_000, int(sample / max(warm, 1e-7))))
-        once += warm * calls[name]
-    rounds = max(turns, int(budget / once))
-    if rounds * once > 4 * budget:
-        rounds = max(1, int(4 * budget / once))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates)
-    for _ in range(rounds):
-        for name in order:
-            times[name].append(_sample(candidates[name], calls[name], device))
-        order.append(order.pop(0))  # nobody always runs right after the same neighbour
-    return {name: timing_of(seconds) for name, seconds in times.items()}
-
-
-def timing_of(seconds: Sequence[float]) -> Timing:
-    """Median and quartiles of a list of times.
-
-    >>> timing_of([3.0, 1.0, 2.0]).median
-    2.0
-    """
-    if len(seconds) == 1:
-        return Timing(seconds[0], seconds[0], seconds[0], 1)
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(middle, low, high, len(seconds))
 
 
 # ---- surroundings -------------------------------------------------------------------------------
@@ -220,6 +191,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def affinity() -> int | None:
+    """How many processors this process may run on, where the system says it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def environment() -> dict[str, Any]:
     """What a number depends on besides the code: kept in every JSON file beside the numbers."""
     from fasttransformer import __version__
@@ -233,6 +209,8 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "affinity": affinity(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     if backends()["cpu"] is None:
@@ -249,7 +227,7 @@ def environment() -> dict[str, Any]:
 def run_under_pytest(benchmark: Any, case: Case, candidate: str) -> None:
     """The test function of every bench file; benchmarks/conftest.py fills in case and candidate."""
     candidates = case.make()
-    if candidate not in candidates:
+    if candidate not in candidates or candidate == REFERENCE:
         sys.modules["pytest"].skip(f"{candidate} does not do this case")
     benchmark.group = case.id
     benchmark.extra_info.update(bytes=case.bytes, flops=case.flops)

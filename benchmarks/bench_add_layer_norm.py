@@ -1,11 +1,13 @@
-"""add_layer_norm forward and backward, against torch's own composition."""
+"""add_layer_norm forward and backward, against torch's own composition and onnxruntime."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 
 import fasttransformer as ft
+from fasttransformer import reference
 
+from . import peers
 from ._norms import norm_cases
 from ._shared import Case, run_under_pytest
 
@@ -18,7 +20,15 @@ def cases(quick: bool = False) -> list[Case]:
         summed = x + r
         return F.layer_norm(summed, w.shape, w, b), summed
 
-    return norm_cases("add_layer_norm", ours, torchs, adds=True, bias=True, quick=quick)
+    def wanted(x, r, w, b):
+        return reference.add_layer_norm(x, r, w.shape, w, b)
+
+    def onnx(x, r, w, b):
+        return peers.present(onnxruntime=peers.onnx_add_layer_norm(x, r, w, b, 1e-5))
+
+    return norm_cases(
+        "add_layer_norm", (ours, torchs, wanted), adds=True, bias=True, quick=quick, onnx=onnx
+    )
 
 
 test_add_layer_norm = run_under_pytest

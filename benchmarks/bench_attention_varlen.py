@@ -52,7 +52,11 @@ def _case(name: str, lengths: list[int], dtype: torch.dtype, backward: bool) -> 
 
     flops = sum(n * n for n in lengths) * HEADS * DIM * (10 if backward else 4)
     op = "attention_varlen backward" if backward else "attention_varlen"
-    return Case(op, f"{name}, {len(lengths)} of {min(lengths)}…{longest}", dtype, make, flops=flops)
+    size = 4 * sum(lengths) * HEADS * DIM * dtype.itemsize * (2 if backward else 1)
+    return Case(
+        op, f"{name}, {len(lengths)} of {min(lengths)}…{longest}", dtype, make, bytes=size,
+        flops=flops, compared=False,  # one result has padding
+    )  # fmt: skip
 
 
 def cases(quick: bool = False) -> list[Case]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import fasttransformer as ft
 
-from ._shared import OURS, Case, backward_of, randn, run_under_pytest
+from ._shared import OURS, Case, candidates, randn, run_under_pytest
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK = ((1024, 30522, 384),)
@@ -27,10 +27,11 @@ def cases(quick: bool = False) -> list[Case]:
 
             def plain(inputs=inputs):
                 ids, weight = inputs()
-                return {
-                    OURS: lambda: ft.embedding(ids, weight),
-                    "torch": lambda: F.embedding(ids, weight),
+                functions = {
+                    OURS: lambda w: ft.embedding(ids, w),
+                    "torch": lambda w: F.embedding(ids, w),
                 }
+                return candidates(functions, [weight], "forward", lambda w: w[ids])
 
             def sinusoidal(inputs=inputs):
                 ids, weight = inputs()
@@ -44,18 +45,20 @@ def cases(quick: bool = False) -> list[Case]:
 
             def backward(inputs=inputs):
                 ids, weight = inputs(grad=True)
-                return {
-                    OURS: backward_of(lambda w: ft.embedding(ids, w), weight),
-                    "torch": backward_of(lambda w: F.embedding(ids, w), weight),
+                functions = {
+                    OURS: lambda w: ft.embedding(ids, w),
+                    "torch": lambda w: F.embedding(ids, w),
                 }
+                return candidates(functions, [weight], "backward", lambda w: w[ids])
 
             shape = f"{tokens} of {rows}×{features}"
             bytes_ = 2 * tokens * row
             found += [
-                Case("embedding", shape, dtype, plain, bytes=bytes_),
-                Case("embedding", f"{shape} sinusoidal", dtype, sinusoidal, bytes=bytes_),
+                Case("embedding", shape, dtype, plain, bytes=bytes_, flops=tokens * features),
+                Case("embedding", f"{shape} sinusoidal", dtype, sinusoidal, bytes=bytes_,
+                     flops=3 * tokens * features),
                 Case("embedding", f"{shape} backward", dtype, backward,
-                     bytes=(tokens + rows) * row),
+                     bytes=(tokens + rows) * row, flops=tokens * features),
             ]  # fmt: skip
     return found
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fasttransformer as ft
+from fasttransformer import reference
 
-from ._shared import OURS, Case, forward_backward_of, randn, run_under_pytest
+from ._shared import OURS, Case, candidates, randn, run_under_pytest
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK = ((256, 384, 1536),)
@@ -39,23 +40,25 @@ def cases(quick: bool = False) -> list[Case]:
                 def theirs(x, w_in, b_in, w_out, b_out, act=act):
                     return F.linear(act(F.linear(x, w_in, b_in)), w_out, b_out)
 
-                def forward(tensors=tensors, ours=ours, theirs=theirs):
-                    args = tensors()
-                    return {OURS: lambda: ours(*args), "torch": lambda: theirs(*args)}
+                def wanted(*args: Tensor, name=name):
+                    return reference.feed_forward(*args, activation=name)
 
-                def step(tensors=tensors, ours=ours, theirs=theirs):
+                def forward(tensors=tensors, ours=ours, theirs=theirs, wanted=wanted):
+                    return candidates({OURS: ours, "torch": theirs}, tensors(), "forward", wanted)
+
+                def step(tensors=tensors, ours=ours, theirs=theirs, wanted=wanted):
                     args = tensors(grad=True)
-                    return {
-                        OURS: forward_backward_of(ours, *args),
-                        "torch": forward_backward_of(theirs, *args),
-                    }
+                    mode = "forward + backward"
+                    return candidates({OURS: ours, "torch": theirs}, args, mode, wanted)
 
                 flops = 2 * rows * features * hidden * matrices
                 shape = f"{rows}×{features}×{hidden} {name}"
+                size = (features * hidden * matrices + 2 * rows * features) * dtype.itemsize
                 found += [
-                    Case("feed_forward", shape, dtype, forward, flops=flops),
-                    Case("feed_forward", f"{shape} training", dtype, step, flops=3 * flops),
-                ]
+                    Case("feed_forward", shape, dtype, forward, bytes=size, flops=flops),
+                    Case("feed_forward", f"{shape} training", dtype, step,
+                         bytes=3 * size, flops=3 * flops),
+                ]  # fmt: skip
     return found
 
 

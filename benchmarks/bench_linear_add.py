@@ -1,69 +1,67 @@
-"""linear_add: projection + bias + residual, or GELU, beside torch and oneDNN's packed weight."""
+"""linear_add: projection + bias + residual, GELU or dropout, beside torch and oneDNN's packed
+weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import fasttransformer as ft
-from fasttransformer.benchmarks._linear import operands, shapes
+from fasttransformer import reference
+from fasttransformer.benchmarks import peers
+from fasttransformer.benchmarks._linear import linear_bytes, operands, shapes
 from fasttransformer.benchmarks._shared import (
     OURS,
     Candidate,
     Case,
-    forward_backward_of,
+    candidates,
     run_under_pytest,
 )
 
 
-def _packed(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
-) -> Candidate:
-    """oneDNN with the weight packed beforehand and the residual fused: torch's fastest path."""
-    packed = weight.to_mkldnn()
-    call = torch.ops.mkldnn._linear_pointwise.binary
-    return lambda: call(x, residual, packed, bias, "add")
+def _case(rows: int, inner: int, outer: int, dtype: torch.dtype, kind: str) -> Case:
+    mode = "forward + backward" if kind == "forward + backward" else "forward"
+    options: dict[str, Any] = {"gelu": {"activation": "gelu"}, "dropout": {"dropout_p": 0.1}}.get(
+        kind, {}
+    )
+
+    def ours(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return ft.linear_add(x, w, b, r, **options)
+
+    def torchs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        y = F.linear(x, w, b)
+        if kind == "gelu":
+            y = F.gelu(y)
+        return (F.dropout(y, 0.1) if kind == "dropout" else y) + r
+
+    def wanted(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return reference.linear_add(x, w, b, r, **options)
+
+    def make() -> dict[str, Candidate]:
+        inputs = operands(rows, inner, outer, dtype, grad=mode != "forward")
+        made = candidates({OURS: ours, "torch": torchs}, inputs, mode, wanted)
+        if kind == "":
+            made |= peers.present(oneDNN_packed=peers.packed_linear(*inputs))
+        return made
+
+    passes = 1 if mode == "forward" else 3
+    return Case(
+        "linear_add", f"{rows}×{inner}→{outer} {kind}".strip(), dtype, make,
+        bytes=passes * linear_bytes(rows, inner, outer, dtype),
+        flops=passes * 2 * rows * inner * outer, compared=kind != "dropout",
+    )  # fmt: skip
 
 
 def cases(quick: bool = False) -> list[Case]:
     found = []
     for rows, inner, outer, dtype in shapes(quick):
-        size = (rows, inner, outer, dtype)
-
-        def forward(size=size) -> Mapping[str, Candidate]:
-            x, weight, bias, residual = operands(*size)
-            candidates: dict[str, Candidate] = {
-                OURS: lambda: ft.linear_add(x, weight, bias, residual),
-                "torch": lambda: F.linear(x, weight, bias) + residual,
-            }
-            if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-                candidates["oneDNN packed"] = _packed(x, weight, bias, residual)
-            return candidates
-
-        def gelu(size=size) -> Mapping[str, Candidate]:
-            x, weight, bias, _ = operands(*size)
-            return {
-                OURS: lambda: ft.linear_add(x, weight, bias, activation="gelu"),
-                "torch": lambda: F.gelu(F.linear(x, weight, bias)),
-            }
-
-        def train(size=size) -> Mapping[str, Candidate]:
-            inputs = operands(*size, grad=True)
-            return {
-                OURS: forward_backward_of(ft.linear_add, *inputs),
-                "torch": forward_backward_of(lambda x, w, b, r: F.linear(x, w, b) + r, *inputs),
-            }
-
-        name, flops = f"{rows}×{inner}→{outer}", 2 * rows * inner * outer
-        found.append(Case("linear_add", name, dtype, forward, flops=flops))
-        if rows > 16:
-            found.append(
-                Case("linear_add", f"{name} forward + backward", dtype, train, flops=3 * flops)
-            )
-            if not quick:
-                found.append(Case("linear_add", f"{name} gelu", dtype, gelu, flops=flops))
+        kinds = ["", "forward + backward"] if rows > 16 else [""]
+        if rows > 16 and not quick:
+            kinds += ["gelu", "dropout"]
+        found += [_case(rows, inner, outer, dtype, kind) for kind in kinds]
     return found
 
 

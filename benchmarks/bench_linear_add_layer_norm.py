@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 import fasttransformer as ft
+from fasttransformer import reference
 from fasttransformer.benchmarks._linear import norm_cases
 from fasttransformer.benchmarks._shared import Case, run_under_pytest
 
@@ -15,7 +16,8 @@ def _torch(x, weight, bias, residual, norm_weight, norm_bias):
 
 
 def cases(quick: bool = False) -> list[Case]:
-    return norm_cases("linear_add_layer_norm", ft.linear_add_layer_norm, _torch, 2, quick)
+    functions = (ft.linear_add_layer_norm, _torch, reference.linear_add_layer_norm)
+    return norm_cases("linear_add_layer_norm", functions, 2, quick)
 
 
 test_linear_add_layer_norm = run_under_pytest

@@ -10,10 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fasttransformer as ft
-from fasttransformer.benchmarks._shared import OURS, Candidate, Case, randn, run_under_pytest
+from fasttransformer import reference
+from fasttransformer.benchmarks import peers as others
+from fasttransformer.benchmarks._shared import (
+    OURS,
+    Candidate,
+    Case,
+    candidates,
+    randn,
+    run_under_pytest,
+)
 
 #: (rows, features, classes): vocabularies of small and large language models.
-SHAPES = ((1024, 512, 8192), (4096, 512, 8192), (2048, 512, 32000))
+SHAPES = ((1024, 512, 8192), (2048, 512, 32000), (512, 512, 128256), (256, 512, 262144))
 QUICK = ((1024, 256, 8192),)
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,16 +33,21 @@ def _pair(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight), target)
 
 
-def _peers() -> dict[str, Loss]:
+def _peers(compiled: bool) -> dict[str, Loss]:
     peers: dict[str, Loss] = {
         OURS: lambda x, weight, target: ft.linear_cross_entropy(x, weight, target),
         "torch": _pair,
     }
     fused = getattr(F, "linear_cross_entropy", None)  # from torch 2.13 on
     if fused is not None:
-        peers["F.linear_cross_entropy"] = fused
-    peers["torch.compile"] = torch.compile(_pair)
+        peers["torch fused"] = fused
+    if compiled and others.usable("torch.compile"):
+        peers["torch.compile"] = others.compiled(_pair)
     return peers
+
+
+def _wanted(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return reference.linear_cross_entropy(x, weight, target)
 
 
 def _step(loss: Loss, x: Tensor, weight: Tensor, target: Tensor) -> Candidate:
@@ -55,16 +69,18 @@ def cases(quick: bool = False) -> list[Case]:
 
             def forward(inputs=inputs) -> Mapping[str, Candidate]:
                 given = inputs()
-                return {name: lambda f=f: f(*given) for name, f in _peers().items()}
+                return candidates(_peers(not quick), given, "forward", _wanted)
 
             def train(inputs=inputs) -> Mapping[str, Candidate]:
                 given = inputs(grad=True)
-                return {name: _step(loss, *given) for name, loss in _peers().items()}
+                return {name: _step(loss, *given) for name, loss in _peers(not quick).items()}
 
             name, flops = f"{rows}×{features}→{classes}", 2 * rows * features * classes
             op = "linear_cross_entropy"
-            found.append(Case(op, name, dtype, forward, flops=flops))
-            found.append(Case(op, f"{name} forward + backward", dtype, train, flops=3 * flops))
+            size = (rows + classes) * features * dtype.itemsize
+            found.append(Case(op, name, dtype, forward, bytes=size, flops=flops))
+            found.append(Case(op, f"{name} forward + backward", dtype, train, bytes=2 * size,
+                              flops=3 * flops))  # fmt: skip
     return found
 
 

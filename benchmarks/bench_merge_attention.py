@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 import fasttransformer as ft
+from fasttransformer import reference
 from fasttransformer.benchmarks._shared import (
     OURS,
     Candidate,
     Case,
-    backward_of,
+    candidates,
     randn,
     run_under_pytest,
 )
@@ -24,6 +25,10 @@ def _torchs(outs: Tensor, lses: Tensor) -> Tensor:
     return (torch.softmax(lses, 0).unsqueeze(-1) * outs).sum(0).to(outs.dtype)
 
 
+def _wanted(outs: Tensor, lses: Tensor) -> Tensor:
+    return reference.merge_attention(outs, lses)[0]
+
+
 def _ours(outs: Tensor, lses: Tensor) -> Tensor:
     return ft.merge_attention(outs, lses)[0]
 
@@ -34,15 +39,15 @@ def _case(shape: tuple, dtype: torch.dtype, backward: bool) -> Case:
             randn(*shape, dtype=dtype).requires_grad_(backward),
             randn(*shape[:-1], dtype=torch.float32).requires_grad_(backward),
         ]
-        if backward:
-            return {OURS: backward_of(_ours, *inputs), "torch": backward_of(_torchs, *inputs)}
-        return {OURS: lambda: _ours(*inputs), "torch": lambda: _torchs(*inputs)}
+        mode = "backward" if backward else "forward"
+        return candidates({OURS: _ours, "torch": _torchs}, inputs, mode, _wanted)
 
     parts, rows = shape[0], torch.Size(shape[1:]).numel()
     size = rows * torch.finfo(dtype).bits // 8
     moved = size * (2 * parts + 1 if backward else parts + 1)
     op = "merge_attention backward" if backward else "merge_attention"
-    return Case(op, "×".join(map(str, shape)), dtype, make, bytes=moved)
+    return Case(op, "×".join(map(str, shape)), dtype, make, bytes=moved,
+                flops=2 * parts * rows)  # fmt: skip
 
 
 def cases(quick: bool = False) -> list[Case]:

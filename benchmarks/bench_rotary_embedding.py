@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fasttransformer as ft
 
-from ._shared import OURS, Case, backward_of, randn, run_under_pytest
+from ._shared import OURS, Case, candidates, randn, run_under_pytest
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK = ((1, 8, 2, 256, 64),)
@@ -44,10 +44,11 @@ def cases(quick: bool = False) -> list[Case]:
             def halves(inputs=inputs):
                 query, key, cos, sin = inputs()
                 wide = [torch.cat([t, t], -1) for t in (cos, sin)]
-                return {
-                    OURS: lambda: ft.rotary_embedding(query, key, cos, sin),
-                    "torch": lambda: (_halves(query, *wide), _halves(key, *wide)),
+                functions = {
+                    OURS: lambda q, k: ft.rotary_embedding(q, k, cos, sin),
+                    "torch": lambda q, k: (_halves(q, *wide), _halves(k, *wide)),
                 }
+                return candidates(functions, [query, key])
 
             def interleaved(inputs=inputs):
                 args = inputs()
@@ -56,18 +57,19 @@ def cases(quick: bool = False) -> list[Case]:
             def backward(inputs=inputs):
                 query, key, cos, sin = inputs(grad=True)
                 wide = [torch.cat([t, t], -1) for t in (cos, sin)]
-                return {
-                    OURS: backward_of(lambda q, k: ft.rotary_embedding(q, k, cos, sin), query, key),
-                    "torch": backward_of(
-                        lambda q, k: (_halves(q, *wide), _halves(k, *wide)), query, key
-                    ),
+                functions = {
+                    OURS: lambda q, k: ft.rotary_embedding(q, k, cos, sin),
+                    "torch": lambda q, k: (_halves(q, *wide), _halves(k, *wide)),
                 }
+                return candidates(functions, [query, key], "backward")
 
+            # Three flops a number: two products and a sum.
+            work = {"bytes": 2 * size, "flops": 3 * size // dtype.itemsize}
             shape = f"{batch}×{heads}+{kv_heads}×{length}×{head_dim}"
             found += [
-                Case("rotary_embedding", shape, dtype, halves, bytes=2 * size),
-                Case("rotary_embedding", f"{shape} pairs", dtype, interleaved, bytes=2 * size),
-                Case("rotary_embedding", f"{shape} backward", dtype, backward, bytes=2 * size),
+                Case("rotary_embedding", shape, dtype, halves, **work),
+                Case("rotary_embedding", f"{shape} pairs", dtype, interleaved, **work),
+                Case("rotary_embedding", f"{shape} backward", dtype, backward, **work),
             ]
     return found
 

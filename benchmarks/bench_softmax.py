@@ -1,57 +1,75 @@
-"""softmax and log_softmax: plain, masked, causal and backward, against torch."""
+"""softmax and log_softmax: plain, masked and backward, against torch and onnxruntime."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 import fasttransformer as ft
+from fasttransformer import reference
 
-from ._shared import OURS, Case, backward_of, randn, run_under_pytest
+from . import peers
+from ._shared import OURS, SOFTMAX_FLOPS, Candidate, Case, candidates, randn, run_under_pytest
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK = ((64, 512), (4096, 768))
-FULL = ((8, 128), (4096, 64), (64, 512), (4096, 768), (256, 4096), (16, 65536), (4, 262144))
+#: Some four million elements from 256 to 262,144 columns, and a few in cache.
+FULL = (
+    (8, 128), (64, 512), (16384, 256), (4096, 768), (4096, 1024), (1024, 4096), (256, 16384),
+    (64, 65536), (16, 262144),
+)  # fmt: skip
+COLD = ((256, 4096),)
+
+
+def _case(
+    rows: int, columns: int, dtype: torch.dtype, op: str, mode: str, masked: bool, cold: bool
+) -> Case:
+    log = op == "log_softmax"
+    ours: Callable[..., Tensor] = ft.log_softmax if log else ft.softmax
+    wanted = reference.log_softmax if log else reference.softmax
+    torchs = torch.log_softmax if log else torch.softmax
+
+    def make() -> dict[str, Candidate]:
+        x = randn(rows, columns, dtype=dtype, requires_grad=mode != "forward")
+        if masked:
+            mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.8
+            functions: dict[str, Callable[..., Tensor]] = {
+                OURS: lambda x: ours(x, mask=mask),
+                "torch": lambda x: torchs(x.masked_fill(~mask, -float("inf")), -1),
+            }
+            return candidates(functions, [x], mode, lambda x: wanted(x, mask=mask))
+        functions = {OURS: ours, "torch": lambda x: torchs(x, -1)}
+        made = candidates(functions, [x], mode, wanted)
+        if mode == "forward" and not log:
+            made |= peers.present(onnxruntime=peers.onnx_softmax(x))
+        return made
+
+    size, arrays = rows * columns * dtype.itemsize, 2 if mode == "forward" else 3
+    name = f"{rows}×{columns}" + " mask" * masked + ("" if mode == "forward" else f" {mode}")
+    return Case(
+        op, name, dtype, make, bytes=arrays * size + rows * columns * masked,
+        flops=SOFTMAX_FLOPS * rows * columns, cold=cold,
+    )  # fmt: skip
 
 
 def cases(quick: bool = False) -> list[Case]:
     found = []
-    for rows, columns in QUICK if quick else FULL:
-        for dtype in DTYPES:
-            size = rows * columns * dtype.itemsize
-
-            def plain(rows=rows, columns=columns, dtype=dtype, grad=False):
-                return randn(rows, columns, dtype=dtype, requires_grad=grad)
-
-            def softmax(plain=plain):
-                x = plain()
-                return {OURS: lambda: ft.softmax(x), "torch": lambda: torch.softmax(x, -1)}
-
-            def log_softmax(plain=plain):
-                x = plain()
-                return {OURS: lambda: ft.log_softmax(x), "torch": lambda: torch.log_softmax(x, -1)}
-
-            def masked(plain=plain):
-                x = plain()
-                mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.8
-                return {
-                    OURS: lambda: ft.softmax(x, mask=mask),
-                    "torch": lambda: torch.softmax(x.masked_fill(~mask, -float("inf")), -1),
-                }
-
-            def backward(plain=plain):
-                x = plain(grad=True)
-                return {
-                    OURS: backward_of(ft.softmax, x),
-                    "torch": backward_of(lambda x: torch.softmax(x, -1), x),
-                }
-
-            shape = f"{rows}×{columns}"
+    for dtype in DTYPES:
+        for size in QUICK if quick else FULL:
             found += [
-                Case("softmax", shape, dtype, softmax, bytes=2 * size),
-                Case("log_softmax", shape, dtype, log_softmax, bytes=2 * size),
-                Case("softmax", f"{shape} mask", dtype, masked, bytes=2 * size + rows * columns),
-                Case("softmax", f"{shape} backward", dtype, backward, bytes=3 * size),
+                _case(*size, dtype, "softmax", "forward", False, False),
+                _case(*size, dtype, "softmax", "backward", False, False),
             ]
+            if quick and size != QUICK[0]:
+                continue
+            found += [
+                _case(*size, dtype, "softmax", "forward", True, False),
+                _case(*size, dtype, "log_softmax", "forward", False, False),
+            ]
+        found += [_case(*size, dtype, "softmax", "forward", False, True)
+                  for size in COLD if not quick]  # fmt: skip
     return found
 
 

@@ -16,7 +16,8 @@ from functools import cache
 import torch
 
 from fasttransformer.backends import backends
-from fasttransformer.benchmarks._shared import Case, cpu_name, dtype_name, randn, time_in_turns
+from fasttransformer.benchmarks._shared import Case, cpu_name, dtype_name, randn
+from fasttransformer.benchmarks.clock import time_in_turns
 
 SIZES = {1 << 16: "64 KiB", 1 << 20: "1 MiB", 1 << 24: "16 MiB", 1 << 28: "256 MiB"}
 SECONDS = 0.1  # per measurement: long enough to see the best of some hundred samples
@@ -56,6 +57,19 @@ def dot_gflops() -> float:
     return _ceiling("dot")
 
 
+def has_matrix_unit() -> bool:
+    """Whether the CPU multiplies bf16 tiles (AMX), which none of our kernels does."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+@cache
+def call_microseconds() -> float:
+    """An operator on one element, by its registered name: what every call costs at least."""
+    x, operator = torch.ones(1, 1), torch.ops.fasttransformer.softmax.default
+    call = time_in_turns({"call": lambda: operator(x, 1.0, None, False, False)}, SECONDS)["call"]
+    return call.low * 1e6
+
+
 def _power(bytes: int) -> int:
     return 1 << max(14, math.ceil(math.log2(max(bytes, 1))))
 
@@ -71,10 +85,12 @@ def copy_gbs(bytes: int) -> float:
 
 
 @cache
-def _matmul(device: str, dtype: torch.dtype) -> float:
-    a = randn(8192, 8192, dtype=dtype, device=device)
+def matmul_gflops(dtype: torch.dtype, device: str = "cpu") -> float:
+    """torch's product of large square matrices, in GFLOP/s."""
+    n = 1024 if device == "cpu" else 8192
+    a = randn(n, n, dtype=dtype, device=device)
     took = time_in_turns({"matmul": lambda: a @ a}, SECONDS, device=device)["matmul"].low
-    return 2 * 8192**3 / took / 1e9
+    return 2 * n**3 / took / 1e9
 
 
 @cache
@@ -88,17 +104,20 @@ def ceiling_of(case: Case) -> tuple[float, str] | None:
     """(ceiling in the case's unit, its name), or None where it can't be measured.
 
     A case bound by memory is set against copying as many bytes; one bound by arithmetic against
-    FMA, and in bf16 against the faster of FMA and bf16 dot products.
+    FMA, and in bf16 against the faster of FMA and bf16 dot products, or where the CPU multiplies
+    tiles (AMX) against torch's own product of large matrices.
     """
     if not available(case.device):
         return None
     if case.device != "cpu":
-        if case.bytes:
+        if case.memory_bound:
             return _clone(case.device, _power(case.bytes)), "clone"
-        return _matmul(case.device, case.dtype), f"matmul {dtype_name(case.dtype)}"
-    if case.bytes:
+        return matmul_gflops(case.dtype, case.device), f"matmul {dtype_name(case.dtype)}"
+    if case.memory_bound:
         return copy_gbs(case.bytes), "copy"
     fma, dot = fma_gflops(), dot_gflops()
+    if case.dtype == torch.bfloat16 and has_matrix_unit():
+        return max(dot, matmul_gflops(case.dtype)), "bf16 matmul"
     if case.dtype == torch.bfloat16 and dot > fma:
         return dot, "bf16 dot"
     return fma, "FMA"

@@ -2,19 +2,21 @@
 
     python -m fasttransformer.benchmarks.gpu --json results.json [--only attention] [--seconds 300]
 
-Ceilings are measured first, in the same run: a copy (bytes read and written), a read, and a bf16
-matrix product. A case is timed by Triton's ``do_bench`` (events, L2 flushed between calls); its
-candidates take turns. Peers that are installed join: torch eager and compiled, each of torch's SDPA
-backends by force, quack and Liger. A peer that fails at a case is recorded with its error.
-``benchmarks/gpu_run.sh`` calls this after it has built and tested the package.
+Ceilings are measured first, in the same run: a copy (bytes read and written), a read, a bf16 matrix
+product, and what a call costs at least. A case is timed by Triton's ``do_bench`` (events, L2
+flushed between calls). Peers that are installed join: torch eager and compiled, each of torch's
+SDPA backends by force, FlexAttention, flash-attn, xformers, quack and Liger. A candidate whose
+result is not ours is recorded as wrong, one that fails with its error. The file has the schema of
+record.py. ``benchmarks/gpu_run.sh`` calls this after it has built and tested the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
-import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,21 +28,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fasttransformer as ft
+from fasttransformer.benchmarks import memory, peers, record, report
 from fasttransformer.benchmarks._shared import (
     OURS,
     Candidate,
     Case,
-    Timing,
     backward_of,
-    dtype_name,
     environment,
-    timing_of,
 )
+from fasttransformer.benchmarks.agreement import difference
+from fasttransformer.benchmarks.clock import Timing, timing_of
 
 BF16 = torch.bfloat16
 COLUMNS = (1024, 4096, 16384, 65536, 262144)
 ELEMENTS = 1 << 28  # 512 MiB of 16-bit numbers: ten times an L2
 TRITON = f"{OURS} triton"
+#: Candidates that are no peers: a floor, or the same numbers in another order.
+UNLIKE = ("matmul alone", "torch one by one")
 COMPILED = False  # --compile: torch.compile is a peer of operations that have one torch candidate
 
 
@@ -75,6 +79,8 @@ def forward_and_backward(
     forward: dict[str, int],
     backward: dict[str, int],
     dtype: torch.dtype = BF16,
+    along: tuple[str, float] | None = None,
+    compared: bool = True,
 ) -> Iterator[Case]:
     """The two cases of an operation; a candidate makes its inputs when it is timed."""
     if COMPILED and "torch" in functions:
@@ -90,8 +96,9 @@ def forward_and_backward(
         detached = [t.detach() for t in tensors]
         return lambda: function(*detached)
 
-    yield Case(op, name, dtype, make(once), device="cuda", **forward)
-    yield Case(f"{op} backward", name, dtype, make(backward_of), device="cuda", **backward)
+    where: dict[str, Any] = {"device": "cuda", "along": along, "compared": compared}
+    yield Case(op, name, dtype, make(once), **where, **forward)
+    yield Case(f"{op} backward", name, dtype, make(backward_of), **where, **backward)
 
 
 def row_cases() -> Iterator[Case]:
@@ -166,6 +173,43 @@ def sdpa(backend: Any) -> Iterator[None]:
         yield
 
 
+def _others(causal: bool) -> dict[str, Callable[..., Tensor]]:
+    """flash-attn (its third version before its second), xformers, and with --compile
+    FlexAttention: of (batch, heads, length, head_dim) that lie as (batch, length, heads, head_dim).
+    """
+
+    def transposed(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        def call(*inputs: Tensor) -> Tensor:
+            out = function(*(x.transpose(1, 2) for x in inputs))
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return call
+
+    found: dict[str, Callable[..., Tensor]] = {}
+    for module in ("flash_attn_interface", "flash_attn"):
+        if "flash-attn" not in found and (flash := peer(module, "flash_attn_func")) is not None:
+            found["flash-attn"] = transposed(lambda q, k, v, f=flash: f(q, k, v, causal=causal))
+    xformers = peer("xformers.ops", "memory_efficient_attention")
+    lower = peer("xformers.ops", "LowerTriangularMask")
+    if xformers is not None and lower is not None:
+        mask = lower() if causal else None
+        found["xformers"] = transposed(lambda q, k, v: xformers(q, k, v, attn_bias=mask))
+    if COMPILED:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        call = peers.compiled(flex_attention)
+
+        def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return call(q, k, v, block_mask=_lower_blocks(q.shape[2]) if causal else None)
+
+        @functools.cache
+        def _lower_blocks(length: int) -> Any:
+            return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length)
+
+        found["FlexAttention"] = flex
+    return found
+
+
 def attention_cases() -> Iterator[Case]:
     """FlashAttention-3's grid: 16k tokens, hidden size 2048."""
     from torch.nn.attention import SDPBackend
@@ -192,15 +236,18 @@ def attention_cases() -> Iterator[Case]:
                             return F.scaled_dot_product_attention(q, k, v, is_causal=c)
 
                     functions[f"torch {backend.name.partition('_')[0].lower()}"] = forced
+                functions |= _others(causal)
                 flops = 4 * batch * heads * length * length * head_dim // (2 if causal else 1)
                 shape = (batch, length, heads, head_dim)
+                size = 4 * 2 * 16384 * 2048
                 yield from forward_and_backward(
                     "attention",
                     f"{batch}×{heads}×{length}×{head_dim}" + (" causal" if causal else ""),
                     functions,
                     lambda shape=shape: [randn(*shape, grad=True).transpose(1, 2) for _ in "qkv"],
-                    forward={"flops": flops},
-                    backward={"flops": flops * 5 // 2},
+                    forward={"flops": flops, "bytes": size},
+                    backward={"flops": flops * 5 // 2, "bytes": 2 * size},
+                    along=(f"head size {head_dim}" + ", causal" * causal, length),
                 )
     # Decode: one query, 32 heads on 8, 16k keys.
     keys = (8, 8, 16384, 128)
@@ -285,6 +332,12 @@ def linear_cases() -> Iterator[Case]:
             "linear_add", name, functions, inputs,
             forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
 
+        functions = both(lambda *t, **kw: ft.linear_add(*t, dropout_p=0.1, **kw))
+        functions["torch"] = lambda x, w, b, r: F.dropout(F.linear(x, w, b), 0.1) + r
+        yield from forward_and_backward(
+            "linear_add", f"{name} dropout 0.1", functions, inputs, compared=False,
+            forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
+
         functions = both(lambda x, w, b, r, **kw: ft.linear_add_layer_norm(x, w, b, r, b, b, **kw))
         functions["torch"] = lambda x, w, b, r: F.layer_norm(F.linear(x, w, b) + r, b.shape, b, b)
         functions["matmul alone"] = lambda x, w, b, r: F.linear(x, w)
@@ -310,8 +363,8 @@ def measure(function: Candidate, milliseconds: int = 60) -> Timing:
     return timing_of([t / 1e3 for t in times])
 
 
-def ceilings() -> dict[str, float]:
-    """GB/s and GFLOP/s: the best of five medians."""
+def ceilings() -> dict[str, tuple[float, str]]:
+    """name → (value, unit): the best of five medians."""
     source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8).random_()
     target = torch.empty_like(source)
     a, b = randn(8192, 8192), randn(8192, 8192)
@@ -321,46 +374,66 @@ def ceilings() -> dict[str, float]:
         return max(work / measure(function).median for _ in range(5)) / 1e9
 
     return {
-        "copy": best(lambda: target.copy_(source), 2 * source.numel()),
-        "read": best(lambda: source.view(torch.int64).sum(), source.numel()),
-        "matmul_bf16": best(lambda: a @ b, product),
+        "copy": (best(lambda: target.copy_(source), 2 * source.numel()), "GB/s"),
+        "read": (best(lambda: source.view(torch.int64).sum(), source.numel()), "GB/s"),
+        "matmul bf16": (best(lambda: a @ b, product), "GFLOP/s"),
+        "operator call": (call_microseconds(), "µs"),
     }
 
 
-def run(case: Case, limits: dict[str, float]) -> dict[str, Any]:
-    ceiling = limits["copy" if case.bytes else "matmul_bf16"]
-    row: dict[str, Any] = {
-        "op": case.op, "case": case.name, "dtype": dtype_name(case.dtype),
-        "bytes": case.bytes, "flops": case.flops, "unit": case.unit,
-        "ceiling": {"name": "copy" if case.bytes else "matmul bf16", "value": ceiling},
-        "candidates": {},
-    }  # fmt: skip
+def call_microseconds() -> float:
+    """Of the processor's time: an operator on one element, launched and not waited for."""
+    x, calls = torch.ones(1, device="cuda"), 1000
+    for _ in range(2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            torch.neg(x)
+        took = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return took / calls * 1e6
+
+
+def row(case: Case, limits: dict[str, tuple[float, str]]) -> record.Row:
+    """Measures a case's candidates one after the other, each on inputs of its own from one seed."""
+    times: dict[str, Timing] = {}
+    wrong: dict[str, str] = {}
+    wanted: object = None
     for name, make in case.make().items():
         try:
-            timing = measure(make())  # type: ignore[arg-type]
+            torch.manual_seed(0)
+            candidate: Any = make()
+            result = candidate()
+            if name == OURS:
+                wanted = result
+            elif wanted is not None and name not in UNLIKE:
+                how = difference(result, wanted, case.dtype)
+                if how is not None:
+                    wrong[name] = how
+                    continue
+            del result
+            times[name] = measure(candidate)
         except Exception as error:  # a peer's failure is a result; ours too, and it is printed
-            row["candidates"][name] = {"error": f"{type(error).__name__}: {error}"[:300]}
-            continue
-        rate = case.rate(timing.median)
-        row["candidates"][name] = {
-            "seconds": timing.median, "low": timing.low, "high": timing.high,
-            "turns": timing.turns, "rate": rate, "of_ceiling": rate / ceiling,
-        }  # fmt: skip
+            wrong[name] = f"fails: {type(error).__name__}: {error}"[:300]
         torch.cuda.empty_cache()
-    return row
+    which = "copy" if case.memory_bound else "matmul bf16"
+    return record.row_of(case, times, wrong, (which, limits[which][0]))
 
 
-def show(row: dict[str, Any]) -> None:
+def show(found: record.Row) -> None:
     cells = []
-    for name, found in row["candidates"].items():
-        text = f"{found['rate']:.0f} ({found['of_ceiling']:.0%})" if "rate" in found else "failed"
+    for name, figures in found.candidates.items():
+        text = figures.wrong or ""
+        if figures.rate is not None and found.ceiling is not None:
+            text = f"{figures.rate:.0f} ({figures.rate / found.ceiling[1]:.0%})"
         cells.append(f"{name} {text}")
-    print(f"{row['op']} {row['case']} [{row['unit']}]: " + ", ".join(cells), flush=True)
+    print(f"{found.op} {found.case} [{found.unit}]: " + ", ".join(cells), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after every case")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="page, pictures and tables")
     parser.add_argument("--only", metavar="TEXT", help="cases whose name has TEXT")
     parser.add_argument("--compile", action="store_true", help="torch.compile is a peer as well")
     parser.add_argument("--seconds", type=float, default=300.0, help="stop beginning cases then")
@@ -368,28 +441,38 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     global COMPILED
     COMPILED = args.compile
-    if not torch.cuda.is_available() and not args.list:
-        print("gpu: torch sees no NVIDIA GPU here", file=sys.stderr)
-        return 2
     if args.list:
         for case in cases():
             print(case.id)
         return 0
+    if not torch.cuda.is_available():
+        print("gpu: torch sees no NVIDIA GPU here", file=sys.stderr)
+        return 2
     start = time.monotonic()
-    limits = ceilings()
-    print("ceilings: " + ", ".join(f"{k} {v:.0f} G/s" for k, v in limits.items()), flush=True)
-    result: dict[str, Any] = {"environment": environment(), "ceilings": limits, "results": []}
+    made = record.Run(
+        environment(),
+        command=shlex.join(["python", "-m", "fasttransformer.benchmarks.gpu", *sys.argv[1:]]),
+        ceilings=ceilings(),
+        peers=peers.available(),
+    )
+    print("ceilings: " + ", ".join(f"{k} {v:.0f} {u}" for k, (v, u) in made.ceilings.items()))
+    made.complete = True
     for case in cases():
         if args.only and args.only not in case.id:
             continue
         if time.monotonic() - start > args.seconds:
-            result["stopped"] = f"before {case.id}: {args.seconds:.0f} s were over"
+            print(f"stopped before {case.id}: {args.seconds:.0f} s were over")
+            made.complete = False
             break
-        row = run(case, limits)
-        show(row)
-        result["results"].append(row)
+        made.rows.append(row(case, made.ceilings))
+        show(made.rows[-1])
         if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            record.save(made, args.json)
+    if args.report:
+        made.memory = memory.measured(False, "cuda")
+        report.write(made, args.report)
+    if args.json:
+        record.save(made, args.json)
     return 0
 
 

@@ -6,13 +6,14 @@
 #
 #   benchmarks/gpu_run.sh OUT [--only STAGE] [--sanitize] [--dry-run]
 #
-# Stages: environment build check tests bench; only when named: sanitize, compiled (torch.compile as
-# a peer, which compiles for minutes). Needs nvcc (CUDA 12.4 or later), a C++
-# compiler, and a Python (PYTHON, default python3) with a CUDA torch, triton, ninja, pytest, rich.
+# Stages: environment build check tests bench; only when named: sanitize (small cases under
+# compute-sanitizer), compiled (torch.compile and FlexAttention as peers, which compile for minutes).
+# Needs nvcc (CUDA 12.4 or later), a C++ compiler, and a Python (PYTHON, default python3) with a CUDA
+# torch, triton, ninja, pytest, rich, matplotlib.
 set -u
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
 out= only= sanitize= dry=
 while [ $# -gt 0 ]; do
   case $1 in
@@ -25,6 +26,10 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+case $only in
+  "" | environment | build | check | tests | bench | sanitize | compiled) ;;
+  *) echo "gpu_run: no stage $only" >&2; usage >&2; exit 2 ;;
+esac
 [ -n "$out" ] || { usage >&2; exit 2; }
 mkdir -p "$out" && [ -w "$out" ] || { echo "gpu_run: can't write to $out" >&2; exit 2; }
 out=$(cd "$out" && pwd)
@@ -58,7 +63,8 @@ stage build 150 env FASTTRANSFORMER_CUDA=1 FASTTRANSFORMER_CUDA_ARCHS="$arch" \
 stage check 40 "$python" -m fasttransformer check --backend cuda --json "$out/check.json"
 stage tests 180 "$python" -m pytest tests -q -n "$workers" --dist loadfile -p no:cacheprovider \
   -k "cuda or triton or simt" --maxfail=200 --junitxml="$out/tests.xml"
-stage bench 200 "$python" -m fasttransformer.benchmarks.gpu --json "$out/bench.json" --seconds 185
+stage bench 215 "$python" -m fasttransformer.benchmarks.gpu --json "$out/bench.json" \
+  --report "$out/report" --seconds 170
 if [ "$only" = compiled ]; then
   stage compiled 500 "$python" -m fasttransformer.benchmarks.gpu --compile \
     --json "$out/compiled.json" --seconds 480

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import fasttransformer as ft
-from fasttransformer.benchmarks._shared import OURS, Timing, time_in_turns
+from fasttransformer.benchmarks._shared import OURS
+from fasttransformer.benchmarks.clock import Timing, time_in_turns
 
 #: (batch, tokens): one short query, a batch of passages, a batch of whole pages.
 SIZES = ((1, 16), (16, 128), (8, 512))

@@ -57,18 +57,19 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "Tensor d_input, Tensor d_weight)");
 
   m.def(
-      "linear_add(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation) -> "
-      "Tensor");
+      "linear_add(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
+      "float dropout_p=0.0, Tensor? seed=None) -> Tensor");
   m.def(
       "linear_add_backward(Tensor grad, Tensor input, Tensor weight, bool input_grad, bool "
       "weight_grad, bool bias_grad) -> (Tensor d_input, Tensor d_weight, Tensor d_bias)");
   m.def(
       "linear_add_layer_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
-      "norm_weight, Tensor? norm_bias, float eps, bool return_sum) -> (Tensor normed, Tensor "
-      "summed, Tensor mean, Tensor rstd)");
+      "norm_weight, Tensor? norm_bias, float eps, bool return_sum, float dropout_p=0.0, Tensor? "
+      "seed=None) -> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)");
   m.def(
       "linear_add_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? "
-      "norm_weight, float eps, bool return_sum) -> (Tensor normed, Tensor summed, Tensor rstd)");
+      "norm_weight, float eps, bool return_sum, float dropout_p=0.0, Tensor? seed=None) -> (Tensor "
+      "normed, Tensor summed, Tensor rstd)");
 
   // The place of the first of contiguous ids that is outside of [0, size) and not `ignore`, or −1.
   m.def("find_outside(Tensor ids, int size, int? ignore) -> int");
@@ -104,8 +105,10 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
   m.def(
       "rotary_embedding_backward(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin, bool "
       "interleaved, Tensor? position_ids) -> (Tensor d_query, Tensor d_key)");
-  m.def("activation(Tensor input, str activation) -> Tensor");
-  m.def("activation_backward(Tensor grad, Tensor input, str activation) -> Tensor");
+  m.def("activation(Tensor input, str activation, float dropout_p, Tensor? seed) -> Tensor");
+  m.def(
+      "activation_backward(Tensor grad, Tensor input, str activation, float dropout_p, "
+      "Tensor? seed) -> Tensor");
 
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, bool "

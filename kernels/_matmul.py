@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import dot, tanh
+from ._device import dot, keep_mask, keep_of, keep_rows, tanh
 from ._norm import row_stride
 from ._reduce import sum_dtype, sum_partials
 from ._target import family
@@ -155,12 +155,21 @@ def _product(
 
 @triton.jit
 def _epilogue(
-    acc, bias_ptr, residual_ptr, m, n, M, N, residual_step, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    acc, bias_ptr, residual_ptr, seed_ptr, keep, m, n, M, N, residual_step,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     acc = activate(acc, ACTIVATION)
+    if DROPOUT == "rows":
+        first = m.to(tl.int64) * N + tl.min(n)
+        kept = keep_rows(tl.load(seed_ptr), first, keep[0], n.shape[0])
+        acc = tl.where(kept, acc * keep[1], 0.0)
+    elif DROPOUT == "elements":
+        position = m.to(tl.int64)[:, None] * N + n[None, :]
+        kept = keep_mask(tl.load(seed_ptr), position, keep[0])
+        acc = tl.where(kept, acc * keep[1], 0.0)
     if HAS_RESIDUAL:
         at = m.to(tl.int64)[:, None] * residual_step + n[None, :]
         inside = (m < M)[:, None] & (n < N)[None, :]
@@ -170,10 +179,11 @@ def _epilogue(
 
 @triton.jit
 def matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, residual_ptr, c_ptr, M, N, K, a_steps, b_steps, residual_step, S, E,
-    head_steps, per_split,
+    a_ptr, b_ptr, bias_ptr, residual_ptr, seed_ptr, c_ptr, M, N, K, a_steps, b_steps,
+    residual_step, S, E, head_steps, per_split, keep,
     HEADS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -192,8 +202,9 @@ def matmul_kernel(
         head_steps, HEADS, ALIGNED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     acc = _epilogue(
-        acc, bias_ptr, residual_ptr, m, n, M, N, residual_step, ACTIVATION, HAS_BIAS, HAS_RESIDUAL
-    )
+        acc, bias_ptr, residual_ptr, seed_ptr, keep, m, n, M, N, residual_step, ACTIVATION,
+        HAS_BIAS, HAS_RESIDUAL, DROPOUT,
+    )  # fmt: skip
     c_ptr += split.to(tl.int64) * M * N
     rows = _row_part(m, N, S, head_steps, HEADS == "c")
     columns = _column_part(n, 1, E, head_steps, HEADS == "c")
@@ -206,10 +217,12 @@ def matmul_kernel(
 
 @triton.jit
 def matmul_norm_kernel(
-    a_ptr, b_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr, summed_ptr,
-    mean_ptr, rstd_ptr, M, N, K, length, a_steps, b_steps, residual_step, S, E, head_steps, eps,
+    a_ptr, b_ptr, bias_ptr, residual_ptr, seed_ptr, norm_weight_ptr, norm_bias_ptr, normed_ptr,
+    summed_ptr, mean_ptr, rstd_ptr, M, N, K, length, a_steps, b_steps, residual_step, S, E,
+    head_steps, keep, eps,
     HEADS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
     HAS_SUM: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -221,8 +234,9 @@ def matmul_norm_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     acc = _epilogue(
-        acc, bias_ptr, residual_ptr, m, n, M, N, residual_step, "", HAS_BIAS, HAS_RESIDUAL
-    )
+        acc, bias_ptr, residual_ptr, seed_ptr, keep, m, n, M, N, residual_step, "", HAS_BIAS,
+        HAS_RESIDUAL, DROPOUT,
+    )  # fmt: skip
     summed = acc.to(normed_ptr.dtype.element_ty)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -301,6 +315,11 @@ def fused_tile(like: Tensor, M: int, N: int) -> Tile | None:
     return None
 
 
+def dropout_form(seed: Tensor | None, N: int) -> str:
+    """How the epilogue draws the mask: by rows where each begins on a block of the cipher."""
+    return "" if seed is None else "elements" if N % 4 else "rows"
+
+
 def heads_of(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """(sequence, head size, strides of batch, head and position) of a (B, H, S, E) operand."""
     if x.dim() == 4:
@@ -312,9 +331,10 @@ def matmul(
     a: Tensor, b: Tensor, c: Tensor, M: int, N: int, K: int, a_steps: tuple[int, int],
     b_steps: tuple[int, int], heads: tuple[str, Tensor | None] = ("", None),
     bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "",
-    split: bool = False,
+    split: bool = False, dropout: tuple[float, Tensor | None] = (0.0, None),
 ) -> None:  # fmt: skip
-    """c[M, N] = activation(a @ b + bias) + residual; ``heads`` names the operand that has heads."""
+    """c[M, N] = dropout(activation(a @ b + bias)) + residual; ``heads`` names the operand that has
+    heads."""
     tile = tile_for(a, M, N)
     programs = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     splits = max(1, min(SPLIT_PROGRAMS // programs, K // SPLIT_K)) if split else 1
@@ -323,10 +343,11 @@ def matmul(
     out = c if splits == 1 else torch.empty((splits, M, N), dtype=torch.float32, device=c.device)
     S, E, steps = (1, 1, (0, 0, 0)) if heads[1] is None else heads_of(heads[1])
     matmul_kernel[(programs * splits,)](
-        a, b, bias, residual, out, M, N, K, a_steps, b_steps,
-        row_stride(residual), S, E, steps, per_split,
+        a, b, bias, residual, dropout[1], out, M, N, K, a_steps, b_steps,
+        row_stride(residual), S, E, steps, per_split, keep_of(dropout[0]),
         HEADS=heads[0], ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, ACTIVATION=activation,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GROUP=GROUP,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        DROPOUT=dropout_form(dropout[1], N), GROUP=GROUP,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import keep_mask, threshold_of
+from ._device import keep_mask, keep_of
 from ._reduce import sum_partials
 
 # Reasoned from published kernels (Triton's layer-norm tutorial, Liger, Apex) and the registers
@@ -345,8 +345,8 @@ def forward(
     kernel[(triton.cdiv(rows, per_program),)](
         input, residual, weight, bias, normed, summed, mean, rstd, seed,
         rows, columns, float(columns), row_stride(input), row_stride(residual),
-        eps, threshold_of(dropout_p),
-        1.0 / (1.0 - dropout_p), RMS=rms, ADD=residual is not None, DROPOUT=seed is not None,
+        eps, *keep_of(dropout_p),
+        RMS=rms, ADD=residual is not None, DROPOUT=seed is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, ROWS=per_program, BLOCK=block,
         num_warps=warps,
     )  # fmt: skip
@@ -369,7 +369,7 @@ def backward(
     per_program, block, warps, looped = tiling(columns, BACKWARD_TILE, MAX_BACKWARD)
     tiles = triton.cdiv(rows, per_program)
     strides = (row_stride(grad_summed), row_stride(s))
-    keep = (threshold_of(dropout_p), 1.0 / (1.0 - dropout_p))
+    keep = keep_of(dropout_p)
     flags = {
         "RMS": mean is None,
         "ADD": grad_summed is not None,

@@ -3,6 +3,8 @@
     out = act(x), or gated out = act(gate) · up of the halves of a row
     dx = g · act′(x)        d_gate = g · up · act′(gate), d_up = g · act(gate)
 
+with dropout of ``out``, and of ``g`` by the same mask. No activation leaves dropout alone.
+
 A program owns a tile of TILE results: of several short rows, or of a stretch of one. Contiguous
 rows without halves are one row. Bound: memory bandwidth (each number is read and written once).
 Sources: GELU: Hendrycks and Gimpel, 2016 (arXiv:1606.08415); gates: Shazeer, GLU Variants Improve
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import tanh
+from ._device import keep_mask, keep_of, tanh
 from ._matmul import ACTIVATIONS, activate
 from ._norm import row_stride
 from ._register import operator
@@ -54,26 +56,40 @@ def _tile(rows, features, column_tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def _dropped(x, seed_ptr, position, threshold, keep_scale, DROPOUT: tl.constexpr):
+    if DROPOUT:
+        keep = keep_mask(tl.load(seed_ptr), position, threshold)
+        x = tl.where(keep, x * keep_scale, 0.0)
+    return x
+
+
+@triton.jit
 def _forward(
-    x_ptr, out_ptr, rows, features, x_stride, column_tiles,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, out_ptr, seed_ptr, rows, features, x_stride, column_tiles, threshold, keep_scale,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column, inside = _tile(rows, features, column_tiles, ROWS, BLOCK)
     x_ptr += row * x_stride + column
     y = activate(tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
         y *= tl.load(x_ptr + features, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * features + column, y.to(out_ptr.dtype.element_ty), mask=inside)
+    at = row * features + column
+    y = _dropped(y, seed_ptr, at, threshold, keep_scale, DROPOUT)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    grad_ptr, x_ptr, d_ptr, rows, features, grad_stride, x_stride, column_tiles,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, x_ptr, d_ptr, seed_ptr, rows, features, grad_stride, x_stride, column_tiles,
+    threshold, keep_scale,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column, inside = _tile(rows, features, column_tiles, ROWS, BLOCK)
     x_ptr += row * x_stride + column
     g = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+    g = _dropped(g, seed_ptr, row * features + column, threshold, keep_scale, DROPOUT)
     x = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
     kind = d_ptr.dtype.element_ty
     if GATED:
@@ -84,6 +100,8 @@ def _backward(
     else:
         if ACTIVATION == "relu":  # an infinite gradient times 0 would be NaN
             d = tl.where(x <= 0.0, 0.0, g)
+        elif ACTIVATION == "":
+            d = g
         else:
             d = g * slope(x, ACTIVATION)
         tl.store(d_ptr + row * features + column, d.to(kind), mask=inside)
@@ -107,13 +125,13 @@ def _launch(features: int) -> tuple[int, int, int]:
 
 def _named(activation: str) -> str:
     name = GATES.get(activation, activation)
-    if not name or name not in ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise ValueError(f"activation: unknown activation {activation!r}")
     return name
 
 
 @operator()
-def activation(input: Tensor, activation: str) -> Tensor:
+def activation(input: Tensor, activation: str, dropout_p: float, seed: Tensor | None) -> Tensor:
     name, gated = _named(activation), activation in GATES
     out = input.new_empty((*input.shape[:-1], input.shape[-1] // 2 if gated else input.shape[-1]))
     if out.numel() == 0:
@@ -121,14 +139,18 @@ def activation(input: Tensor, activation: str) -> Tensor:
     rows, features, stride = _shape(input, activation, True)
     per_tile, block, column_tiles = _launch(features)
     _forward[(triton.cdiv(rows, per_tile) * column_tiles,)](
-        input, out, rows, features, stride, column_tiles,
-        ACTIVATION=name, GATED=gated, ROWS=per_tile, BLOCK=block, num_warps=WARPS,
+        input, out, seed, rows, features, stride, column_tiles,
+        *keep_of(dropout_p),
+        ACTIVATION=name, GATED=gated, DROPOUT=seed is not None, ROWS=per_tile,
+        BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
 @operator()
-def activation_backward(grad: Tensor, input: Tensor, activation: str) -> Tensor:
+def activation_backward(
+    grad: Tensor, input: Tensor, activation: str, dropout_p: float, seed: Tensor | None
+) -> Tensor:
     name, gated = _named(activation), activation in GATES
     d_input = input.new_empty(input.shape)
     if d_input.numel() == 0:
@@ -137,7 +159,9 @@ def activation_backward(grad: Tensor, input: Tensor, activation: str) -> Tensor:
     grad_stride = features if rows == 1 else row_stride(grad)
     per_tile, block, column_tiles = _launch(features)
     _backward[(triton.cdiv(rows, per_tile) * column_tiles,)](
-        grad, input, d_input, rows, features, grad_stride, stride, column_tiles,
-        ACTIVATION=name, GATED=gated, ROWS=per_tile, BLOCK=block, num_warps=WARPS,
+        grad, input, d_input, seed, rows, features, grad_stride, stride, column_tiles,
+        *keep_of(dropout_p),
+        ACTIVATION=name, GATED=gated, DROPOUT=seed is not None, ROWS=per_tile,
+        BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
     return d_input

@@ -1,6 +1,6 @@
 """Linear layer with activation and residual, and its backward; the kernels are _matmul.py's.
 
-    out = activation(input @ weightᵀ + bias) + residual
+    out = dropout(activation(input @ weightᵀ + bias)) + residual
     d_input = grad @ weight,  d_weight = gradᵀ @ input,  d_bias = Σ_rows grad
 
 The backward is that of the linear part: ``grad`` is what reaches it.
@@ -32,8 +32,9 @@ def operand(name: str, input: Tensor) -> tuple[tuple[int, int], tuple[str, Tenso
 
 @operator()
 def linear_add(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> Tensor:
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     if activation not in _matmul.ACTIVATIONS:
         allowed = ", ".join(map(repr, _matmul.ACTIVATIONS))
         raise ValueError(f"linear_add: activation {activation!r} is not one of {allowed}")
@@ -45,7 +46,7 @@ def linear_add(
     steps, heads = operand("a", input)
     _matmul.matmul(
         input, weight, out, M, N, K, steps, (weight.stride(1), weight.stride(0)), heads, bias,
-        residual, activation,
+        residual, activation, dropout=(dropout_p, seed),
     )  # fmt: skip
     return out
 
@@ -97,6 +98,8 @@ def linear_add_norm(
     norm_bias: Tensor | None,
     eps: float,
     return_sum: bool,
+    dropout_p: float,
+    seed: Tensor | None,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(normed, summed, mean, rstd): one kernel or two, by the rule in _matmul.py."""
@@ -105,7 +108,7 @@ def linear_add_norm(
     M = math.prod(normed.shape[:-1])
     tile = _matmul.fused_tile(input, M, N)
     if tile is None or M * N == 0:
-        summed = linear_add(input, weight, bias, residual, "")
+        summed = linear_add(input, weight, bias, residual, "", dropout_p, seed)
         normed, _, mean, rstd = _norm.forward(
             summed, None, norm_weight, norm_bias, eps, 0.0, None, rms
         )
@@ -116,12 +119,14 @@ def linear_add_norm(
     steps, heads = operand("a", input)
     S, E, head_steps = _matmul.heads_of(input)
     _matmul.matmul_norm_kernel[((M + tile.m - 1) // tile.m,)](
-        input, weight, bias, residual, norm_weight, norm_bias, normed, summed, mean, rstd, M, N, K,
+        input, weight, bias, residual, seed, norm_weight, norm_bias, normed, summed, mean, rstd, M,
+        N, K,
         float(N), steps, (weight.stride(1), weight.stride(0)),
-        row_stride(residual), S, E, head_steps, eps, HEADS=heads[0],
+        row_stride(residual), S, E, head_steps, _matmul.keep_of(dropout_p), eps, HEADS=heads[0],
         ALIGNED=E % tile.k == 0, EVEN=K % tile.k == 0, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, HAS_NORM_WEIGHT=norm_weight is not None,
-        HAS_NORM_BIAS=norm_bias is not None, HAS_SUM=return_sum, RMS=rms, BLOCK_M=tile.m,
-        BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        HAS_RESIDUAL=residual is not None, DROPOUT=_matmul.dropout_form(seed, N),
+        HAS_NORM_WEIGHT=norm_weight is not None, HAS_NORM_BIAS=norm_bias is not None,
+        HAS_SUM=return_sum, RMS=rms, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return normed, summed, mean, rstd

@@ -16,7 +16,19 @@ def linear_add_layer_norm(
     norm_bias: Tensor | None,
     eps: float,
     return_sum: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return linear_add_norm(
-        input, weight, bias, residual, norm_weight, norm_bias, eps, return_sum, rms=False
+        input,
+        weight,
+        bias,
+        residual,
+        norm_weight,
+        norm_bias,
+        eps,
+        return_sum,
+        dropout_p,
+        seed,
+        rms=False,
     )

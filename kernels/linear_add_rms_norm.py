@@ -15,8 +15,10 @@ def linear_add_rms_norm(
     norm_weight: Tensor | None,
     eps: float,
     return_sum: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, summed, _, rstd = linear_add_norm(
-        input, weight, bias, residual, norm_weight, None, eps, return_sum, rms=True
+        input, weight, bias, residual, norm_weight, None, eps, return_sum, dropout_p, seed, rms=True
     )
     return normed, summed, rstd

@@ -1,17 +1,22 @@
-"""The activation step of feed_forward, by each backend's kernel: values, gradients, any rows."""
+"""The activation step of feed_forward, by each backend's kernel: values, gradients, any rows; and
+dropout, in it or alone."""
 
 import pytest
 import torch
 
-from contract import RUNNABLE, check, running_on
+from contract import RUNNABLE, backends_of, check, device_of, running_on
+from fasttransformer import reference
 from fasttransformer.backends import STEPS
 from fasttransformer.ops._activation import activation
+from fasttransformer.ops._front import new_seed
 from fasttransformer.reference.feed_forward import GATES
 from fasttransformer.reference.linear_add import ACTIVATIONS
 
 NAMES = [*ACTIVATIONS, *GATES]
 #: simt has its own tests of it (test_simt_steps.py).
 BACKENDS = [on for on in RUNNABLE if (k := STEPS["activation"].get(on.split(":")[0])) and k.forward]
+#: of dropout: simt too.
+MASKED = [*BACKENDS, *(["simt"] if "simt" in backends_of("layer_norm") else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -22,8 +27,9 @@ def plain(x, name):
     return ACTIVATIONS[name](x)
 
 
-def by_kernel(x, name, on):
-    return activation(x, name, STEPS["activation"][on.split(":")[0]])
+def by_kernel(x, name, on, dropout_p=0.0):
+    step = {"simt": "cuda"}.get(on, on.split(":")[0])
+    return activation(x, name, STEPS["activation"][step], dropout_p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,3 +75,46 @@ def test_strided_rows_and_no_elements(on, name):
             assert empty.shape == plain(x, name).shape
             assert torch.autograd.grad(empty.sum(), x)[0].shape == shape
     assert torch.equal(out, want) and torch.equal(gradient, wanted)
+
+
+def with_mask(x, name, mask, dropout_p):
+    out = plain(x, name) if name else x
+    return torch.where(mask, out / (1.0 - dropout_p), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["", "relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("on", MASKED)
+def test_dropout_is_the_references(on, name, dtype):
+    """Of every shape, at every position of a run, forward and backward."""
+    draws = torch.Generator().manual_seed(0)
+    for shape in ((3, 2), (5, 66), (2, 3, 22), (7, 1050), (1, 2), (0, 4)):
+        torch.manual_seed(11)
+        width = shape[-1] // 2 if name in GATES else shape[-1]
+        mask = reference.dropout_mask(new_seed(torch.device("cpu")), (*shape[:-1], width), 0.3)
+
+        def ours(x):
+            torch.manual_seed(11)
+            return by_kernel(x, name, on, 0.3)
+
+        draw = lambda shape=shape: [torch.randn(shape, generator=draws).to(dtype)]  # noqa: E731
+        check(ours, lambda x, m=mask: with_mask(x, name, m, 0.3), draw(), on=on, redraw=draw)
+        with running_on(on):
+            out = ours(torch.ones(shape, dtype=dtype, device=device_of(on)))
+        assert torch.equal(out.cpu() != 0, mask)
+
+
+@pytest.mark.parametrize("on", MASKED)
+def test_dropout_of_strided_rows_and_of_nan(on):
+    wide = torch.randn(37, 50, device=device_of(on))
+    wide[3] = float("nan")
+    with running_on(on):
+        for name in ("", "gelu", "geglu"):
+            torch.manual_seed(1)
+            out = by_kernel(wide[:, 3:25], name, on, 0.5)
+            torch.manual_seed(1)
+            again = by_kernel(wide[:, 3:25].contiguous(), name, on, 0.5)
+            assert torch.equal(out.nan_to_num(7.0), again.nan_to_num(7.0))
+            dropped = out[3] == 0
+            assert 0 < dropped.sum() < len(dropped) and out[3][~dropped].isnan().all()
+            assert not out[:3].isnan().any() and not out[4:].isnan().any()

@@ -7,8 +7,9 @@ import torch
 from fronts import refuses, same_compiled
 
 import fasttransformer as ft
-from contract import backends_of, check, running_on
+from contract import backends_of, check, device_of, running_on
 from fasttransformer import reference
+from fasttransformer.ops._front import new_seed
 from fasttransformer.reference.feed_forward import GATES
 from fasttransformer.reference.linear_add import ACTIVATIONS
 
@@ -62,6 +63,27 @@ def test_without_biases_and_without_rows(on, activation):
     assert empty.shape == (0, 14)
 
 
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("on", BACKENDS)
+def test_dropout_of_hidden_values(on, activation):
+    """The reference's mask, in the backward pass too, whatever runs the activation."""
+    inputs = problem(activation=activation)
+    torch.manual_seed(5)
+    seed = new_seed(torch.device("cpu"))
+
+    def ours(*args):
+        torch.manual_seed(5)
+        return ft.feed_forward(*args, activation=activation, dropout_p=0.4)
+
+    def wanted(*args):
+        return reference.feed_forward(*args, activation=activation, dropout_p=0.4, seed=seed)
+
+    check(ours, wanted, inputs, on=on)
+    with running_on(on), torch.no_grad():
+        out = ours(*(t.to(device_of(on)) for t in inputs)).cpu()
+    torch.testing.assert_close(out, wanted(*inputs))
+
+
 def test_explain_tells_where_it_runs():
     inputs = problem()
     assert (
@@ -95,6 +117,8 @@ def test_compiles_autocast_vmap():
     ({"activation": "geglu", "weight_in": torch.ones(7, 3)}, ValueError, "weight_in has 7 rows"),
     ({"bias_in": torch.ones(3)}, ValueError, "bias_in has shape (3,); it must be (8,)"),
     ({"bias_out": torch.ones(3)}, ValueError, "bias_out has shape (3,); it must be (5,)"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; it must be in [0, 1)"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p is nan"),
     ({"activation": "tanh"}, ValueError, "activation is 'tanh'; it must be one of relu"),
 ])  # fmt: skip
 def test_bad_input_is_named(change, error, text):

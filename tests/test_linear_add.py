@@ -56,13 +56,16 @@ def test_contract(on, shape, dtype):
 @pytest.mark.parametrize("on", BACKENDS)
 def test_activations_bias_and_residual(on, activation, given):
     for dtype, shape in itertools.product(DTYPES, FORMS):
-        x, w, b, r = problem(*shape, dtype)
-        inputs = (x, w, b if given[0] else None, r if given[1] else None)
+
+        def draw(shape=shape, dtype=dtype):
+            x, w, b, r = problem(*shape, dtype)
+            return x, w, b if given[0] else None, r if given[1] else None
+
         for grads in (False, True):  # with gradients the activation is a step of its own
             check(
                 lambda *args: ft.linear_add(*args, activation=activation),
                 lambda *args: reference.linear_add(*args, activation=activation),
-                inputs, on=on, grads=grads,
+                draw(), on=on, grads=grads, redraw=draw,
                 peer=lambda *args: in_steps(*args, activation=activation),
             )  # fmt: skip
 

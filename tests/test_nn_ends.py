@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasttransformer as ft
-from fasttransformer.nn._dropout import dropout
+from fasttransformer.ops._activation import dropout
 
 
 def table(length, features):

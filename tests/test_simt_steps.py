@@ -484,15 +484,19 @@ def test_activation(shape, name, dtype):
 def test_activation_of_rows_at_any_address(operators, features, name, dtype):
     x, grad = torch.randn(4, features).to(dtype), torch.randn(4, features).to(dtype)
     grad = grad[:, : features // 2] if name in GATES else grad
-    out = operators.activation(x, name)
-    assert torch.equal(operators.activation(shifted(x), name), out)
-    got = operators.activation_backward(shifted(grad), shifted(x, 3), name)
-    assert torch.equal(got, operators.activation_backward(grad.contiguous(), x, name))
+    for dropout in ((0.0, None), (0.4, torch.tensor([5]))):
+        how = (name, *dropout)
+        out = operators.activation(x, *how)
+        assert torch.equal(operators.activation(shifted(x), *how), out)
+        got = operators.activation_backward(shifted(grad), shifted(x, 3), *how)
+        assert torch.equal(got, operators.activation_backward(grad.contiguous(), x, *how))
 
 
 def test_activation_empty_and_special(operators):
-    assert operators.activation(torch.zeros(0, 8), "swiglu").shape == (0, 4)
-    assert operators.activation_backward(torch.zeros(3, 0), torch.zeros(3, 0), "geglu").shape == (
+    assert operators.activation(torch.zeros(0, 8), "swiglu", 0.0, None).shape == (0, 4)
+    assert operators.activation_backward(
+        torch.zeros(3, 0), torch.zeros(3, 0), "geglu", 0.0, None
+    ).shape == (
         3,
         0,
     )

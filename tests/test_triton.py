@@ -560,7 +560,8 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 @pytest.mark.parametrize("target", SHARED)
 def test_compiles_offline(target):
-    """Every kernel gives code for every target; norms and softmax spill nothing."""
+    """Every kernel gives code for every target; norms, softmax and dropout in a product's tile
+    spill nothing."""
     here = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": str(here), "TRITON_DEFAULT_FP_FUSION": "1"}
     env.pop("TRITON_INTERPRET", None)
@@ -579,7 +580,7 @@ def test_compiles_offline(target):
     for row in rows:
         name = row["kernel"]
         assert row["bytes"] > 0 and row["shared"] <= SHARED[target], row
-        if not name.startswith(("_attention", "_matmul")):
+        if "dropout" in name or not name.startswith(("_attention", "_matmul")):
             assert row["spilled"] == 0, row
         matmul = name.startswith(("_attention.f", "_attention_backward.d", "_matmul.m"))
         full = not FEW_ROWS.intersection(name.replace("]", " ").split())

@@ -86,7 +86,8 @@ def _attention_decode(D, dtype):
     attention_decode.attention_decode(q, cache, cache, lengths, *options)
 
 
-def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
+def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation="", dropout_p=0.0):
+    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     x = torch.empty(M, K, dtype=dtype)
     if heads:
         x = torch.empty(2, M // 2, heads, K // heads, dtype=dtype).transpose(1, 2)
@@ -94,9 +95,9 @@ def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation=""):
     if backward:
         linear_add.linear_add_backward(r, x, w, True, True, True)
     elif norm:
-        linear_add.linear_add_norm(x, w, b, r, b, b, 1e-5, True, rms=False)
+        linear_add.linear_add_norm(x, w, b, r, b, b, 1e-5, True, dropout_p, seed, rms=False)
     else:
-        linear_add.linear_add(x, w, b, r, activation)
+        linear_add.linear_add(x, w, b, r, activation, dropout_p, seed)
 
 
 def _output_layer(rows, features, classes, dtype, weighted=False):
@@ -191,9 +192,14 @@ CASES = {
     "linear 4x4096x4096 bf16": lambda: _linear(4, 4096, 4096, BF16),
     "linear 100x99x50 f16": lambda: _linear(100, 99, 50, torch.float16, activation="gelu_tanh"),
     "linear 512x384x384 f32": lambda: _linear(512, 384, 384, F32, activation="silu"),
+    "linear 2048x512x512 bf16 dropout": lambda: _linear(2048, 512, 512, BF16, dropout_p=0.1),
+    "linear 512x384x384 f32 dropout": lambda: _linear(512, 384, 384, F32, dropout_p=0.1),
     "linear backward 2048x768x768 bf16": lambda: _linear(2048, 768, 768, BF16, 12, backward=True),
     "linear norm 32768x384x384 bf16": lambda: _linear(32768, 384, 384, BF16, norm=True),
     "linear norm 32768x256x256 bf16": lambda: _linear(32768, 256, 256, BF16, norm=True),
+    "linear norm 32768x256x256 bf16 dropout": lambda: _linear(
+        32768, 256, 256, BF16, norm=True, dropout_p=0.1
+    ),
     "output layer 2048x1024x32000 bf16": lambda: _output_layer(2048, 1024, 32000, BF16),
     "output layer 64x512x8192 f32 weighted": lambda: _output_layer(64, 512, 8192, F32, True),
 }
@@ -217,6 +223,7 @@ FEW = {
     "linear 2048x768x768 bf16",
     "linear backward 2048x768x768 bf16",
     "linear norm 32768x384x384 bf16",
+    "linear norm 32768x256x256 bf16 dropout",
     "output layer 64x512x8192 f32 weighted",
 }
 assert FEW <= CASES.keys()

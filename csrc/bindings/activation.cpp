@@ -5,7 +5,8 @@
 
 namespace ft::bindings {
 
-ActivationParams activation_params(const Tensor& input, const std::string& name) {
+ActivationParams activation_params(const Tensor& input, const std::string& name, double dropout_p,
+                                   const OptionalTensor& seed) {
   ActivationParams p;
   p.input = data(input);
   p.dtype = dtype_of(input);
@@ -16,11 +17,13 @@ ActivationParams activation_params(const Tensor& input, const std::string& name)
   p.rows = rows_of(input);
   p.features = p.gated ? features_of(input) / 2 : features_of(input);
   p.row_stride = row_stride(input);
+  p.dropout = dropout_of(dropout_p, seed);
   return p;
 }
 
-Tensor activation(const Tensor& input, std::string activation) {
-  ActivationParams p = activation_params(input, activation);
+Tensor activation(const Tensor& input, std::string activation, double dropout_p,
+                  const OptionalTensor& seed) {
+  ActivationParams p = activation_params(input, activation, dropout_p, seed);
   constexpr size_t kMostDims = 64;
   const size_t dims = static_cast<size_t>(input.dim());
   if (dims > kMostDims) throw std::invalid_argument("activation: input has too many dimensions");
@@ -33,10 +36,11 @@ Tensor activation(const Tensor& input, std::string activation) {
   return output;
 }
 
-Tensor activation_backward(const Tensor& grad, const Tensor& input, std::string activation) {
+Tensor activation_backward(const Tensor& grad, const Tensor& input, std::string activation,
+                           double dropout_p, const OptionalTensor& seed) {
   Tensor d_input = make(input, input.sizes());
   ActivationBackwardParams p;
-  p.forward = activation_params(input, activation);
+  p.forward = activation_params(input, activation, dropout_p, seed);
   p.grad = data(grad);
   p.grad_stride = row_stride(grad);
   p.d_input = d_input.mutable_data_ptr();

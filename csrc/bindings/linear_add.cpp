@@ -6,9 +6,11 @@
 
 namespace ft::bindings {
 Tensor linear_add(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& residual, std::string activation) {
+                  const OptionalTensor& residual, std::string activation, double dropout_p,
+                  const OptionalTensor& seed) {
   LinearAddParams p = linear_input(input, weight, bias, residual);
   p.activation = activation_of(activation);
+  p.dropout = dropout_of(dropout_p, seed);
   Tensor output = make_output(input, p.out_features);
   p.output = output.mutable_data_ptr();
 #if defined(FT_CUDA) || defined(FT_SIMT)

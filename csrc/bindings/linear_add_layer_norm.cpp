@@ -7,8 +7,10 @@ namespace ft::bindings {
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_add_layer_norm(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, double eps, bool return_sum) {
+    const OptionalTensor& norm_bias, double eps, bool return_sum, double dropout_p,
+    const OptionalTensor& seed) {
   LinearNormCall call(input, weight, bias, residual, norm_weight, norm_bias, eps, return_sum);
+  call.p.linear.dropout = dropout_of(dropout_p, seed);
   Tensor mean = make(input, {call.p.norm.rows}, ScalarType::Float);
   call.p.norm.mean = static_cast<float*>(mean.mutable_data_ptr());
 #if defined(FT_CUDA) || defined(FT_SIMT)

@@ -4,12 +4,12 @@
 
 namespace ft::bindings {
 
-std::tuple<Tensor, Tensor, Tensor> linear_add_rms_norm(const Tensor& input, const Tensor& weight,
-                                                       const OptionalTensor& bias,
-                                                       const OptionalTensor& residual,
-                                                       const OptionalTensor& norm_weight,
-                                                       double eps, bool return_sum) {
+std::tuple<Tensor, Tensor, Tensor> linear_add_rms_norm(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& norm_weight, double eps, bool return_sum,
+    double dropout_p, const OptionalTensor& seed) {
   LinearNormCall call(input, weight, bias, residual, norm_weight, std::nullopt, eps, return_sum);
+  call.p.linear.dropout = dropout_of(dropout_p, seed);
 #if defined(FT_CUDA) || defined(FT_SIMT)
   Tensor workspace = make(input, {cuda::linear_add_norm_workspace(call.p)}, ScalarType::Float);
   call.p.linear.workspace = static_cast<float*>(workspace.mutable_data_ptr());

@@ -1,13 +1,15 @@
 // The element-wise middle of a feed-forward block, forward and backward.
 //   out = act(x), or gated out = act(gate) · up of the halves of a row
 //   d_x = grad · act′(x);  d_gate = grad · up · act′(gate),  d_up = grad · act(gate)
-// One thread owns a run of whole rows; contiguous rows without halves are one row, of which each
-// thread has a run of columns. Backward makes act and act′ from the same exponential. Bound by
-// memory; by arithmetic in cache. Sources: GELU: Hendrycks and Gimpel, 2016 (arXiv:1606.08415);
-// gates: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202).
+// and dropout of `out`, in backward of `grad`, run by run while it is in L1; with no activation
+// that is all there is to do. One thread owns a run of whole rows; contiguous rows without halves
+// are one row, of which each thread has a run of columns. Backward makes act and act′ from the same
+// exponential. Bound by memory; by arithmetic in cache. Sources: GELU: Hendrycks and Gimpel, 2016
+// (arXiv:1606.08415); gates: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202).
 #include "params/activation.h"
 
 #include "cpu/columns.h"
+#include "cpu/dropout.h"
 #include "cpu/linear_epilogue.h"
 #include "cpu/parallel.h"
 
@@ -111,13 +113,19 @@ void with_kind(const ActivationParams& p, const F& f) {
 // Calls f(row, first, last) for runs of columns [first, last) of rows, each run on one thread.
 template <class F>
 void over_rows(const ActivationParams& p, bool contiguous, const F& f) {
+  const auto columns = [&](int64_t r, int64_t first, int64_t last) {
+    if (!p.dropout.on()) return f(r, first, last);
+    for (int64_t j = first; j < last; j += kDropoutRun) {
+      f(r, j, j + kDropoutRun < last ? j + kDropoutRun : last);
+    }
+  };
   if (contiguous && !p.gated && p.row_stride == p.features) {
     parallel_for(p.rows * p.features, kGrain,
-                 [&](int64_t begin, int64_t end) { f(int64_t{0}, begin, end); });
+                 [&](int64_t begin, int64_t end) { columns(0, begin, end); });
     return;
   }
   parallel_for(p.rows, kGrain / (p.features + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) f(r, int64_t{0}, p.features);
+    for (int64_t r = begin; r < end; ++r) columns(r, 0, p.features);
   });
 }
 
@@ -128,8 +136,14 @@ void activation(const ActivationParams& p) {
     over_rows(p, true, [&](int64_t r, int64_t first, int64_t last) {
       const T* x = static_cast<const T*>(p.input) + r * p.row_stride + first;
       T* out = static_cast<T*>(p.output) + r * p.features + first;
-      p.gated ? row<kActivation, true>(x, x + p.features, last - first, out)
-              : row<kActivation, false>(x, x, last - first, out);
+      if (p.gated) {
+        row<kActivation, true>(x, x + p.features, last - first, out);
+      } else if (kActivation != Activation::none || !p.dropout.on()) {
+        row<kActivation, false>(x, x, last - first, out);
+      }
+      if (!p.dropout.on()) return;
+      const uint64_t position = static_cast<uint64_t>(r * p.features + first);
+      drop(kActivation == Activation::none ? x : out, last - first, position, p.dropout, out);
     });
   });
 }
@@ -141,8 +155,19 @@ void activation_backward(const ActivationBackwardParams& params) {
       const T* x = static_cast<const T*>(p.input) + r * p.row_stride + first;
       const T* g = static_cast<const T*>(params.grad) + r * params.grad_stride + first;
       T* dx = static_cast<T*>(params.d_input) + r * p.features * (p.gated ? 2 : 1) + first;
-      p.gated ? grad_row<kActivation, true>(x, x + p.features, g, last - first, dx, dx + p.features)
-              : grad_row<kActivation, false>(x, x, g, last - first, dx, dx);
+      T dropped_grad[kDropoutRun];
+      if (p.dropout.on()) {
+        T* to = kActivation == Activation::none ? dx : dropped_grad;
+        drop(g, last - first, static_cast<uint64_t>(r * p.features + first), p.dropout, to);
+        g = to;
+      }
+      if (p.gated) {
+        grad_row<kActivation, true>(x, x + p.features, g, last - first, dx, dx + p.features);
+      } else if (kActivation != Activation::none) {
+        grad_row<kActivation, false>(x, x, g, last - first, dx, dx);
+      } else if (!p.dropout.on()) {
+        std::memcpy(dx, g, sizeof(T) * static_cast<size_t>(last - first));
+      }
     });
   });
 }

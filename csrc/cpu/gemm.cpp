@@ -9,8 +9,8 @@
 // Exchanged (few rows): Cᵀ = Bᵀ · Aᵀ, so that the weight is read once, in place, and the small A is
 // what gets packed; finished tiles are turned before the epilogue sees them.
 //
-// Skinny (up to four rows, eight with AVX-512): dot products along the weight's rows, bound by
-// reading the weight.
+// Skinny (up to four rows; with AVX-512 sixteen, or eight where a type is widened): dot products
+// along the weight's rows, bound by reading the weight, from some ten rows on by arithmetic.
 #include "cpu/gemm.h"
 
 #include "cpu/dot_product.h"
@@ -26,9 +26,9 @@ constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
 constexpr int64_t kTaskColumns = 1536;       // columns of a task that may split them
 constexpr int64_t kWholeRowColumns = 4096;
 #if defined(__AVX512F__)
-constexpr int64_t kSkinnyRows = 8;  // as many sums as registers hold
+constexpr int kSkinnyRows = 16, kSkinnyWidened = 8;  // as many sums as registers hold
 #else
-constexpr int64_t kSkinnyRows = 4;
+constexpr int kSkinnyRows = 4, kSkinnyWidened = 4;
 #endif
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
 
@@ -325,95 +325,149 @@ void run_exchanged(const Gemm& p) {
 
 // ---- skinny -----------------------------------------------------------------------------------
 
-constexpr int64_t kSkinnyAhead = 8192;  // bytes of the weight between what is fetched and read
+constexpr int64_t kSkinnyAhead = 8192;       // bytes of the weight between what is fetched and read
+constexpr int64_t kSkinnyInput = 20 * 1024;  // bytes of the input that stay in L1 beside the weight
+constexpr int64_t kSkinnyColumns = 32;       // columns per task
 
-// c[i · c_stride] = x[i] · w. One row of the weight after another: a single stream is what the
-// memory delivers fastest (four at a time: half of it).
+// Lane i of the result is the sum of acc[i]'s lanes.
+template <int rows>
+FT_INLINE void add_lanes(const vf (&acc)[rows], float* out) {
+#if defined(__AVX512F__)
+  if constexpr (rows > 4) {
+    // Four rows become one vector by two levels of pairs, four of those one by two more.
+    const auto row = [&](int i) __attribute__((always_inline)) {
+      return i < rows ? (__m512)acc[i < rows ? i : 0] : _mm512_setzero_ps();
+    };
+    __m512 four[4];
+#  pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      if (4 * g >= rows) {
+        four[g] = _mm512_setzero_ps();
+        continue;
+      }
+      const __m512 a = row(4 * g), b = row(4 * g + 1), c = row(4 * g + 2), d = row(4 * g + 3);
+      const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+      const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+      four[g] = (__m512)(_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd)) +
+                (__m512)(_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+    }
+    const __m512 low =
+        _mm512_shuffle_f32x4(four[0], four[1], 0x88) + _mm512_shuffle_f32x4(four[0], four[1], 0xdd);
+    const __m512 high =
+        _mm512_shuffle_f32x4(four[2], four[3], 0x88) + _mm512_shuffle_f32x4(four[2], four[3], 0xdd);
+    _mm512_storeu_ps(out,
+                     _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd));
+    return;
+  }
+#endif
+  for (int i = 0; i < rows; ++i) out[i] = reduce_add(acc[i]);
+}
+
+// out[i] = x[i] · w over n elements. `ahead`: what will be read some rows of the weight later.
 template <class Unit, class T, int rows>
-void skinny_column(const T* x, int64_t x_stride, const T* w, int64_t depth, float* c,
-                   int64_t c_stride) {
-  constexpr int parts = rows > 4 ? 2 : 4;  // sums along the row: more than an addition's latency
+FT_INLINE void skinny_column(const T* x, int64_t x_stride, const T* w, const T* ahead, int64_t n,
+                             float* out) {
+  constexpr int parts = rows > 8 ? 1 : rows > 4 ? 2 : 4;  // sums along the row: hide the latency
   constexpr int64_t step = W * Unit::elements;
   vf acc[rows][parts] = {};
-  const auto add = [&](int64_t k, int64_t n, int part) __attribute__((always_inline)) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kSkinnyAhead, 0, 3);
-    const vf b = (vf)load_units<Unit>(w + k, n);
-#pragma GCC unroll 8
+  const auto add = [&](int64_t k, int64_t count, int part) __attribute__((always_inline)) {
+    __builtin_prefetch(ahead + k, 0, 3);
+    const vf b = (vf)load_units<Unit>(w + k, count);
+#pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      acc[i][part] = Unit::fma((vf)load_units<Unit>(x + i * x_stride + k, n), b, acc[i][part]);
+      acc[i][part] = Unit::fma((vf)load_units<Unit>(x + i * x_stride + k, count), b, acc[i][part]);
     }
   };
   int64_t k = 0;
-  for (; k + parts * step <= depth; k += parts * step) {
+  for (; k + parts * step <= n; k += parts * step) {
 #pragma GCC unroll 4
     for (int u = 0; u < parts; ++u) add(k + u * step, step, u);
   }
-  for (; k < depth; k += step) add(k, depth - k, 0);
+  for (; k < n; k += step) add(k, n - k, 0);
+  vf total[rows];
+#pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
-    vf total = acc[i][0] + acc[i][1];
-    if constexpr (parts == 4) total += acc[i][2] + acc[i][3];
-    c[i * c_stride] = reduce_add(total);
+    total[i] = acc[i][0];
+    if constexpr (parts >= 2) total[i] += acc[i][1];
+    if constexpr (parts == 4) total[i] += acc[i][2] + acc[i][3];
   }
+  add_lanes<rows>(total, out);
 }
 
+// One row of the weight after another: a single stream is what the memory delivers fastest (four at
+// a time: half of it). An input that L1 does not hold is taken in stretches of its depth.
 template <class Unit, class T, int rows>
 void skinny(const Gemm& p) {
+  constexpr int64_t kOut = rows > 4 ? W : rows;  // floats that add_lanes writes
+  constexpr int64_t step = W * Unit::elements;
   int64_t x_stride;
   const T* x = contiguous_rows<T>(p, &x_stride);
   const T* w = static_cast<const T*>(p.b.data);
-  constexpr int64_t kWidth = 32;  // columns per task
-  const int64_t tasks = ceil_div(p.columns, kWidth);
-  parallel_for(tasks, grain_of(p, 32768, p.depth * kWidth), [&](int64_t begin, int64_t end) {
-    alignas(64) float c[rows * kWidth];
+  const int64_t fit = kSkinnyInput / (rows * static_cast<int64_t>(sizeof(T))) / step * step;
+  const int64_t parts = p.depth == 0 ? 1 : ceil_div(p.depth, fit);
+  const int64_t stretch = ceil_div(ceil_div(p.depth, parts), step) * step;
+  const int64_t bytes = stretch * static_cast<int64_t>(sizeof(T)) + 1;
+  const int64_t ahead = ceil_div(kSkinnyAhead, bytes) * p.b.row_stride;
+  const int64_t tasks = ceil_div(p.columns, kSkinnyColumns);
+  const int64_t grain = grain_of(p, 32768, p.depth * kSkinnyColumns);
+  parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float sums[kSkinnyColumns * kOut], c[rows * kSkinnyColumns];
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t column = t * kWidth, columns = min64(kWidth, p.columns - column);
-      for (int64_t j = 0; j < columns; ++j) {
-        skinny_column<Unit, T, rows>(x, x_stride, w + (column + j) * p.b.row_stride, p.depth, c + j,
-                                     kWidth);
+      const int64_t column = t * kSkinnyColumns,
+                    columns = min64(kSkinnyColumns, p.columns - column);
+      std::memset(c, 0, sizeof(c));
+      for (int64_t k = 0; k == 0 || k < p.depth; k += stretch) {
+        const T* base = w + column * p.b.row_stride + k;
+        const int64_t n = min64(stretch, p.depth - k);
+        for (int64_t j = 0; j < columns; ++j) {
+          const T* row = base + j * p.b.row_stride;
+          skinny_column<Unit, T, rows>(x + k, x_stride, row, row + ahead, n, sums + j * kOut);
+        }
+        for (int i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) c[i * kSkinnyColumns + j] += sums[j * kOut + i];
+        }
       }
-      p.epilogue({c, kWidth, 0, rows, column, columns}, p.context);
+      p.epilogue({c, kSkinnyColumns, 0, rows, column, columns}, p.context);
     }
   });
+}
+
+// Calls the product of p.rows ≤ `rows` rows.
+template <class Unit, class T, int rows>
+void run_skinny(const Gemm& p) {
+  if (p.rows == rows) return skinny<Unit, T, rows>(p);
+  if constexpr (rows > 1) run_skinny<Unit, T, rows - 1>(p);
 }
 
 // ---- choice -----------------------------------------------------------------------------------
 
 enum class Form { packed, exchanged, skinny };
 
+// Dot products load each number of the input again for each row of the weight: those of more rows
+// pay where that takes no conversion.
+template <class Unit, class T>
+constexpr int kSkinny = sizeof(T) * Unit::elements == 4 ? kSkinnyRows : kSkinnyWidened;
+
+template <class Unit, class T>
 Form form_of(const Gemm& p) {
   if (p.a.transposed || !p.b.transposed || p.whole_rows || p.fixed_tiles) return Form::packed;
-  if (p.rows <= kSkinnyRows) return Form::skinny;
+  if (p.rows <= kSkinny<Unit, T>) return Form::skinny;
   return p.rows <= kExchangedRows && p.rows <= p.columns ? Form::exchanged : Form::packed;
 }
 
 template <class Unit, class T>
 void run(const Gemm& p) {
-  switch (form_of(p)) {
+  switch (form_of<Unit, T>(p)) {
     case Form::packed: return Engine<Unit, T>{p, 0, 0}.run();
     case Form::exchanged: return run_exchanged<Unit, T>(p);
-    case Form::skinny: break;
-  }
-  switch (p.rows) {
-    case 1: return skinny<Unit, T, 1>(p);
-    case 2: return skinny<Unit, T, 2>(p);
-    case 3: return skinny<Unit, T, 3>(p);
-    case 4: return skinny<Unit, T, 4>(p);
-    default: break;
-  }
-  if constexpr (kSkinnyRows > 4) {
-    switch (p.rows) {
-      case 5: return skinny<Unit, T, 5>(p);
-      case 6: return skinny<Unit, T, 6>(p);
-      case 7: return skinny<Unit, T, 7>(p);
-      default: return skinny<Unit, T, 8>(p);
-    }
+    case Form::skinny: return run_skinny<Unit, T, kSkinny<Unit, T>>(p);
   }
 }
 
 }  // namespace
 
 bool can_own_whole_rows(const Gemm& p) {
-  return p.columns <= kWholeRowColumns && form_of(p) == Form::packed;
+  return p.columns <= kWholeRowColumns && form_of<Float, float>(p) == Form::packed;
 }
 
 bool multiplies_pairs([[maybe_unused]] DType dtype) {

@@ -1,4 +1,4 @@
-// linear_add: out = act(input · weightᵀ + bias) + residual, and its gradients.
+// linear_add: out = dropout(act(input · weightᵀ + bias)) + residual, and its gradients.
 // The product is gemm.cpp's; here is what happens to a finished tile of it, and the bias gradient,
 // a column sum over fixed blocks of rows, so that its value does not depend on the thread count.
 #include "params/linear_add.h"
@@ -17,15 +17,7 @@ struct Finish {
 template <class T, Activation activation>
 void finish(const GemmTile& tile, const void* context) {
   const Finish& f = *static_cast<const Finish*>(context);
-  const LinearAddParams& p = f.p;
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const int64_t row = tile.row + i;
-    const T* residual = static_cast<const T*>(p.residual);
-    finish_row<T, activation>(tile.data + i * tile.stride, f.bias ? f.bias + tile.column : nullptr,
-                              residual ? residual + row * p.residual_stride + tile.column : nullptr,
-                              static_cast<T*>(p.output) + row * p.out_features + tile.column,
-                              tile.columns);
-  }
+  for (int64_t i = 0; i < tile.rows; ++i) finish_row_of<T, activation>(f.p, tile, i, f.bias);
 }
 
 struct Plain {

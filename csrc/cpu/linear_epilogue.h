@@ -1,7 +1,7 @@
 // What follows the matrix product while its tile is in cache: bias, activation, residual, rounding.
 #pragma once
+#include "cpu/dropout.h"
 #include "cpu/gemm.h"
-#include "cpu/vec.h"
 #include "params/linear_add.h"
 
 namespace ft::FT_ISA {
@@ -18,26 +18,42 @@ FT_INLINE vf activate(Activation activation, vf x) {
   }
 }
 
-// One row's stretch of `n` columns: out = act(acc + bias) + residual, rounded to T. Null bias
-// or residual: absent.
+// One row's stretch of `n` columns: out = dropout(act(acc + bias)) + residual, rounded to T. Null
+// bias, residual or words: absent. `words` are the random ones of the stretch.
 template <class T, Activation activation>
-FT_INLINE void finish_row(const float* acc, const float* bias, const T* residual, T* out,
-                          int64_t n) {
+FT_INLINE void finish_row(const float* acc, const float* bias, const T* residual, T* out, int64_t n,
+                          const uint32_t* words = nullptr, const Dropout& d = {}) {
+  const auto finish = [&](int64_t j, auto part) __attribute__((always_inline)) {
+    vf x = load(acc + j, part);
+    if (bias) x += load(bias + j, part);
+    x = activate<T>(activation, x);
+    if (words) x = dropped(x, words + j, part, d);
+    if (residual) x += load(residual + j, part);
+    store(out + j, x, part);
+  };
   int64_t j = 0;
-  for (; j + W <= n; j += W) {
-    vf x = load(acc + j);
-    if (bias) x += load(bias + j);
-    x = activate<T>(activation, x);
-    if (residual) x += load(residual + j);
-    store(out + j, x);
-  }
-  if (j < n) {
-    const int rest = static_cast<int>(n - j);
-    vf x = load(acc + j, rest);
-    if (bias) x += load(bias + j, rest);
-    x = activate<T>(activation, x);
-    if (residual) x += load(residual + j, rest);
-    store(out + j, x, rest);
+  for (; j + W <= n; j += W) finish(j, Whole{});
+  if (j < n) finish(j, Part{static_cast<int>(n - j)});
+}
+
+// Row `i` of a finished tile. Null bias: absent.
+template <class T, Activation activation>
+FT_INLINE void finish_row_of(const LinearAddParams& p, const GemmTile& tile, int64_t i,
+                             const float* bias) {
+  const int64_t row = tile.row + i, n = tile.columns;
+  const float* acc = tile.data + i * tile.stride;
+  const T* residual = static_cast<const T*>(p.residual);
+  if (bias) bias += tile.column;
+  if (residual) residual += row * p.residual_stride + tile.column;
+  T* out = static_cast<T*>(p.output) + row * p.out_features + tile.column;
+  if (!p.dropout.on()) return finish_row<T, activation>(acc, bias, residual, out, n);
+  uint32_t buffer[random_words_room(kDropoutRun)];
+  for (int64_t j = 0; j < n; j += kDropoutRun) {
+    const int64_t run = n - j < kDropoutRun ? n - j : kDropoutRun;
+    const uint64_t position = static_cast<uint64_t>(row * p.out_features + tile.column + j);
+    finish_row<T, activation>(acc + j, bias ? bias + j : nullptr, residual ? residual + j : nullptr,
+                              out + j, run, random_words(p.dropout.seed, position, run, buffer),
+                              p.dropout);
   }
 }
 

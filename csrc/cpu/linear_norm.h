@@ -1,7 +1,7 @@
-// linear_add_layer_norm and linear_add_rms_norm: summed = input · weightᵀ + bias + residual and
-// normed = norm(summed), in one pass: tasks of the product own whole rows, so a row is normed while
-// its sum is in cache. Rows too wide or too few for that are summed first and normed in a second
-// pass. The norm itself is row_norm.h's, the product gemm.cpp's.
+// linear_add_layer_norm and linear_add_rms_norm: summed = dropout(input · weightᵀ + bias) +
+// residual and normed = norm(summed), in one pass: tasks of the product own whole rows, so a row is
+// normed while its sum is in cache. Rows too wide or too few for that are summed first and normed
+// in a second pass. The norm itself is row_norm.h's, the product gemm.cpp's.
 #pragma once
 #include "cpu/linear_epilogue.h"
 #include "cpu/parallel.h"
@@ -21,16 +21,11 @@ struct FinishNorm {
 template <class T, bool Center, bool whole_rows>
 void finish_norm(const GemmTile& tile, const void* context) {
   const FinishNorm& f = *static_cast<const FinishNorm*>(context);
-  const LinearAddParams& p = f.p.linear;
-  const T* residual = static_cast<const T*>(p.residual);
   const int64_t end = tile.row + tile.rows;
   for (int64_t row = tile.row; row < end; row += kRows) {
     const int64_t last = row + kRows < end ? row + kRows : end;
     for (int64_t r = row; r < last; ++r) {
-      finish_row<T, Activation::none>(
-          tile.data + (r - tile.row) * tile.stride, f.bias ? f.bias + tile.column : nullptr,
-          residual ? residual + r * p.residual_stride + tile.column : nullptr,
-          static_cast<T*>(p.output) + r * p.out_features + tile.column, tile.columns);
+      finish_row_of<T, Activation::none>(f.p.linear, tile, r - tile.row, f.bias);
     }
     if constexpr (whole_rows) {
       if (last - row == kRows) {

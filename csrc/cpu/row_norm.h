@@ -14,7 +14,7 @@
 #pragma once
 #include "cpu/columns.h"
 #include "cpu/parallel.h"
-#include "cpu/philox.h"
+#include "cpu/dropout.h"
 #include "cpu/vec.h"
 #include "params/row_norm.h"
 
@@ -35,21 +35,6 @@ constexpr int64_t kChunks = 64;            // … and at most as many chunks
 constexpr int64_t kPlainSumRows = 32;      // rows added one by one before a sum goes up a level
 
 enum class Add { none, residual, dropped };  // what is added to what before the norm
-
-// `dropped` along a walk.
-template <class P>
-FT_INLINE vf dropped(vf x, const uint32_t* words, P, const Dropout& d) {
-  return dropped(x, words, d.threshold, d.scale);
-}
-FT_INLINE vf2 dropped(vf2 x, const uint32_t* words, Pair, const Dropout& d) {
-  uint32_t lane[2 * W];
-  for (int i = 0; i < W; ++i) {
-    lane[i] = words[2 * i];
-    lane[W + i] = words[2 * i + 1];
-  }
-  return {dropped(x.even, lane, d.threshold, d.scale),
-          dropped(x.odd, lane + W, d.threshold, d.scale)};
-}
 
 // ---- forward ------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 // The element-wise middle of a feed-forward block, forward and backward.
 //   out = act(x), or gated out = act(gate) · up with [gate, up] the halves of a row
+// and dropout of `out`, in backward of the gradient.
 // A thread owns kBatch 16-byte chunks of the output, loads all of them and then works on them.
 // Which activation it is is a run-time value, asked once per chunk. Limited by memory (a gelu of 16
 // bits comes close to the issue rate): forward reads the input and writes the output, 2 or gated 3
 // numbers an element; backward 3 or gated 5. Sources: GELU: Hendrycks and Gimpel, 2016
 // (arXiv:1606.08415); gates: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202).
 #include "cuda/device/activation.h"
+#include "cuda/device/dropout.h"
 #include "cuda/device/index.h"
 #include "cuda/device/launch.h"
 #include "params/activation.h"
@@ -30,7 +32,7 @@ FT_DEVICE void with_activation(Activation activation, const F& f) {
     case Activation::gelu: return f.template operator()<Activation::gelu>();
     case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
     case Activation::silu: return f.template operator()<Activation::silu>();
-    default: return;
+    default: return f.template operator()<Activation::none>();
   }
 }
 
@@ -58,6 +60,7 @@ template <class T, bool kGated>
 FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_forward(const Args a) {
   const ActivationParams& p = a.p.forward;
   const int64_t items = p.rows * a.chunks;
+  const uint64_t seed = seed_of(p.dropout);
   for (int64_t first = blockIdx.x * int64_t{kBlock * kBatch} + threadIdx.x; first < items;
        first += gridDim.x * int64_t{kBlock * kBatch}) {
     Chunk x[kBatch], up[kBatch];
@@ -83,6 +86,7 @@ FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_forward(const Args a) {
         }
       });
       const Place<T> at = locate<T>(a, first + k * kBlock);
+      drop(p.dropout, seed, at.row * p.features + at.column, v);
       T* out = static_cast<T*>(p.output) + at.row * p.features;
       store_chunk(out, at.column, p.features, is_aligned(out), pack<T>(v));
     }
@@ -93,6 +97,7 @@ template <class T, bool kGated>
 FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_gradients(const Args a) {
   const ActivationParams& p = a.p.forward;
   const int64_t items = p.rows * a.chunks;
+  const uint64_t seed = seed_of(p.dropout);
   for (int64_t first = blockIdx.x * int64_t{kBlock * kBatch} + threadIdx.x; first < items;
        first += gridDim.x * int64_t{kBlock * kBatch}) {
     Chunk x[kBatch], up[kBatch], g[kBatch];
@@ -113,6 +118,8 @@ FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_gradients(const Args a) {
       unpack<T>(x[k], v);
       unpack<T>(g[k], d);
       if (kGated) unpack<T>(up[k], u);
+      const Place<T> at = locate<T>(a, first + k * kBlock);
+      drop(p.dropout, seed, at.row * p.features + at.column, d);
       with_activation(p.activation, [&]<Activation kActivation>() {
 #pragma unroll
         for (int i = 0; i < kLanes<T>; ++i) {
@@ -125,7 +132,6 @@ FT_GLOBAL void __launch_bounds__(kBlock, 3) activation_gradients(const Args a) {
           }
         }
       });
-      const Place<T> at = locate<T>(a, first + k * kBlock);
       T* out = static_cast<T*>(a.p.d_input) + at.row * p.features * (kGated ? 2 : 1);
       store_chunk(out, at.column, p.features, is_aligned(out), pack<T>(v));
       if (!kGated) continue;

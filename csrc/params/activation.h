@@ -3,8 +3,8 @@
 
 namespace ft {
 
-// out = act(x), or gated out = act(gate) · up, where a row of the input is the `features` numbers
-// of the gate and then those of the other half.
+// out = dropout(act(x)), or gated out = dropout(act(gate) · up), where a row of the input is the
+// `features` numbers of the gate and then those of the other half.
 struct ActivationParams {
   const void* input = nullptr;
   void* output = nullptr;  // contiguous
@@ -12,9 +12,11 @@ struct ActivationParams {
   Activation activation = Activation::none;
   bool gated = false;
   int64_t rows = 0, features = 0, row_stride = 0;  // features of the output
+  Dropout dropout;                                 // an element's position: row · features + column
 };
 
-// d_input = grad · act'(x); gated d_gate = grad · up · act'(gate), d_up = grad · act(gate).
+// d_input = g · act'(x); gated d_gate = g · up · act'(gate), d_up = g · act(gate); g =
+// dropout(grad).
 struct ActivationBackwardParams {
   ActivationParams forward;  // without output
   const void* grad = nullptr;

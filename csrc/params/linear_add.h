@@ -5,7 +5,7 @@ namespace ft {
 
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
-// out = act(input · weightᵀ + bias) + residual.
+// out = dropout(act(input · weightᵀ + bias)) + residual.
 // Input rows: row r is at input + (r / inner_rows) * outer_stride + (r % inner_rows) * row_stride;
 // its in_features come in heads of `head_dim` elements, `head_stride` apart (attention's output
 // read in place), or in one run when heads == 1.
@@ -21,6 +21,7 @@ struct LinearAddParams {
   int64_t row_stride = 0, inner_rows = INT64_MAX, outer_stride = 0;
   int64_t heads = 1, head_dim = 0, head_stride = 0;
   int64_t residual_stride = 0;
+  Dropout dropout;  // an element's position: row · out_features + column
   float* workspace = nullptr;  // CUDA: …_workspace() floats of scratch memory
 };
 

@@ -4,7 +4,7 @@
 
 namespace ft {
 
-// summed = input · weightᵀ + bias + residual (linear.output), and the norm of its rows:
+// summed = dropout(input · weightᵀ + bias) + residual (linear.output), and the norm of its rows:
 // norm.input is `summed` again. linear_add_rms_norm takes the same params.
 struct LinearAddNormParams {
   LinearAddParams linear;

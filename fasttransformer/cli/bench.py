@@ -1,29 +1,28 @@
 """``fasttransformer bench``: operations beside their peers and the machine's own ceilings.
 
-The cases are in ``benchmarks/bench_<op>.py``; how they are timed is in ``benchmarks/_shared.py``.
+The cases are in ``benchmarks/bench_<op>.py``; how they are timed is in ``benchmarks/clock.py``,
+what is written in ``benchmarks/record.py`` and ``benchmarks/report.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
-from collections.abc import Mapping
+import shlex
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from .. import benchmarks
 from ..backends import backends
-from ..benchmarks import ceilings
-from ..benchmarks._shared import (
-    OURS,
-    Case,
-    Timing,
-    dtype_name,
-    environment,
-    keep_allocations,
-    time_in_turns,
-)
-from ._output import UsageError, command, console, escape, progress, table, write_json
+from ..benchmarks import compare, memory, record, report, runner
+from ..benchmarks._shared import OURS, Case, environment, keep_allocations
+from ._output import UsageError, command, console, escape, progress, table
+
+QUICK_SECONDS = 0.3
 
 
 def operations() -> list[str]:
@@ -50,114 +49,170 @@ def _cases(args: argparse.Namespace) -> dict[str, list[Case]]:
     return found
 
 
-def _json_of(case: Case, times: Mapping[str, Timing], ceiling: tuple[float, str] | None) -> dict:
-    return {
-        "op": case.op,
-        "case": case.name,
-        "dtype": dtype_name(case.dtype),
-        "device": case.device,
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "unit": case.unit,
-        "ceiling": None if ceiling is None else {"name": ceiling[1], "value": ceiling[0]},
-        "candidates": {
-            name: {
-                "seconds": timing.median,
-                "low": timing.low,
-                "high": timing.high,
-                "turns": timing.turns,
-                "rate": case.rate(timing.median),
-            }
-            for name, timing in times.items()
-        },
-    }
+# ---- tables on the terminal ---------------------------------------------------------------------
 
 
-def _rate(case: Case, timing: Timing) -> str:
-    rate = case.rate(timing.median)
-    digits = 1 if rate < 100 else 0
-    return f"{rate:.{digits}f} {case.unit} ±{timing.spread:.0%}"
-
-
-Row = tuple[Case, Mapping[str, Timing], "tuple[float, str] | None"]
-
-
-def _show_op(op: str, rows: list[Row]) -> None:
-    peers = list(dict.fromkeys(name for _, times, _ in rows for name in times if name != OURS))
-    body = table(op, "dtype", OURS, "of ceiling", *peers, *[f"× {p}" for p in peers], right=2)
-    for case, times, ceiling in rows:
-        ours = times[OURS]
+def _show_op(op: str, rows: list[record.Row]) -> None:
+    peers = report.peers_of(rows)
+    body = table(op, "dtype", OURS, "of ceiling", *[f"× {p}" for p in peers], right=2)
+    for row in rows:
         share = "–"
-        if ceiling is not None:
-            share = f"{case.rate(ours.median) / ceiling[0]:.0%} of {ceiling[0]:.0f} {ceiling[1]}"
-        speed = {name: times[name].median / ours.median for name in peers if name in times}
+        if row.share is not None and row.ceiling is not None:
+            share = f"{row.share:.0%} of {row.ceiling[1]:.0f} {row.ceiling[0]}"
         body.add_row(
-            escape(case.name),
-            dtype_name(case.dtype),
-            _rate(case, ours),
+            escape(row.case) + (", cold" if row.cold else ""),
+            row.dtype,
+            report.rate_text(row, row.ours),
             share,
-            *[_rate(case, times[p]) if p in times else "–" for p in peers],
-            *[_ratio(speed.get(p)) for p in peers],
+            *[_ratio(row.candidates.get(p)) for p in peers],
         )
     console().print(body)
+    for row in rows:
+        for name, figures in row.candidates.items():
+            if figures.wrong:
+                console().print(f"[red]{escape(row.id)}: {name} {escape(figures.wrong)}[/]")
     console().print()
 
 
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return "–"
-    style = "green" if value >= 1 else "red"
-    return f"[{style}]{value:.2f}[/]"
+def _ratio(figures: record.Figures | None) -> str:
+    if figures is None or figures.speedup is None:
+        return "[red]wrong[/]" if figures is not None and figures.wrong else "–"
+    low, high = figures.speedup_low or 0.0, figures.speedup_high or 0.0
+    text = f"{figures.speedup:.2f} ±{(high - low) / 2:.2f}"
+    style = {"faster": "green", "slower": "red"}.get(figures.verdict)
+    return f"[{style}]{text}[/]" if style else text
+
+
+def _head(run: record.Run) -> None:
+    out = console()
+    out.print(escape(run.machine))
+    if run.ceilings:
+        out.print("ceilings: " + escape(runner.described(run.ceilings)))
+    else:
+        out.print(f"ceilings: not measured, {escape(str(backends()['cpu']))}")
+    missing = [f"{name} ({why})" for name, why in run.peers.items() if why]
+    if missing:
+        out.print("[dim]peers that are not here: " + escape(", ".join(missing)) + "[/]")
+    out.print(
+        "[dim]median of turns ± half the distance of the quartiles; outputs "
+        + ("on warm pages" if run.warm_pages else "freshly allocated")
+        + "; × = how many times faster than the peer, turn by turn[/]\n"
+    )
+
+
+# ---- running ------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        return _compare(*args.compare)
     found = _cases(args)
     if args.list:
         for cases in found.values():
             for case in cases:
                 print(case.id)
         return 0
-    here = environment()
-    kept = keep_allocations()
-    out = console()
-    out.print(
-        f"{escape(here['cpu'])}, {here.get('cpu_isa', 'no C++ kernels')}, {here['threads']} "
-        f"threads, torch {here['torch']}" + (f", {escape(here['gpu'])}" if "gpu" in here else "")
+    _writable(args)
+    made = record.Run(
+        environment(),
+        command=shlex.join(["fasttransformer", *sys.argv[1:]]),
+        warm_pages=keep_allocations(),
+        ceilings=runner.machine_ceilings(),
+        peers=runner.peers(),
     )
-    if ceilings.available():
-        dot = ceilings.dot_gflops()
-        out.print(
-            f"ceilings: float32 FMA {ceilings.fma_gflops():.0f} GFLOP/s, bf16 dot "
-            + (f"{dot:.0f} GFLOP/s" if dot else "none")
-            + f"; copy {ceilings.copy_gbs(1 << 20):.0f} GB/s in cache (1 MiB), "
-            f"{ceilings.copy_gbs(1 << 28):.0f} GB/s in memory (256 MiB)"
-        )
-    else:
-        out.print(f"ceilings: not measured, {escape(str(backends()['cpu']))}")
-    out.print(
-        "[dim]median of turns ± half the distance of the quartiles; outputs "
-        + ("on warm pages" if kept else "freshly allocated")
-        + "; × = how many times faster than the peer in the same run[/]\n"
-    )
-    results = []
-    total = sum(map(len, found.values()))
+    _head(made)
+    try:
+        _measure(made, found, args)
+        if args.report:
+            made.memory = memory.measured(args.quick)
+        made.complete = True
+    except KeyboardInterrupt:
+        console().print("[yellow]cut short: what was measured is kept[/]")
+    if made.rows:
+        _write(made, args)
+    return 0 if made.complete else 130
+
+
+def _measure(made: record.Run, found: dict[str, list[Case]], args: argparse.Namespace) -> None:
+    seconds = args.seconds or (QUICK_SECONDS if args.quick else 1.0)
     with progress() as bar:
-        task = bar.add_task("benchmarking", total=total)
+        task = bar.add_task("benchmarking", total=sum(map(len, found.values())))
         for op, cases in found.items():
-            rows = []
-            for case in cases:
-                bar.update(task, description=case.id)
-                times = time_in_turns(
-                    case.make(), 0.3 if args.quick else args.seconds, device=case.device
-                )
-                ceiling = ceilings.ceiling_of(case)
-                rows.append((case, times, ceiling))
-                results.append(_json_of(case, times, ceiling))
-                bar.advance(task)
-            _show_op(op, rows)
-    if args.json:
-        write_json(args.json, {"environment": here, "warm_pages": kept, "results": results})
+            first = len(made.rows)
+            try:
+                for case in cases:
+                    bar.update(task, description=case.id)
+                    made.rows.append(runner.row(case, seconds))
+                    bar.advance(task)
+            finally:
+                if len(made.rows) > first:
+                    _show_op(op, made.rows[first:])
+
+
+def _writable(args: argparse.Namespace) -> None:
+    """Finds out before an hour of measuring whether its result can be written."""
+    json_folder = args.json and Path(args.json).parent
+    for option, folder in (("--json", json_folder), ("--report", args.report)):
+        if not folder:
+            continue
+        try:
+            if option == "--report":
+                os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UsageError(f"{option}: {folder} can't be written: {error.strerror}") from None
+    if args.json and Path(args.json).is_dir():
+        raise UsageError(f"--json: {args.json} is a folder")
+
+
+def _write(made: record.Run, args: argparse.Namespace) -> None:
+    try:
+        if args.json:
+            record.save(made, args.json)
+        if args.report:
+            report.write(made, args.report)
+            console().print(f"report: {escape(str(Path(args.report) / 'index.html'))}")
+    except OSError as error:
+        raise UsageError(f"{error.filename} can't be written: {error.strerror}") from None
+
+
+# ---- comparing ----------------------------------------------------------------------------------
+
+
+def _compare(old_file: str, new_file: str) -> int:
+    """Prints what changed; 0 whether or not something got slower."""
+    try:
+        old, new = record.load(old_file), record.load(new_file)
+    except ValueError as error:
+        raise UsageError(f"--compare: {error}") from None
+    out = console()
+    for name, (before, after) in compare.other_surroundings(old, new).items():
+        out.print(f"[yellow]another {name}: {escape(str(before))} → {escape(str(after))}[/]")
+    found = list(compare.changes(old, new))
+    if not found:
+        raise UsageError(f"--compare: {old_file} and {new_file} have no case in common")
+    changed = [c for c in found if c.slower or c.faster]
+    body = table("case", "new / old time", "noise", right=1)
+    for change in sorted(changed, key=lambda c: -c.ratio):
+        style = "red" if change.slower else "green"
+        ratio = f"[{style}]{change.ratio:.2f}[/]"
+        body.add_row(escape(change.row.id), ratio, f"±{change.noise:.2f}")
+    if changed:
+        out.print(body)
+    slower = sum(c.slower for c in changed)
+    out.print(
+        f"{len(found)} cases compared: {slower} slower, {len(changed) - slower} faster, "
+        f"{len(found) - len(changed)} within their noise"
+    )
+    for one, other, which in ((old, new, "old"), (new, old, "new")):
+        alone = compare.only_in(one, other)
+        if alone:
+            out.print(f"[dim]only in the {which} run: {len(alone)} cases[/]")
     return 0
+
+
+# ---- command line -------------------------------------------------------------------------------
 
 
 def add_parser(commands: Any) -> None:
@@ -165,16 +220,21 @@ def add_parser(commands: Any) -> None:
         commands, "bench",
         "operations beside their peers, as a rate and as a fraction of the machine's own ceiling",
         "  fasttransformer bench --quick\n"
-        "  fasttransformer bench softmax attention --json results.json\n"
+        "  fasttransformer bench softmax attention --report out\n"
         "  fasttransformer bench linear_add --filter bfloat16\n"
+        "  fasttransformer bench --compare old.json new.json\n"
         "  fasttransformer bench --list\n",
     )  # fmt: skip
     parser.add_argument("ops", metavar="OP", nargs="*", help="default: all that have a benchmark")
     parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
     parser.add_argument("--filter", metavar="TEXT", help="only the cases whose name has TEXT")
-    parser.add_argument("--seconds", type=_positive, default=1.0, metavar="S",
-                        help="time for each case (default 1)")  # fmt: skip
+    parser.add_argument("--seconds", type=_positive, metavar="S",
+                        help="time for each case (default 1, with --quick 0.3)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write every time and rate there")
+    parser.add_argument("--report", metavar="DIR",
+                        help="write a page with pictures and tables there")  # fmt: skip
+    parser.add_argument("--compare", metavar=("OLD", "NEW"), nargs=2,
+                        help="two JSON files: what got slower or faster")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.set_defaults(run=run)
 

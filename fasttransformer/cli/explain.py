@@ -59,13 +59,14 @@ def _linear(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
     out = a.args.out_features or a.features
     joined = (*a.shape[:-1], out)
     weights = {"linear_add": 0, "linear_add_layer_norm": 2, "linear_add_rms_norm": 1}[a.args.op]
+    options = {"dropout_p": a.args.dropout} if a.args.dropout else {}
     return [
         a.tensor(*a.shape),
         a.tensor(out, a.features),
         a.tensor(out),
         a.tensor(*joined),
         *[a.tensor(out)] * weights,
-    ], {}
+    ], options
 
 
 def _output_layer(a: _Arguments) -> tuple[list[Any], dict[str, Any]]:
@@ -170,7 +171,7 @@ _ALL_ATTENTION = frozenset(
 _SOFTMAX = _Family(_softmax, frozenset({"causal", "mask"}))
 _NORM = _Family(_norm, frozenset())
 _ADD_NORM = _Family(_norm, frozenset({"dropout"}))
-_LINEAR = _Family(_linear, frozenset({"out_features"}))
+_LINEAR = _Family(_linear, frozenset({"out_features", "dropout"}))
 _OUTPUT_LAYER = _Family(_output_layer, frozenset({"out_features"}))
 
 FAMILIES: dict[str, _Family] = {

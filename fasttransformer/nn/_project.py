@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.add_layer_norm import add_layer_norm
@@ -19,11 +18,10 @@ def project_add(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, p: float
 ) -> Tensor:
     """``residual + dropout(x @ weight.T + bias)``."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return linear_add(x, weight, bias, residual, dropout_p=p)
     # Under autocast the product is 16-bit while the residual stream, as in torch, stays float32.
-    if p == 0.0 and not torch.is_autocast_enabled(x.device.type):
-        return linear_add(x, weight, bias, residual)
-    y = linear_add(x, weight, bias)
-    return residual + (F.dropout(y, p) if p else y)
+    return residual + linear_add(x, weight, bias, dropout_p=p)
 
 
 def project_add_norm(
@@ -45,14 +43,15 @@ def project_add_norm(
     eps: float | None = norm.eps  # type: ignore[assignment]
     rms = isinstance(norm, nn.RMSNorm)
     norm_bias: Tensor | None = None if rms else norm.bias  # type: ignore[assignment]
-    if p == 0.0 and not torch.is_autocast_enabled(x.device.type):
+    # With dropout, too, one call is the faster: 1024 to 4096 rows of 512, one thread of a Zen 4,
+    # take 2 to 8 % less forward, and 0.5 to 3 % with the backward, which is the same either way.
+    if not torch.is_autocast_enabled(x.device.type):
+        options: dict[str, Any] = {"return_sum": return_sum, "dropout_p": p}
         if rms:
-            return linear_add_rms_norm(
-                x, weight, bias, residual, norm_weight, eps, return_sum=return_sum
-            )
+            return linear_add_rms_norm(x, weight, bias, residual, norm_weight, eps, **options)
         assert eps is not None
         return linear_add_layer_norm(
-            x, weight, bias, residual, norm_weight, norm_bias, eps, return_sum=return_sum
+            x, weight, bias, residual, norm_weight, norm_bias, eps, **options
         )
     y = linear_add(x, weight, bias)
     if rms:

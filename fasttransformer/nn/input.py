@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._activation import dropout
 from ..ops.embedding import embedding
 from ..ops.rotary_embedding import rotary_embedding
 from ..reference.embedding import sinusoid
-from ._dropout import dropout
 from .norms import checked_dropout
 
 

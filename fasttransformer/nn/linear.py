@@ -13,7 +13,6 @@ from ..ops.embedding import embedding
 from ..ops.linear_add import ACTIVATIONS, linear_add
 from ..ops.softmax import softmax
 from ..reference.feed_forward import GATES
-from ._dropout import dropout
 from ._fallback import record
 from ._project import project_add, project_add_norm
 from .norms import LayerNorm, RMSNorm, checked_dropout
@@ -224,11 +223,10 @@ class FeedForward(nn.Module):
         """What enters the second linear layer, (..., dim_feedforward): for blocks that fuse that
         layer with what follows it."""
         weight, bias = self.linear1.weight, self.linear1.bias
-        if self.activation in GATES or needs_grad(input, weight, bias):
-            hidden = activated(linear_add(input, weight, bias), self.activation)
-        else:
-            hidden = linear_add(input, weight, bias, activation=self.activation)
-        return dropout(hidden, self.dropout) if self.training and self.dropout else hidden
+        p = self.dropout if self.training else 0.0
+        if p > 0.0 or self.activation in GATES or needs_grad(input, weight, bias):
+            return activated(linear_add(input, weight, bias), self.activation, p)
+        return linear_add(input, weight, bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"

@@ -148,7 +148,7 @@ def fold_rows(op: str, batched: tuple[int, ...], per_sample: tuple[int, ...]) ->
 
     def rule(operator: Any, batch_size: int, in_dims: tuple, *args: Any) -> Any:
         others = (d for i, d in enumerate(in_dims) if i not in batched)
-        if any(d is not None for d in others) or any(args[i] for i in per_sample):
+        if any(d is not None for d in others) or any(args[i] for i in per_sample if i < len(args)):
             return None
         args = tuple(
             fold(a, in_dims[i], batch_size) if i in batched else a for i, a in enumerate(args)

@@ -6,18 +6,18 @@ a block keeps one number per hidden value instead of two.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
 from ..reference.feed_forward import GATES
+from ._activation import activate, step_of
 from ._activation import activation as _activation
-from ._activation import step_of
-from ._front import is_float, needs_grad, same_device, same_dtype
+from ._front import is_float, needs_grad, new_seed, probability, same_device, same_dtype
 from ._function import differentiable
 from .linear_add import (
     ACTIVATIONS,
-    activate,
     autocast_linear,
     kernel_inputs,
     linear_add,
@@ -37,12 +37,13 @@ def feed_forward(
     bias_out: Tensor | None,
     *,
     activation: str = "gelu",
+    dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Two linear layers with an activation, gated or not, between them.
+    r"""Two linear layers with an activation, gated or not, and dropout between them.
 
-    .. math:: Y = \phi(X W_1^\top + b_1)\, W_2^\top + b_2 \qquad\text{or, gated,}\qquad
-        Y = (\phi(G) \odot U)\, W_2^\top + b_2, \quad [G, U] = X W_1^\top + b_1
+    .. math:: Y = D(\phi(X W_1^\top + b_1))\, W_2^\top + b_2 \qquad\text{or, gated,}\qquad
+        Y = D(\phi(G) \odot U)\, W_2^\top + b_2, \quad [G, U] = X W_1^\top + b_1
 
     Args:
         input: (\*, in_features).
@@ -53,6 +54,9 @@ def feed_forward(
         bias_out: (out_features,), or ``None``.
         activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"``; or gated:
             ``"swiglu"`` (φ = silu), ``"geglu"`` (φ = gelu).
+        dropout_p: probability with which dropout D drops a hidden value, in [0, 1); always applied,
+            as by a functional dropout with ``training=True``. The mask is a function of a seed,
+            drawn from torch's generator, and the position: equal on every backend.
         backend: forces one backend for this call.
 
     Returns:
@@ -62,7 +66,7 @@ def feed_forward(
 
     Raises:
         TypeError: not floating point, or dtypes differ.
-        ValueError: shapes that don't fit, an unknown activation.
+        ValueError: shapes that don't fit, an unknown activation, dropout_p outside [0, 1).
 
     Source: Vaswani et al., 2017 (arXiv:1706.03762), section 3.3; gates: Shazeer, GLU Variants
     Improve Transformer, 2020 (arXiv:2002.05202).
@@ -78,25 +82,32 @@ def feed_forward(
         input, weight_in, bias_in, weight_out, bias_out
     )
     _check(op, input, weight_in, bias_in, weight_out, bias_out, activation)
+    probability(op, dropout_p)
     options = _GRAD if needs_grad(input, weight_in, bias_in, weight_out, bias_out) else _NONE
     kernel = choose(op, input.device.type, input.dtype, options, (), backend)
+    seed = new_seed(input.device) if dropout_p > 0.0 else None
     if kernel.forward is None:
         return reference.feed_forward(
-            input, weight_in, bias_in, weight_out, bias_out, activation=activation
-        )
+            input, weight_in, bias_in, weight_out, bias_out, activation=activation,
+            dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     on = kernel.backend
     step = step_of(on, input, options)
     if step is not None and options:
         return _with_grad(
-            input, weight_in, bias_in, weight_out, bias_out, activation, (kernel, step)
-        )
-    if step is not None and activation in GATES:  # else linear_add applies it itself
-        hidden = _activation(linear_add(input, weight_in, bias_in, backend=on), activation, step)
+            input, weight_in, bias_in, weight_out, bias_out, seed, activation, dropout_p,
+            (kernel, step),
+        )  # fmt: skip
+    if step is not None and (activation in GATES or dropout_p > 0.0):  # else linear_add applies it
+        hidden = linear_add(input, weight_in, bias_in, backend=on)
+        hidden = _activation(hidden, activation, step, dropout_p, seed)
     elif activation in GATES:
         gate, up = linear_add(input, weight_in, bias_in, backend=on).chunk(2, dim=-1)
         hidden = activate(gate, GATES[activation]) * up
     else:
         hidden = linear_add(input, weight_in, bias_in, activation=activation, backend=on)
+    if step is None and dropout_p > 0.0:
+        hidden = F.dropout(hidden, dropout_p)
     return linear_add(hidden, weight_out, bias_out, backend=on)
 
 
@@ -106,48 +117,52 @@ def _with_grad(
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     kernels: tuple[Kernel, Kernel],
 ) -> Tensor:
     lead = tuple(input.shape[:-1])
     x, weight_in, _ = kernel_inputs(input, weight_in, None, (*lead, weight_in.shape[0]))
     out = _feed_forward_with_grad(
-        x, weight_in, bias_in, weight_out.contiguous(), bias_out, activation, kernels
-    )
+        x, weight_in, bias_in, weight_out.contiguous(), bias_out, seed, activation, dropout_p,
+        kernels,
+    )  # fmt: skip
     return viewed(out, (*lead, weight_out.shape[0]))
 
 
 class _FeedForward:
     @staticmethod
-    def forward(x, weight_in, bias_in, weight_out, bias_out, activation, kernels):
+    def forward(x, weight_in, bias_in, weight_out, bias_out, seed, activation, dropout_p, kernels):
         linear, step = kernels
         inner = linear.forward(x, weight_in, bias_in, None, "")
-        out = linear.forward(step.forward(inner, activation), weight_out, bias_out, None, "")
-        return out, inner
+        hidden = step.forward(inner, activation, dropout_p, seed)
+        return linear.forward(hidden, weight_out, bias_out, None, ""), inner
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight_in, _, weight_out, _, ctx.activation, ctx.kernels = inputs
-        ctx.save_for_backward(x, weight_in, weight_out, output[1])
+        x, weight_in, _, weight_out, _, seed, activation, dropout_p, ctx.kernels = inputs
+        ctx.how = activation, dropout_p
+        ctx.save_for_backward(x, weight_in, weight_out, output[1], seed)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight_in, weight_out, inner = ctx.saved_tensors
+        x, weight_in, weight_out, inner, seed = ctx.saved_tensors
         linear, step = ctx.kernels
         needs = ctx.needs_input_grad
         first = needs[0] or needs[1] or needs[2]
-        hidden = step.forward(inner, ctx.activation)
+        hidden = step.forward(inner, *ctx.how, seed)
         d_hidden, *second = linear_gradients(
             linear, grad, hidden, weight_out, (first, needs[3], needs[4])
         )
         del hidden
         if not first:
-            return None, None, None, *second, None, None
-        d_inner = step.backward(d_hidden, inner, ctx.activation)
-        return *linear_gradients(linear, d_inner, x, weight_in, needs), *second, None, None
+            return None, None, None, *second, *(None,) * 4
+        d_inner = step.backward(d_hidden, inner, *ctx.how, seed)
+        return *linear_gradients(linear, d_inner, x, weight_in, needs), *second, *(None,) * 4
 
 
-_feed_forward_with_grad = differentiable(_FeedForward, tensors=5, outputs=1)
+_feed_forward_with_grad = differentiable(_FeedForward, tensors=6, outputs=1)
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Linear layer with bias, activation and residual added while the product is still in registers."""
+"""Linear layer: bias, activation, dropout and residual while the product is still in registers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import Kernel, choose
+from ..backends import STEPS, Kernel, choose
+from ._activation import activation as _activation
 from ._front import (
     alike,
     autocast_dtype,
@@ -18,9 +19,11 @@ from ._front import (
     fake,
     last_stride_one,
     needs_grad,
+    new_seed,
+    probability,
 )
 from ._function import differentiable, fold, vmap_rule
-from ._norm import GRAD, NO_OPTIONS, fold_rows, rows_of
+from ._norm import ADD_OPTIONS, fold_rows, rows_of
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _NAMES = ("input", "weight", "bias", "residual")
@@ -33,11 +36,12 @@ def linear_add(
     residual: Tensor | None = None,
     *,
     activation: str | None = None,
+    dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""``activation(input @ weight.T + bias) + residual`` in one kernel.
+    r"""``dropout(activation(input @ weight.T + bias)) + residual`` in one kernel.
 
-    .. math:: Y = \phi(X W^\top + b) + R
+    .. math:: Y = \operatorname{dropout}(\phi(X W^\top + b)) + R
 
     Args:
         input: (\*, in_features), or attention's own output (batch, heads, q_len, head_dim) with
@@ -47,6 +51,10 @@ def linear_add(
         bias: (out_features,).
         residual: broadcasts to the output's shape (\*, out_features).
         activation: ``None``, ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"`` or ``"silu"``.
+        dropout_p: probability with which a value is dropped before the residual is added, in
+            [0, 1); always applied, as by a functional dropout with ``training=True``. The mask is a
+            function of a seed, drawn from torch's generator, and the value's place in the output:
+            equal on every backend.
         backend: forces one backend for this call.
 
     Returns:
@@ -55,7 +63,7 @@ def linear_add(
 
     Raises:
         TypeError: not floating point, or dtypes differ.
-        ValueError: shapes that don't fit, an unknown activation.
+        ValueError: shapes that don't fit, an unknown activation, dropout_p outside [0, 1).
 
     >>> import torch, fasttransformer as ft
     >>> ft.linear_add(torch.ones(2, 3), torch.ones(1, 3), residual=torch.ones(2, 1))
@@ -71,19 +79,29 @@ def linear_add(
             f"{', '.join(ACTIVATIONS)}"
         )
     grad = needs_grad(input, weight, bias, residual)
-    options = GRAD if grad else NO_OPTIONS
+    dropout = drawn_dropout(op, dropout_p, input)
+    options = ADD_OPTIONS[grad, dropout != ()]
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None:
-        return reference.linear_add(input, weight, bias, residual, activation=activation)
+        return reference.linear_add(input, weight, bias, residual, activation, *dropout)
     x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
     if not grad:
-        out = kernel.forward(x, weight, bias, rows, activation or "")
+        out = kernel.forward(x, weight, bias, rows, activation or "", *dropout)
     elif activation is None:
-        out = _linear_add(x, weight, bias, rows, kernel)
+        out = _linear_add(x, weight, bias, rows, *(dropout[::-1] or (None, 0.0)), kernel)
     else:  # the activation's derivative needs its input, so it is kept and not fused
-        out = activate(_linear_add(x, weight, bias, None, kernel), activation)
+        out = _linear_add(x, weight, bias, None, None, 0.0, kernel)
+        out = _activation(out, activation, STEPS["activation"][kernel.backend], *dropout)
         out = out if rows is None else out + rows
     return viewed(out, out_shape)
+
+
+def drawn_dropout(op: str, dropout_p: float, input: Tensor) -> tuple[()] | tuple[float, Tensor]:
+    """(dropout_p, a fresh seed), the last arguments of operators; nothing where there is none."""
+    if dropout_p == 0.0:
+        return ()
+    probability(op, dropout_p)
+    return dropout_p, new_seed(input.device)
 
 
 def viewed(out: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -173,35 +191,36 @@ def kernel_inputs(
     return x, weight, residual
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return torch.relu(x)
-    if activation == "silu":
-        return torch.nn.functional.silu(x)
-    return torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
 class _LinearAdd:
     """``input @ weight.T + bias + residual`` on rows, joined with its backward operator."""
 
     @staticmethod
-    def forward(x, weight, bias, residual, kernel):
-        return kernel.forward(x, weight, bias, residual, "")
+    def forward(x, weight, bias, residual, seed, dropout_p, kernel):
+        return kernel.forward(x, weight, bias, residual, "", dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, _, ctx.kernel = inputs
-        ctx.save_for_backward(x, weight)
+        x, weight, _, _, seed, ctx.dropout_p, ctx.kernel = inputs
+        ctx.save_for_backward(x, weight, seed)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        d_input, d_weight, d_bias = linear_gradients(ctx.kernel, grad, x, weight, needs)
-        return d_input, d_weight, d_bias, grad if needs[3] else None, None
+        inner = masked(grad, ctx.dropout_p, seed, ctx.kernel)
+        d_input, d_weight, d_bias = linear_gradients(ctx.kernel, inner, x, weight, needs)
+        return d_input, d_weight, d_bias, grad if needs[3] else None, None, None, None
 
 
-_linear_add = differentiable(_LinearAdd, tensors=4)
+_linear_add = differentiable(_LinearAdd, tensors=5)
+
+
+def masked(grad: Tensor, dropout_p: float, seed: Tensor | None, kernel: Kernel) -> Tensor:
+    """The gradient before dropout, in a pass of its own: both products and the bias's sum read it,
+    and would each have to draw the mask anew."""
+    if seed is None:
+        return grad
+    return STEPS["activation"][kernel.backend].forward(grad.contiguous(), "", dropout_p, seed)
 
 
 def linear_gradients(
@@ -232,7 +251,7 @@ def fake_output(input: Tensor, weight: Tensor) -> Tensor:
 
 
 @fake("linear_add")
-def _(input, weight, bias, residual, activation):
+def _(input, weight, bias, residual, activation, dropout_p=0.0, seed=None):
     return fake_output(input, weight)
 
 
@@ -246,8 +265,12 @@ def _(grad, input, weight, input_grad, weight_grad, bias_grad):
 
 
 @vmap_rule("linear_add")
-def _(operator, batch_size, in_dims, input, weight, bias, residual, activation):
-    if in_dims[1] is not None or in_dims[2] is not None:
+def _(
+    operator, batch_size, in_dims, input, weight, bias, residual, activation, dropout_p=0.0,
+    seed=None,
+):  # fmt: skip
+    # With dropout the mask restarts with each sample.
+    if in_dims[1] is not None or in_dims[2] is not None or seed is not None:
         return None
     rows = fold(input, in_dims[0], batch_size), fold(residual, in_dims[3], batch_size)
     out = operator(rows[0], weight, bias, rows[1], activation)

@@ -11,13 +11,15 @@ from .. import reference
 from ..backends import TABLE, choose
 from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import GRAD, NO_OPTIONS, default_eps, fake_statistic, fold_rows
+from ._norm import ADD_OPTIONS, default_eps, fake_statistic, fold_rows
 from .linear_add import (
     autocast_linear,
     check_linear,
+    drawn_dropout,
     fake_output,
     kernel_inputs,
     linear_gradients,
+    masked,
     viewed,
 )
 from .linear_add_layer_norm import norm_vector
@@ -32,11 +34,12 @@ def linear_add_rms_norm(
     eps: float | None = None,
     *,
     return_sum: bool = True,
+    dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Any:
-    r"""``summed = input @ weight.T + bias + residual`` and ``normed = rms_norm(summed)``.
+    r"""``summed = dropout(input @ weight.T + bias) + residual`` and ``normed = rms_norm(summed)``.
 
-    .. math:: S = X W^\top + b + R, \qquad
+    .. math:: S = \operatorname{dropout}(X W^\top + b) + R, \qquad
         N = \frac{S}{\sqrt{\tfrac1C \sum_c S_c^2 + \epsilon}} \odot \gamma
 
     Arguments are those of :func:`~fasttransformer.linear_add`; ``norm_weight`` is (out_features,)
@@ -45,13 +48,14 @@ def linear_add_rms_norm(
 
     Args:
         return_sum: False returns normed alone; without gradients the sum is then never written.
+        dropout_p: as in :func:`~fasttransformer.linear_add`.
 
     Returns:
         (normed, summed), both (\*, out_features) in ``input``'s dtype.
 
     Raises:
         TypeError: not floating point, or dtypes of the linear part differ.
-        ValueError: shapes that don't fit, eps negative.
+        ValueError: shapes that don't fit, eps negative, dropout_p outside [0, 1).
 
     >>> import torch, fasttransformer as ft
     >>> normed, summed = ft.linear_add_rms_norm(torch.ones(1, 2), torch.eye(2), None,
@@ -66,60 +70,65 @@ def linear_add_rms_norm(
     eps = default_eps(input) if eps is None else eps
     positive_eps(op, eps)
     grad = needs_grad(input, weight, bias, residual, norm_weight)
-    options = GRAD if grad else NO_OPTIONS
+    dropout = drawn_dropout(op, dropout_p, input)
+    options = ADD_OPTIONS[grad, dropout != ()]
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None:
         return reference.linear_add_rms_norm(
-            input, weight, bias, residual, norm_weight, eps, return_sum=return_sum
+            input, weight, bias, residual, norm_weight, eps, *dropout, return_sum=return_sum
         )
     x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
     if grad:
-        normed, summed = _linear_add_rms_norm(x, weight, bias, rows, w, eps, kernel)
+        normed, summed = _linear_add_rms_norm(
+            x, weight, bias, rows, w, *(dropout[::-1] or (None, 0.0)), eps, kernel
+        )
     else:
-        normed, summed, _ = kernel.forward(x, weight, bias, rows, w, eps, return_sum)
+        normed, summed, _ = kernel.forward(x, weight, bias, rows, w, eps, return_sum, *dropout)
     normed = viewed(normed, out_shape)
     return (normed, viewed(summed, out_shape)) if return_sum else normed
 
 
 class _LinearAddRMSNorm:
     @staticmethod
-    def forward(x, weight, bias, residual, norm_weight, eps, kernel):
-        return kernel.forward(x, weight, bias, residual, norm_weight, eps, True)
+    def forward(x, weight, bias, residual, norm_weight, seed, dropout_p, eps, kernel):
+        return kernel.forward(x, weight, bias, residual, norm_weight, eps, True, dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, _, norm_weight, _, ctx.kernel = inputs
+        x, weight, _, _, norm_weight, seed, ctx.dropout_p, _, ctx.kernel = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, norm_weight, *output[1:])
+        ctx.save_for_backward(x, weight, norm_weight, seed, *output[1:])
 
     @staticmethod
     def backward(ctx, grad_normed, grad_summed):
-        x, weight, norm_weight, summed, rstd = ctx.saved_tensors
+        x, weight, norm_weight, seed, summed, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_norm_weight = None
+        linear = TABLE["linear_add"][ctx.kernel.backend]
+        if grad_normed is None and grad_summed is None:
+            return (None,) * 9
         if grad_normed is None:
             d_summed = grad_summed
+            d_inner = masked(grad_summed, ctx.dropout_p, seed, linear)
         else:
             norm = TABLE["add_rms_norm"][ctx.kernel.backend].backward
-            d_summed, _, d_norm_weight = norm(
+            d_summed, d_inner, d_norm_weight = norm(
                 grad_normed.contiguous(),
                 None if grad_summed is None else grad_summed.contiguous(),
-                summed, norm_weight, rstd, 0.0, None, needs[4],
+                summed, norm_weight, rstd, ctx.dropout_p, seed, needs[4],
             )  # fmt: skip
+            d_inner = d_summed if seed is None else d_inner
             d_norm_weight = d_norm_weight if needs[4] else None
-        if d_summed is None:
-            return (None,) * 7
-        linear = TABLE["linear_add"][ctx.kernel.backend]
-        d_input, d_weight, d_bias = linear_gradients(linear, d_summed, x, weight, needs)
+        d_input, d_weight, d_bias = linear_gradients(linear, d_inner, x, weight, needs)
         d_residual = d_summed if needs[3] else None
-        return d_input, d_weight, d_bias, d_residual, d_norm_weight, None, None
+        return d_input, d_weight, d_bias, d_residual, d_norm_weight, *(None,) * 4
 
 
-_linear_add_rms_norm = differentiable(_LinearAddRMSNorm, tensors=5, outputs=2)
+_linear_add_rms_norm = differentiable(_LinearAddRMSNorm, tensors=6, outputs=2)
 
 
 @fake("linear_add_rms_norm")
-def _(input, weight, bias, residual, norm_weight, eps, return_sum):
+def _(input, weight, bias, residual, norm_weight, eps, return_sum, dropout_p=0.0, seed=None):
     normed = fake_output(input, weight)
     return (
         normed,
@@ -128,4 +137,4 @@ def _(input, weight, bias, residual, norm_weight, eps, return_sum):
     )
 
 
-fold_rows("linear_add_rms_norm", batched=(0, 3), per_sample=())
+fold_rows("linear_add_rms_norm", batched=(0, 3), per_sample=(7,))

@@ -1,6 +1,6 @@
 r"""Linear layer with an activation and a residual.
 
-    out = activation(input @ weight.T + bias) + residual
+    out = dropout(activation(input @ weight.T + bias)) + residual
 
     relu       max(x, 0)
     gelu       x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))
@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasttransformer.reference.dropout import dropout
 from fasttransformer.reference.precision import compute_dtype, matmul
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,10 +43,11 @@ def linear_add(
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    *,
     activation: str | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """activation(input @ weight.T + bias) + residual.
+    """dropout(activation(input @ weight.T + bias)) + residual.
 
     >>> import torch
     >>> heads = torch.randn(2, 3, 4, 5)  # batch, heads, sequence, head size
@@ -55,6 +57,7 @@ def linear_add(
     out = linear(join_heads(input, weight, residual), weight, bias)
     if activation:
         out = ACTIVATIONS[activation](out)
+    out = dropout(out, dropout_p, seed)
     if residual is not None:
         out = out + residual.to(out.dtype)
     return out.to(input.dtype)

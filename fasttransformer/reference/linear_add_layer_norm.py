@@ -1,6 +1,6 @@
 r"""Output projection, residual and layer normalization: the end of a post-norm attention block.
 
-    summed = input @ weight.T + bias + residual
+    summed = dropout(input @ weight.T + bias) + residual
     normed = layer_norm(summed) * norm_weight + norm_bias
 
 Shapes: input (..., in_features) or attention's output (B,H,S,E) with H*E = in_features, weight
@@ -31,10 +31,12 @@ def linear_add_layer_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     return_sum: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(normed, summed), or normed alone."""
-    summed = linear_add(input, weight, bias, residual)
+    summed = linear_add(input, weight, bias, residual, None, dropout_p, seed)
     normed = layer_norm(summed, summed.shape[-1:], norm_weight, norm_bias, eps)
     return (normed, summed) if return_sum else normed

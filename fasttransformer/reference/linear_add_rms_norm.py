@@ -1,6 +1,6 @@
 r"""Output projection, residual and root-mean-square normalization.
 
-    summed = input @ weight.T + bias + residual
+    summed = dropout(input @ weight.T + bias) + residual
     normed = rms_norm(summed) * norm_weight
 
 Shapes: input (..., in_features) or attention's output (B,H,S,E) with H*E = in_features, weight
@@ -30,10 +30,12 @@ def linear_add_rms_norm(
     residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     return_sum: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(normed, summed), or normed alone."""
-    summed = linear_add(input, weight, bias, residual)
+    summed = linear_add(input, weight, bias, residual, None, dropout_p, seed)
     normed = rms_norm(summed, summed.shape[-1:], norm_weight, eps)
     return (normed, summed) if return_sum else normed

@@ -21,4 +21,13 @@ FT_DEVICE uint32_t keep_bits(uint64_t seed, int64_t position, uint32_t threshold
   return bits;
 }
 
+// Dropout of a chunk of consecutive elements, the first at `position`.
+template <int kCount>
+FT_DEVICE void drop(const Dropout& dropout, uint64_t seed, int64_t position, float (&x)[kCount]) {
+  if (dropout.threshold == 0) return;
+  const uint32_t keep = keep_bits<kCount>(seed, position, dropout.threshold);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = keep >> i & 1 ? x[i] * dropout.scale : 0.f;
+}
+
 }  // namespace ft::cuda

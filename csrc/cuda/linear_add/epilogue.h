@@ -1,7 +1,8 @@
-// What follows a sum: bias, activation, residual, rounding, the store, and the moments of the
-// rounded row. A lane has a chunk (16 bytes of the output) of one row at a time.
+// What follows a sum: bias, activation, dropout, residual, rounding, the store, and the moments of
+// the rounded row. A lane has a chunk (16 bytes of the output) of one row at a time.
 #pragma once
 #include "cuda/device/activation.h"
+#include "cuda/device/dropout.h"
 #include "cuda/device/reduce.h"
 #include "cuda/linear_add/matmul.h"
 
@@ -14,6 +15,7 @@ FT_DEVICE Chunk finish(const Epilogue& e, float (&x)[kLanes<T>], const float (&b
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) x[i] += bias[i];
   if constexpr (kActivation) { activate(e.activation, x); }
+  drop(e.dropout, seed_of(e.dropout), row * n + column, x);
   if (e.residual != nullptr) {
     const T* residual = static_cast<const T*>(e.residual) + row * e.residual_stride;
     float r[kLanes<T>];

@@ -262,6 +262,7 @@ MatmulArgs forward_args(const LinearAddParams& p) {
   a.epilogue.bias = p.bias;
   a.epilogue.activation = p.activation;
   a.epilogue.residual = p.residual;
+  a.epilogue.dropout = p.dropout;
   a.epilogue.residual_stride = p.residual_stride;
   a.epilogue.residual_aligned =
       row_matrix(p.residual, p.rows, p.out_features, p.residual_stride, p.dtype).width == 16;

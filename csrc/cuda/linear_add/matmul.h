@@ -36,13 +36,14 @@ constexpr const TileSpec& tile_spec(bool is_float, TileKind kind) {
   return kTiles[is_float ? 1 : 0][static_cast<int>(kind)];
 }
 
-// What happens to a finished sum x: y = act(x + bias) + residual, rounded, goes to `out`.
+// What happens to a finished sum x: y = dropout(act(x + bias)) + residual, rounded, goes to `out`.
 struct Epilogue {
   VectorArg bias;
   Activation activation = Activation::none;
   const void* residual = nullptr;
   int64_t residual_stride = 0;
   bool residual_aligned = false;  // its rows begin on 16 bytes
+  Dropout dropout;                // an element's position: row · n + column
   Matrix out;
   // Norms: (mean, Σ (y − mean)²) of every strip of a row, strips behind one another; null: no norm.
   // Without `centred` (RMS) the mean is 0.

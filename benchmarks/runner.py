@@ -1,0 +1,60 @@
+"""A case becomes a row: its candidates are checked against each other, then timed in turns."""
+
+from __future__ import annotations
+
+import torch
+
+from fasttransformer.benchmarks import ceilings
+from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case
+from fasttransformer.benchmarks.agreement import disagreements
+from fasttransformer.benchmarks.clock import time_in_turns
+from fasttransformer.benchmarks.peers import available
+from fasttransformer.benchmarks.record import Row, row_of
+
+#: Buffers whose copying is a ceiling of every report.
+SIZES = {"1 MiB": 1 << 20, "256 MiB": 1 << 28}
+
+
+def row(case: Case, seconds: float) -> Row:
+    """Measures a case for about ``seconds``."""
+    candidates = dict(case.make())
+    wrong = disagreements(case, candidates)
+    # A wrong result of ours is timed all the same and shown as wrong: it is no peer to leave out.
+    left_out = {REFERENCE, *wrong} - {OURS}
+    timed = {name: run for name, run in candidates.items() if name not in left_out}
+    times = time_in_turns(timed, seconds, device=case.device, cold=case.cold)
+    return row_of(case, times, wrong, _ceiling(case))
+
+
+def _ceiling(case: Case) -> tuple[str, float] | None:
+    found = ceilings.ceiling_of(case)
+    return None if found is None else (found[1], found[0])
+
+
+def machine_ceilings() -> dict[str, tuple[float, str]]:
+    """name → (value, unit), measured now; what a call costs at least is one of them."""
+    made: dict[str, tuple[float, str]] = {}
+    if not ceilings.available():
+        return made
+    made["float32 FMA"] = (ceilings.fma_gflops(), "GFLOP/s")
+    if dot := ceilings.dot_gflops():
+        made["bf16 dot"] = (dot, "GFLOP/s")
+    if ceilings.has_matrix_unit():
+        made["bf16 matmul"] = (ceilings.matmul_gflops(torch.bfloat16), "GFLOP/s")
+    for label, size in SIZES.items():
+        made[f"read {label}"] = (ceilings.read_gbs(size), "GB/s")
+        made[f"copy {label}"] = (ceilings.copy_gbs(size), "GB/s")
+    made["operator call"] = (ceilings.call_microseconds(), "µs")
+    return made
+
+
+def peers() -> dict[str, str | None]:
+    """Each peer that this machine may have: None, or why it is not here."""
+    return available()
+
+
+def described(made: dict[str, tuple[float, str]]) -> str:
+    """The ceilings in a line."""
+    return ", ".join(
+        f"{name} {value:.{1 if value < 10 else 0}f} {unit}" for name, (value, unit) in made.items()
+    )

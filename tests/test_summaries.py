@@ -18,8 +18,8 @@ def test_summaries_beat_the_first_words(tmp_path):
         for side in summaries.records()[:2]
     ]
     options = TrainingOptions(
-        "summarize", steps=600, batch_size=64, learning_rate=4e-3, vocab_size=1500, embed_dim=128,
-        hidden_dim=256, num_layers=1, num_heads=4, dropout=0.0, eval_every=600, save_every=600,
+        "summarize", steps=900, batch_size=64, learning_rate=4e-3, vocab_size=1500, embed_dim=128,
+        hidden_dim=256, num_layers=1, num_heads=4, eval_every=900, save_every=900,
         eval_limit=200,
     )  # fmt: skip
     result = train(task_of("summarize"), sides[0], tmp_path, options, evaluation=sides[1])

@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 VARIANTS = ("eager", "sdpa", OURS)
 
 
-class Missing(Exception):
+class Missing(ImportError):
     """A package that the model needs is not installed."""
 
 

@@ -259,7 +259,7 @@ def test_padding_on_either_side_is_no_part_of_a_prompt():
     right = torch.tensor([sources[0] + [0, 0], sources[1]])
     left = torch.tensor([[0, 0] + sources[0], sources[1]])
     assert model.generate(right, max_new_tokens=6) == texts
-    assert model.generate(input_ids=left, attention_mask=left != 0, max_new_tokens=6) == texts
+    assert model.generate(left, attention_mask=left != 0, max_new_tokens=6) == texts
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 1024])

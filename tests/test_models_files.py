@@ -180,6 +180,73 @@ def test_trainer_trains(kind, tmp_path):
     assert any(path.suffix == ".safetensors" for path in checkpoint.iterdir())
 
 
+def test_seq2seq_trainer_judges_what_is_generated(tmp_path):
+    """transformers' Seq2SeqTrainer with predict_with_generate, and its own way to go on."""
+    pytest.importorskip("accelerate", reason="Trainer needs it")
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    torch.manual_seed(0)
+    rows = []
+    for i in range(16):
+        ids = torch.tensor([4 + i % 4, 5, 2])
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+
+    def exact(predicted):
+        wanted = torch.tensor(predicted.label_ids)
+        given = torch.tensor(predicted.predictions)
+        assert given[:, 0].eq(1).all()  # the start token, as of every transformers' model
+        given = given[:, 1 : 1 + wanted.shape[1]]
+        return {"exact": float((given[:, :3] == wanted[:, :3]).all(1).float().mean())}
+
+    def trainer(steps):
+        model = Seq2SeqModel(Encoder(*STACK, dropout=0.0), Decoder(*STACK, dropout=0.0))
+        return Seq2SeqTrainer(
+            model,
+            Seq2SeqTrainingArguments(
+                str(tmp_path), max_steps=steps, per_device_train_batch_size=8, save_steps=40,
+                learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+                predict_with_generate=True, generation_max_length=6, generation_num_beams=2,
+            ),
+            train_dataset=rows, eval_dataset=rows, compute_metrics=exact,
+        )  # fmt: skip
+
+    trainer(40).train()
+    resumed = trainer(80)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 80
+    assert resumed.evaluate()["eval_exact"] > 0.9
+    assert resumed.evaluate(num_beams=1)["eval_exact"] > 0.9
+
+
+def test_generate_by_transformers_names():
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    model = Seq2SeqModel(Encoder(*STACK), Decoder(*STACK))
+    ids = torch.tensor([[5, 6, 2, 0], [7, 8, 9, 2]])
+    texts = model.generate(ids, max_new_tokens=5)
+    for options in ({"max_new_tokens": 5}, {"max_length": 6},
+                    {"generation_config": SimpleNamespace(max_length=6, top_k=50)}):  # fmt: skip
+        found = model.generate(input_ids=ids, labels=ids, synced_gpus=False, **options)
+        assert found.shape[0] == 2 and found[:, 0].tolist() == [1, 1]
+        for row, text in zip(found[:, 1:].tolist(), texts):
+            ended = text if len(text) == 5 else [*text, 2]
+            assert row == ended + [0] * (len(row) - len(ended))
+    config = SimpleNamespace(max_new_tokens=3, num_beams=2)
+    one = model.generate(input_ids=ids, generation_config=config, max_new_tokens=1)
+    assert one.shape == (2, 2)
+    ours = LanguageModel(*STACK)
+    assert torch.equal(ours.generate(input_ids=ids, max_length=6)[:, :4], ids)
+    with pytest.raises(ValueError, match="generation_max_length"):
+        model.generate(input_ids=ids)
+    with pytest.raises(ValueError, match="max_length is 4; the decoder starts with 4"):
+        ours.generate(input_ids=ids, max_length=4)
+    with pytest.raises(ValueError, match="max_length and generation_config go with input_ids"):
+        model.generate(ids, max_length=6)
+    with pytest.raises(ValueError, match="max_new_tokens must be given"):
+        model.generate(ids)
+
+
 # ---- other processes ----------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A summarizer of a minute; docs/applications.md has that of a quarter of an hour."""
+"""A summarizer of half a minute; docs/applications.md has that of a quarter of an hour."""
 
 import pytest
 
@@ -9,13 +9,19 @@ from fasttransformer.models.training import TrainingOptions, train
 
 @pytest.mark.slow
 def test_summaries_beat_the_first_words(tmp_path):
-    sides = summaries.records()
-    for record in (record for side in sides for record in side):
-        record["text"] = " ".join(record["text"].split()[:8])
+    sides = [
+        [
+            {"text": " ".join(record["text"].split()[:8]), "summary": record["summary"]}
+            for record in side
+            if len(record["summary"].split()) < 10
+        ]
+        for side in summaries.records()[:2]
+    ]
     options = TrainingOptions(
         "summarize", steps=900, batch_size=64, learning_rate=4e-3, vocab_size=1500, embed_dim=128,
         hidden_dim=256, num_layers=1, num_heads=4, eval_every=900, save_every=900,
+        eval_limit=200,
     )  # fmt: skip
     result = train(task_of("summarize"), sides[0], tmp_path, options, evaluation=sides[1])
     leads = max(scores["rougeL"] for scores in result.baselines.values())
-    assert result.metrics["rougeL"] > leads  # 21.2 and 18.7 when it was written
+    assert result.metrics["rougeL"] > leads

@@ -279,24 +279,36 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
     assert f"after step {step}" in said
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, shard):
+    """By DDP, or by FSDP2 with accumulation, and going on from its checkpoint."""
     pytest.importorskip("accelerate")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = started(tmp_path, tmp_path / "two", 4, "--dropout", "0")[1:]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--master-port", str(20000 + os.getpid() % 20000)]  # fmt: skip
-    subprocess.run([*launcher, *two], env=environment, check=True, capture_output=True)
-    one = started(tmp_path, tmp_path / "one", 4, "--dropout", "0")
-    one[one.index("--batch-size") + 1] = "16"
-    subprocess.run(one, env=environment, check=True, capture_output=True)
+    two = started(tmp_path, tmp_path / "two", 4, "--dropout", "0", "--eval-every", "3")[1:]
+    if shard:
+        two += ["--shard", "--batch-size", "4", "--accumulate", "2"]
+    for steps in (4, 6) if shard else (4,):
+        more = ["--resume", "--steps", str(steps)]
+        command = [*launcher, *two, *more]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        chosen = options(steps=steps, batch_size=16, dropout=0.0, eval_every=3, eval_limit=0)
+        train(task_of("translate"), PAIRS, tmp_path / "one", chosen, resume=True)
     ours, theirs = Checkpoint.load(tmp_path / "two"), Checkpoint.load(tmp_path / "one")
-    assert len(ours.random) == 2
+    assert len(ours.random) == 2 and len(ours.log) == (9 if shard else 6)
     for a, b in zip(ours.log, theirs.log):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=2e-4), name
     for name, weight in weights(tmp_path / "two").items():
         torch.testing.assert_close(weight, weights(tmp_path / "one")[name], rtol=0, atol=3e-4)
+
+
+def test_one_process_has_nothing_to_shard(tmp_path):
+    with pytest.raises(ValueError, match="shard needs several processes"):
+        train(task_of("translate"), PAIRS, tmp_path / "out", options(shard=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_without_accelerate_are_told(monkeypatch):

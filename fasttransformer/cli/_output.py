@@ -20,6 +20,7 @@ __all__ = [
     "console",
     "dtype_of",
     "escape",
+    "positive",
     "print_json",
     "progress",
     "shape_of",
@@ -98,6 +99,13 @@ def shape_of(text: str) -> tuple[int, ...]:
     if any(n < 0 for n in shape):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape like 1,8,128,64")
     return shape
+
+
+def positive(text: str) -> int:
+    """An argparse type: "3" → 3, and nothing below 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def dtype_of(text: str) -> torch.dtype:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ._output import UsageError, command, console, print_json
-from .texts import load
+from ._output import UsageError, command, console, escape, positive, print_json
+from .texts import load, retriever_of
 from .train import TASKS, scores_table
 
 
@@ -15,6 +15,8 @@ def run(args: argparse.Namespace) -> int:
     from ..models.data import BadRecords, read_records
     from ..models.tasks import task_of
 
+    if args.passages and args.task != "answer":
+        raise UsageError(f"--passages: {args.task} reads no passages")
     model = load(args.model, args.task)
     task = task_of(args.task, "text" if isinstance(model, Seq2SeqModel) else "span")
     options = {} if args.num_beams is None else {"num_beams": args.num_beams}
@@ -24,16 +26,40 @@ def run(args: argparse.Namespace) -> int:
         records = read_records(args.data, task.fields, task.problem)
         training = read_records(args.train_data, task.fields) if args.train_data else []
         records = records[: args.limit]
-        metrics = task.evaluate(model, records, **options)
+        measured = task.measured(model, records, **options)
+        metrics, intervals = measured.scores(), measured.intervals()
+        found = _from_passages(args, task, model, records, options) if args.passages else None
         baselines = task.baselines(model, training or records, records)
     except (BadRecords, ImportError, ValueError) as error:
         raise UsageError(str(error)) from None
     if args.json:
-        print_json({"records": len(records), "metrics": metrics, "baselines": baselines})
+        print_json(
+            {
+                "records": len(records), "metrics": metrics, "intervals": intervals,
+                "baselines": baselines, **({} if found is None else {"passages": found}),
+            }
+        )  # fmt: skip
     else:
         console().print(f"{len(records)} records")
-        console().print(scores_table(metrics, baselines))
+        console().print(scores_table(metrics, baselines, intervals))
+        if found is not None:
+            console().print(f"\nfrom the passages of {escape(args.passages)}")
+            console().print(scores_table(**found))
     return 0
+
+
+def _from_passages(
+    args: argparse.Namespace, task: Any, model: Any, records: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The scores of answers without the records' contexts."""
+    from ..models.retrieval import OpenReader
+
+    reader = OpenReader(task, model, retriever_of(args.passages), args.top)
+    measured, beside = reader.measured(records, **options)
+    return {
+        "metrics": measured.scores(), "intervals": measured.intervals(),
+        "baselines": beside,
+    }  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -49,7 +75,15 @@ def add_parser(commands: Any) -> None:
         "--train-data", metavar="FILE",
         help="what the baselines learn from (the held-out records, to their advantage)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="judge the first N")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beams of a search (1)")
+    parser.add_argument(
+        "--passages", metavar="FILE",
+        help="texts, one a line; of the task answer: also judge answers from what MiniLM finds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--top", type=positive, default=3, metavar="N",
+        help="passages that are read for each question (3)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=positive, metavar="N", help="judge the first N (all)")
+    parser.add_argument("--num-beams", type=positive, metavar="N", help="beams of a search (1)")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.set_defaults(run=run)

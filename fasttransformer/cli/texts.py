@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._output import UsageError, command
+from ._output import UsageError, command, positive
 
 #: Texts that are read, and answered, together.
 CHUNK = 256
@@ -54,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         places = [i for i, text in enumerate(texts) if text.strip()]
         found: list[dict[str, Any]] = [{} for _ in texts]
         if places:
-            for i, result in zip(places, ask([texts[i] for i in places])):
+            try:
+                results = ask([texts[i] for i in places])
+            except ImportError as error:
+                raise UsageError(str(error)) from None
+            for i, result in zip(places, results):
                 found[i] = result
         for text, result in zip(texts, found):
             print(_line(name, text, result, args.json), flush=name == "generate")
@@ -154,42 +158,44 @@ def _answerer(model: Any, args: argparse.Namespace, options: dict[str, Any]) -> 
 
     if (args.context is None) == (args.passages is None):
         raise UsageError("--context or --passages must say where answers are, one of the two")
-    contexts_of = (
-        _passages(args.passages) if args.passages else lambda asked: [args.context] * len(asked)
-    )
+    points = isinstance(model, SpanModel)
+    task: Any = task_of("answer", "span" if points else "text")
+    options = {} if points else options
+    reader = None
+    if args.passages:
+        from ..models.retrieval import OpenReader
+
+        reader = OpenReader(task, model, retriever_of(args.passages), args.top)
 
     def ask(questions: Sequence[str]) -> list[dict[str, Any]]:
-        contexts = contexts_of(questions)
-        if isinstance(model, SpanModel):
-            found: Any = model.answer(questions, contexts)
+        if reader is not None:
+            best = reader.answer(questions, **options)
+            found = [(one.answer, one.passage, one.probability) for one in best]
         else:
-            records = [
-                {"question": q, "context": c, "answer": ""} for q, c in zip(questions, contexts)
-            ]
-            texts = task_of("answer", "text").predict(model, records, **options)
-            found = [(text, None) for text in texts]
-        results = []
-        for (answer, probability), context in zip(found, contexts):
-            result = {"answer": answer, "context": context}
-            if probability is not None:
-                result["probability"] = round(probability, 4)
-            results.append(result)
-        return results
+            contexts = [args.context] * len(questions)
+            read = task.read(model, questions, contexts, **options)
+            found = [(answer, args.context, probability) for answer, probability in read]
+        return [
+            {"answer": answer, "context": context, "probability": round(probability, 4)}
+            for answer, context, probability in found
+        ]
 
     return ask
 
 
-def _passages(path: str) -> Any:
-    """questions → the best passage of the file for each."""
-    from ..benchmarks.minilm import Missing
+def retriever_of(path: str) -> Any:
+    """The passages of a file, one a line.
+
+    Raises:
+        UsageError: it can't be read or has none; MiniLM is not installed.
+    """
     from ..models.retrieval import Retriever
 
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-        retriever = Retriever([line for line in lines if line.strip()])
-    except (OSError, UnicodeDecodeError, ValueError, Missing) as error:
+        return Retriever([line for line in lines if line.strip()])
+    except (OSError, UnicodeDecodeError, ValueError, ImportError) as error:
         raise UsageError(f"--passages: {path}: {error}") from None
-    return lambda asked: [retriever.passages[best[0]] for best in retriever.nearest(asked)]
 
 
 def _stream(model: Any, args: argparse.Namespace) -> int:
@@ -202,12 +208,6 @@ def _stream(model: Any, args: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
             print(flush=True)
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 def add_parser(commands: Any) -> None:
@@ -234,20 +234,22 @@ def add_parser(commands: Any) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N", help="longest output (64)"
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="longest output (64)"
     )
-    parser.add_argument("--num-beams", type=_positive, metavar="N", help="beams of a search (1)")
+    parser.add_argument("--num-beams", type=positive, metavar="N", help="beams of a search (1)")
     if name == "answer":
         parser.add_argument("--context", metavar="TEXT", help="where all answers are")
         parser.add_argument(
             "--passages", metavar="FILE",
-            help="texts, one a line; MiniLM picks one for each question",
+            help="texts, one a line, among which MiniLM finds those that are read",
+        )  # fmt: skip
+        parser.add_argument(
+            "--top", type=positive, default=3, metavar="N",
+            help="passages that are read for each question (3)",
         )  # fmt: skip
     if name == "generate":
         parser.add_argument("--temperature", type=float, metavar="X", help="draw, at X")
-        parser.add_argument(
-            "--top-k", type=_positive, metavar="K", help="draw from the K likeliest"
-        )
+        parser.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest")
         parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest of P")
         parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 = none")
         parser.add_argument("--seed", type=int, metavar="N", help="draw the same again")

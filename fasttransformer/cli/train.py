@@ -30,7 +30,7 @@ OPTIONS = {
     "eval_every": "steps between evaluations",
     "patience": "evaluations without a better loss after which training stops, 0 = never",
     "hold_out": "part of the data kept for evaluation without --eval-data",
-    "eval_limit": "most held-out records that are judged at the end",
+    "eval_limit": "most evaluation records that are judged at the end",
     "vocab_size": "most tokens of the tokenizer",
     "embed_dim": "features of a token",
     "hidden_dim": "features inside a feed-forward block",
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             options = TrainingOptions(**given)
         if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device: torch sees no GPU here")
-        task = task_of(options.task, options.answers)
+        task = task_of(options.task, options.answers, options.encoder)
         records = read_records(args.data, task.fields, task.problem)
         evaluation = None
         if args.eval_data:
@@ -129,7 +129,7 @@ class _Shown:
         if "eval_loss" in row:
             if not self.quiet:
                 self.out.print(
-                    f"step {step}: loss {self.loss:.4f}, held out {row['eval_loss']:.4f}"
+                    f"step {step}: loss {self.loss:.4f}, evaluation {row['eval_loss']:.4f}"
                 )
             return
         self.loss = row["loss"] if step == self.done + 1 else 0.95 * self.loss + 0.05 * row["loss"]
@@ -164,19 +164,28 @@ def _show(result: Any, out: Path, as_json: bool) -> None:
     )
     if result.best is not None:
         loss, step = result.best
-        shown.print(f"best loss on {result.evaluated} held-out records: {loss:.4f}, step {step}")
+        shown.print(f"best loss on {result.evaluated} evaluation records: {loss:.4f}, step {step}")
     if result.metrics:
         shown.print(scores_table(result.metrics, result.baselines))
     shown.print(f"the model is in {escape(str(out))}")
 
 
-def scores_table(metrics: dict[str, float], baselines: dict[str, dict[str, float]]) -> Any:
-    """A row for the model and for each baseline."""
+def scores_table(
+    metrics: dict[str, float],
+    baselines: dict[str, dict[str, float]],
+    intervals: dict[str, tuple[float, float]] | None = None,
+) -> Any:
+    """A row for the model, one for the 95 % intervals of its scores, and one for each baseline."""
     body = table("", *metrics, right=1)
-    for name, scores in {"model": metrics, **baselines}.items():
-        body.add_row(
-            escape(name), *(f"{scores[key]:g}" if key in scores else "–" for key in metrics)
-        )
+
+    def row(name: str, shown: dict[str, str]) -> None:
+        body.add_row(escape(name), *(shown.get(key, "–") for key in metrics))
+
+    row("model", {key: f"{score:g}" for key, score in metrics.items()})
+    if intervals:
+        row("95 % of samples", {key: f"{a:g} to {b:g}" for key, (a, b) in intervals.items()})
+    for name, scores in baselines.items():
+        row(name, {key: f"{score:g}" for key, score in scores.items()})
     return body
 
 
@@ -188,6 +197,7 @@ def add_parser(commands: Any) -> None:
         "  fasttransformer train --task summarize --data pages.jsonl --out summaries \\\n"
         "      --eval-data held_out.jsonl --steps 4000 --patience 5\n"
         "  fasttransformer train --task classify --data reviews.jsonl --out reviews --resume\n"
+        "  fasttransformer train --task classify --encoder minilm --data reviews.jsonl --out r\n"
         "  torchrun --nproc-per-node 2 -m fasttransformer train --task translate …\n",
     )  # fmt: skip
     parser.add_argument("--task", choices=TASKS, required=True, help="what the model is to do")
@@ -196,7 +206,7 @@ def add_parser(commands: Any) -> None:
         "--out", required=True, metavar="DIR",
         help="folder for the model, checkpoint.pt, log.jsonl, training.json and curves.png",
     )  # fmt: skip
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out records")
+    parser.add_argument("--eval-data", metavar="FILE", help="records to choose the best step by")
     parser.add_argument(
         "--resume", action="store_true", help="go on from DIR's checkpoint, if there is one"
     )
@@ -215,6 +225,10 @@ def add_parser(commands: Any) -> None:
         help="matrix products in bfloat16",
     )  # fmt: skip
     parser.add_argument(
+        "--shard", action="store_true", default=argparse.SUPPRESS,
+        help="under torchrun, each process keeps its part of weights and optimizer (FSDP2)",
+    )  # fmt: skip
+    parser.add_argument(
         "--post-norm", dest="pre_norm", action="store_false", default=argparse.SUPPRESS,
         help="norms behind each block, not at its entry",
     )  # fmt: skip
@@ -225,5 +239,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--answers", choices=("span", "text"), default=argparse.SUPPRESS,
         help="of the task answer: point into the context, or write (span)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoder", choices=("scratch", "minilm"), default=argparse.SUPPRESS,
+        help="of the task classify: all from scratch, or the pretrained MiniLM as it is and two "
+        "layers on its vectors (scratch)",
     )  # fmt: skip
     parser.set_defaults(run=run)

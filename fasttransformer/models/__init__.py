@@ -11,6 +11,7 @@ from .config import TransformerConfig
 from .decoder import Decoder
 from .encoder import Encoder, EncoderOutput
 from .language_model import LanguageModel
+from .minilm_classifier import MiniLMClassifier
 from .outputs import TextOutput
 from .pretrained import TextModel
 from .seq2seq import Seq2SeqModel
@@ -21,6 +22,7 @@ __all__ = [
     "Encoder",
     "EncoderOutput",
     "LanguageModel",
+    "MiniLMClassifier",
     "Seq2SeqModel",
     "SpanModel",
     "TextClassifier",

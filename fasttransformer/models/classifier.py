@@ -20,7 +20,47 @@ from .packing import PackedBatch, pack
 from .pretrained import TextModel, Texts
 
 
-class TextClassifier(TextModel):
+class Labelled(TextModel):
+    """Models that give each text a class; their config has the labels' names."""
+
+    config: Any
+
+    def _classes_of(self, target: Any, count: int) -> Tensor:
+        names = self.config.labels
+        if not isinstance(target, Tensor):
+            numbers = []
+            for label in target:
+                if isinstance(label, str):
+                    if names is None or label not in names:
+                        raise ValueError(
+                            f"{type(self).__name__}: {label!r} is none of the labels, "
+                            f"{', '.join(names or ['(they have no names)'])}"
+                        )
+                    label = names.index(label)
+                numbers.append(label)
+            target = torch.tensor(numbers, dtype=torch.long)
+        if target.shape != (count,):
+            raise ValueError(
+                f"{type(self).__name__}: target has shape {tuple(target.shape)}; {count} texts "
+                f"need ({count},)"
+            )
+        return target.to(self.device)
+
+    @torch.no_grad()
+    def predict(self, texts: Texts, *, batch_size: int = 64) -> list[tuple[Any, float]]:
+        """(label, its probability) for each text: the label's name, or number without names."""
+        if isinstance(texts, str):
+            texts = [texts]
+        found: list[tuple[Any, float]] = []
+        for start in range(0, len(texts), batch_size):
+            logits = self(texts[start : start + batch_size]).logits.float()
+            best = softmax(logits, -1).max(-1)
+            for value, index in zip(best.values.tolist(), best.indices.tolist()):
+                found.append((self.config.labels[index] if self.config.labels else index, value))
+        return found
+
+
+class TextClassifier(Labelled):
     r"""Encoder, mean over each text's tokens, linear layer, softmax.
 
     .. math:: p = \text{softmax}\Big(W\, \frac{1}{n} \sum_{i=1}^{n} h_i + b\Big)
@@ -110,40 +150,6 @@ class TextClassifier(TextModel):
         )
         pooled = (total / lengths.clamp(min=1)[:, None]).to(hidden.dtype)
         return F.dropout(pooled, self.config.dropout, self.training)
-
-    def _classes_of(self, target: Any, count: int) -> Tensor:
-        names = self.config.labels
-        if not isinstance(target, Tensor):
-            numbers = []
-            for label in target:
-                if isinstance(label, str):
-                    if names is None or label not in names:
-                        raise ValueError(
-                            f"TextClassifier: {label!r} is none of the labels, "
-                            f"{', '.join(names or ['(they have no names)'])}"
-                        )
-                    label = names.index(label)
-                numbers.append(label)
-            target = torch.tensor(numbers, dtype=torch.long)
-        if target.shape != (count,):
-            raise ValueError(
-                f"TextClassifier: target has shape {tuple(target.shape)}; {count} texts need "
-                f"({count},)"
-            )
-        return target.to(self.device)
-
-    @torch.no_grad()
-    def predict(self, texts: Texts, *, batch_size: int = 64) -> list[tuple[Any, float]]:
-        """(label, its probability) for each text: the label's name, or number without names."""
-        if isinstance(texts, str):
-            texts = [texts]
-        found: list[tuple[Any, float]] = []
-        for start in range(0, len(texts), batch_size):
-            logits = self(texts[start : start + batch_size]).logits.float()
-            best = softmax(logits, -1).max(-1)
-            for value, index in zip(best.values.tolist(), best.indices.tolist()):
-                found.append((self.config.labels[index] if self.config.labels else index, value))
-        return found
 
 
 class SpanModel(TextModel):

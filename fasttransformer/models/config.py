@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..ops.linear_add import ACTIVATIONS
 from ..reference.feed_forward import GATES
 
+C = TypeVar("C", bound="CheckedOptions")
 POSITIONS = ("sinusoidal", "learned", "rotary", "alibi")
 
 
@@ -31,6 +32,18 @@ class CheckedOptions:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+        """Raises ValueError for a name that is no option, and without one that has no default."""
+        options = dataclasses.fields(cls)  # type: ignore[arg-type]
+        unknown = sorted(values.keys() - {option.name for option in options})
+        if unknown:
+            raise ValueError(f"{cls._OF}{', '.join(unknown)} is no option of it")
+        for option in options:
+            if option.default is dataclasses.MISSING and option.name not in values:
+                raise ValueError(f"{cls._OF}{option.name} is missing")
+        return cls(**values)
 
 
 @dataclass
@@ -122,20 +135,14 @@ class TransformerConfig(CheckedOptions):
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
+    @property
+    def pad_token_id(self) -> int:
+        """``pad_id`` by transformers' name."""
+        return self.pad_id
+
     def replace(self, **changes: Any) -> TransformerConfig:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
-        """Raises ValueError for a name that no config has, or without ``vocab_size``."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise ValueError(f"TransformerConfig: {', '.join(unknown)} is no option of it")
-        if "vocab_size" not in values:
-            raise ValueError("TransformerConfig: vocab_size is missing")
-        return cls(**values)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)

@@ -15,17 +15,36 @@ from .decoding import DecodingState
 from .packing import PackedBatch, from_lengths
 from .pretrained import Texts
 from .sampling import Draws, OutputLayer, SamplingOptions, choose
+from .transformers_call import as_tensor, resolved
 
 
 class Generator:
     """What models that generate have: :meth:`generate` and :meth:`stream`."""
+
+    _generation_config: Any = None
+
+    @property
+    def generation_config(self) -> Any:
+        """transformers' GenerationConfig, which ``generate(input_ids=…)`` reads once there is one;
+        transformers' Seq2SeqTrainer sets and reads it."""
+        if self._generation_config is None:
+            try:
+                from transformers import GenerationConfig
+            except ImportError as error:
+                raise AttributeError("generation_config needs transformers") from error
+            self._generation_config = GenerationConfig()
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._generation_config = config
 
     @torch.no_grad()
     def generate(
         self,
         sources: Texts = None,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         num_beams: int = 1,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -40,6 +59,10 @@ class Generator:
         batch_size: int = 64,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        max_length: int | None = None,
+        generation_config: Any = None,
+        labels: Any = None,
+        synced_gpus: bool = False,
     ) -> Any:
         r"""Generates a text for each source; of a language model, what follows each prompt.
 
@@ -63,11 +86,18 @@ class Generator:
             stop_tokens: ids that end a text beside ``</s>``; they are not part of it.
             seed, generator: of the draws; torch's own generator unless given.
             batch_size: sources that are decoded together.
-            input_ids, attention_mask: the sources by transformers' names.
+            input_ids, attention_mask: a padded tensor of ids by transformers' names; the result is
+                then as transformers has it.
+            max_length: with ``input_ids``, in place of ``max_new_tokens``, with what the decoder
+                starts with.
+            generation_config: with ``input_ids``, a transformers' GenerationConfig, in place of all
+                options above (the model's own ``generation_config``, if it was given one).
+            labels, synced_gpus: what Seq2SeqTrainer gives as well; not read.
 
         Returns:
             A list of strings, or of lists of ids where the sources are ids; one string for one
-            string. With ``return_scores`` (texts, scores).
+            string. With ``return_scores`` (texts, scores). With ``input_ids`` a padded tensor of
+            ids, behind the start token (of a language model, the prompt).
 
         Raises:
             ValueError: an option out of range; beams with sampling; more tokens than a learned
@@ -79,9 +109,25 @@ class Generator:
         >>> len(texts), all(score < 0.0 for score in scores)
         (3, True)
         """
+        if sources is None and input_ids is not None:
+            given = {
+                "num_beams": num_beams, "do_sample": do_sample, "temperature": temperature,
+                "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
+                "length_penalty": length_penalty, "max_new_tokens": max_new_tokens,
+                "max_length": max_length,
+            }  # fmt: skip
+            chosen = resolved(self, input_ids, generation_config, given)
+            rows = self.generate(
+                input_ids, **chosen, attention_mask=attention_mask, return_scores=return_scores,
+                stop_tokens=stop_tokens, seed=seed, generator=generator, batch_size=batch_size,
+            )  # fmt: skip
+            rows, *more = rows if return_scores else (rows,)
+            ids = as_tensor(self, input_ids, rows, chosen["max_new_tokens"])
+            return (ids, *more) if return_scores else ids
+        if max_length is not None or generation_config is not None:
+            raise ValueError("generate: max_length and generation_config go with input_ids")
         options = SamplingOptions(do_sample, temperature, top_k, top_p, repetition_penalty)
-        sources = input_ids if sources is None else sources
-        _check(sources, max_new_tokens, num_beams, do_sample, batch_size)
+        max_new_tokens = _check(sources, max_new_tokens, num_beams, do_sample, batch_size)
         one = isinstance(sources, str)
         if not one and len(sources) == 0:
             return ([], []) if return_scores else []
@@ -323,10 +369,13 @@ def _selected(batch: PackedBatch, members: Sequence[int]) -> PackedBatch:
 
 
 def _check(
-    sources: Texts, max_new_tokens: int, num_beams: int, do_sample: bool, batch_size: int
-) -> None:
+    sources: Texts, max_new_tokens: int | None, num_beams: int, do_sample: bool, batch_size: int
+) -> int:
+    """max_new_tokens, which must be given."""
     if sources is None:
         raise ValueError("generate: sources must be given")
+    if max_new_tokens is None:
+        raise ValueError("generate: max_new_tokens must be given")
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 0),
         ("num_beams", num_beams, 1),
@@ -338,3 +387,4 @@ def _check(
             )
     if num_beams > 1 and do_sample:
         raise ValueError("generate: do_sample draws one text; it excludes num_beams")
+    return max_new_tokens

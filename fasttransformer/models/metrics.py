@@ -2,17 +2,23 @@
 
 The measures are those of the known libraries, rouge-score (Google Research) and sacrebleu (Post, A
 Call for Clarity in Reporting BLEU Scores, 2018, arXiv:1804.08771), which are imported when they are
-needed. All but perplexity are percentages.
+needed. All but perplexity are percentages. Each is a function of sums over the records, so that a
+bootstrap over the records says how far another sample of as many records might have been off (Efron
+and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 _CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _INSTALL = "pip install 'fasttransformer[train]'"
@@ -27,8 +33,65 @@ class _Words:
                           text.lower())  # fmt: skip
 
 
-def _mean(values: Sequence[float]) -> float:
-    return 100.0 * sum(values) / max(len(values), 1)
+@dataclass(frozen=True)
+class Tally:
+    """What a measure needs to know of each record.
+
+    Args:
+        rows: for each record numbers that are summed over the records.
+        value: the scores of such sums.
+        digits: behind the point; one unless given.
+
+    >>> answers(["a b", "yes"], ["b", "no"]).scores()
+    {'exact': 50.0, 'f1': 50.0}
+    """
+
+    rows: Sequence[Sequence[float]]
+    value: Callable[[Sequence[float]], dict[str, float]]
+    digits: int = 1
+
+    def scores(self) -> dict[str, float]:
+        """Of all records; nothing where there is none."""
+        if not self.rows:
+            return {}
+        found = self.value([sum(column) for column in zip(*self.rows)])
+        return {name: round(score, self.digits) for name, score in found.items()}
+
+    def intervals(self, samples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """The middle 95 % of each score in samples of as many records, drawn with replacement.
+
+        It speaks of records like these; it does not know that some share a word or a template, nor
+        how another training run would have ended.
+
+        >>> low, high = classes(["a"] * 90 + ["b"] * 10, ["a"] * 100).intervals()["accuracy"]
+        >>> 80.0 < low < 90.0 < high < 99.0
+        True
+        """
+        if not self.rows:
+            return {}
+        rows = torch.tensor(self.rows, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        found: dict[str, list[float]] = collections.defaultdict(list)
+        for _ in range(samples):
+            drawn = torch.randint(len(rows), (len(rows),), generator=generator)
+            for name, score in self.value(rows[drawn].sum(0).tolist()).items():
+                found[name].append(score)
+        middle = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        ends = {}
+        for name, scores in found.items():
+            low, high = torch.quantile(torch.tensor(scores, dtype=torch.float64), middle).tolist()
+            ends[name] = (round(low, self.digits), round(high, self.digits))
+        return ends
+
+
+def _means(**columns: Sequence[float]) -> Tally:
+    """The mean of each column, in percent."""
+
+    def value(sums: Sequence[float]) -> dict[str, float]:
+        *totals, count = sums
+        return {name: 100.0 * total / count for name, total in zip(columns, totals)}
+
+    return Tally([(*row, 1.0) for row in zip(*columns.values())], value)
 
 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
@@ -36,11 +99,11 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError(f"metrics: {len(predictions)} predictions, {len(references)} references")
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> Tally:
     """F-measures of common words, of pairs of words, and of the longest common subsequence, words
     stemmed (Lin, ROUGE, 2004); means over the texts.
 
-    >>> rouge(["the cat sat"], ["a cat sat"])["rougeL"]
+    >>> rouge(["the cat sat"], ["a cat sat"]).scores()["rougeL"]
     66.7
     """
     try:
@@ -52,35 +115,53 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     own = _Words() if any(_CHINESE.search(text) for text in references) else None
     scorer = RougeScorer(names, use_stemmer=True, tokenizer=own)
     found = [scorer.score(r, p) for p, r in zip(predictions, references)]
-    return {name: round(_mean([x[name].fmeasure for x in found]), 1) for name in names}
+    return _means(**{name: [x[name].fmeasure for x in found] for name in names})
 
 
-def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def translation(predictions: Sequence[str], references: Sequence[str]) -> Tally:
     """BLEU of the whole set, on words, or for Chinese references on characters; chrF; and the part
     that is equal. With references in both languages BLEU has a value for each.
 
-    >>> translation(["二十一", "the third"], ["二十一", "the third"])["exact"]
+    >>> translation(["二十一", "the third"], ["二十一", "the third"]).scores()["exact"]
     100.0
     """
     try:
-        import sacrebleu
+        from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
         raise ImportError(f"BLEU and chrF need sacrebleu: {_INSTALL}") from error
     _check(predictions, references)
-    found: dict[str, float] = {}
     chinese = [bool(_CHINESE.search(reference)) for reference in references]
-    for name, kind, tokenize in (("bleu", False, "13a"), ("bleu_zh", True, "zh")):
-        chosen = [i for i, is_chinese in enumerate(chinese) if is_chinese == kind]
-        if chosen:
-            score: Any = sacrebleu.corpus_bleu(
-                [predictions[i] for i in chosen], [[references[i] for i in chosen]],
-                tokenize=tokenize, force=True,
-            )  # fmt: skip
-            found[name] = round(score.score, 1)
-    score = sacrebleu.corpus_chrf(list(predictions), [list(references)])
-    found["chrf"] = round(score.score, 1)
-    equal = [p.strip() == r.strip() for p, r in zip(predictions, references)]
-    return {**found, "exact": round(_mean(equal), 1)}
+    measures: dict[str, tuple[Any, list[bool]]] = {
+        "bleu": (BLEU(tokenize="13a", force=True), [not is_chinese for is_chinese in chinese]),
+        "bleu_zh": (BLEU(tokenize="zh", force=True), chinese),
+        "chrf": (CHRF(), [True] * len(chinese)),
+    }
+    measures = {name: pair for name, pair in measures.items() if any(pair[1])}
+    # sacrebleu's corpus scores are functions of sums, too, which it keeps to itself.
+    columns = [
+        _counts(measure, predictions, references, counted) for measure, counted in measures.values()
+    ]
+    equal = [float(p.strip() == r.strip()) for p, r in zip(predictions, references)]
+    widths = [len(rows[0]) for rows in columns]
+
+    def value(sums: Sequence[float]) -> dict[str, float]:
+        scores, first = {}, 0
+        for (name, (measure, _)), width in zip(measures.items(), widths):
+            part = [int(x) for x in sums[first : first + width]]
+            scores[name] = measure._compute_score_from_stats(part).score
+            first += width
+        return {**scores, "exact": 100.0 * sums[-2] / sums[-1]}
+
+    rows = [[*itertools.chain(*parts), same, 1.0] for *parts, same in zip(*columns, equal)]
+    return Tally(rows, value)
+
+
+def _counts(
+    measure: Any, predictions: Sequence[str], references: Sequence[str], counted: Sequence[bool]
+) -> list[list[int]]:
+    """Of each record what sacrebleu counts in it: n-grams, and those that match."""
+    found = measure._extract_corpus_statistics(predictions, [references])
+    return [list(row) if counts else [0] * len(row) for row, counts in zip(found, counted)]
 
 
 def _answer_words(text: str) -> list[str]:
@@ -89,45 +170,84 @@ def _answer_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def answers(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def answers(predictions: Sequence[str], references: Sequence[str]) -> Tally:
     """Exact match, and F1 of the words (Rajpurkar et al., SQuAD, 2016, arXiv:1606.05250).
 
-    >>> answers(["The tall tower", "yes"], ["tower", "Yes."])
+    >>> answers(["The tall tower", "yes"], ["tower", "Yes."]).scores()
     {'exact': 50.0, 'f1': 83.3}
     """
+    return _means(**_answer_columns(predictions, references))
+
+
+def found_answers(
+    predictions: Sequence[str], references: Sequence[str], ranks: Sequence[int | None]
+) -> Tally:
+    """The same for answers from many passages, with the part of questions whose passage is the
+    first, or among the first five: ``ranks`` are the places of the right ones, from 0 on, None for
+    one that was not found.
+
+    >>> found_answers(["tower", "no"], ["tower", "yes"], [0, 3]).scores()
+    {'recall_1': 50.0, 'recall_5': 100.0, 'exact': 50.0, 'f1': 50.0}
+    """
+    recalls = {
+        f"recall_{k}": [float(rank is not None and rank < k) for rank in ranks] for k in (1, 5)
+    }
+    return _means(**recalls, **_answer_columns(predictions, references))
+
+
+def _answer_columns(
+    predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, list[float]]:
     _check(predictions, references)
     exact, f1 = [], []
     for prediction, reference in zip(predictions, references):
         given, wanted = _answer_words(prediction), _answer_words(reference)
-        exact.append(given == wanted)
+        exact.append(float(given == wanted))
         common = sum((collections.Counter(given) & collections.Counter(wanted)).values())
         empty = not given and not wanted
         f1.append(1.0 if empty else 2.0 * common / max(len(given) + len(wanted), 1))
-    return {"exact": round(_mean(exact), 1), "f1": round(_mean(f1), 1)}
+    return {"exact": exact, "f1": f1}
 
 
-def classes(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def classes(predictions: Sequence[str], references: Sequence[str]) -> Tally:
     """Accuracy, and the mean of each label's F1.
 
-    >>> classes(["a", "b", "b"], ["a", "a", "b"])
+    >>> classes(["a", "b", "b"], ["a", "a", "b"]).scores()
     {'accuracy': 66.7, 'macro_f1': 66.7}
     """
     _check(predictions, references)
-    pairs = list(zip(predictions, references))
-    f1 = []
-    for label in sorted(set(references)):
-        right = sum(p == r == label for p, r in pairs)
-        f1.append(2.0 * right / sum((p == label) + (r == label) for p, r in pairs))
-    accuracy = _mean([p == r for p, r in pairs])
-    return {"accuracy": round(accuracy, 1), "macro_f1": round(_mean(f1), 1)}
+    labels = sorted(set(references))
+
+    def value(sums: Sequence[float]) -> dict[str, float]:
+        right, named = sums[: len(labels)], sums[len(labels) : -1]
+        f1 = [2.0 * r / max(n, 1) for r, n in zip(right, named)]
+        return {
+            "accuracy": 100.0 * sum(right) / sums[-1],
+            "macro_f1": 100.0 * sum(f1) / len(f1),
+        }
+
+    rows = [
+        [float(p == r == label) for label in labels]
+        + [float((p == label) + (r == label)) for label in labels]
+        + [1.0]
+        for p, r in zip(predictions, references)
+    ]
+    return Tally(rows, value)
 
 
-def perplexity(loss: float, tokens: int, characters: int) -> dict[str, float]:
-    """Of a mean loss per token in nats; and bits per byte of text, which do not depend on the
-    tokenizer.
+def perplexity(losses: Sequence[float], tokens: Sequence[int], sizes: Sequence[int]) -> Tally:
+    """Of each text's summed loss in nats, tokens and bytes: perplexity by token, and bits per byte,
+    which do not depend on the tokenizer.
 
-    >>> perplexity(math.log(8.0), tokens=10, characters=30)
+    >>> perplexity([10 * math.log(8.0)], tokens=[10], sizes=[30]).scores()
     {'perplexity': 8.0, 'bits_per_byte': 1.0}
     """
-    bits = loss / math.log(2.0) * tokens / max(characters, 1)
-    return {"perplexity": round(math.exp(min(loss, 700.0)), 2), "bits_per_byte": round(bits, 3)}
+
+    def value(sums: Sequence[float]) -> dict[str, float]:
+        loss, count, size = sums
+        return {
+            "perplexity": math.exp(min(loss / max(count, 1), 700.0)),
+            "bits_per_byte": loss / math.log(2.0) / max(size, 1),
+        }
+
+    return Tally(list(zip(losses, tokens, sizes)), value, digits=3)

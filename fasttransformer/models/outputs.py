@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(init=False, repr=False, eq=False)
 class TextOutput:
     """Loss and logits of a call; the logits are computed when they are first asked for.
 
@@ -26,8 +28,13 @@ class TextOutput:
         hidden: what the logits are computed from: (tokens, features), packed.
 
     It also reads like the tuple (loss, logits), without the loss where there is none, and by name,
-    as transformers' Trainer does.
+    as transformers' Trainer does. It is a dataclass of loss and hidden alone: FSDP2 finds the
+    tensors of an output, on which it hangs its backward hooks, by a dataclass's fields (torch 2.13)
+    or by pytree (before).
     """
+
+    loss: Tensor | None
+    hidden: Tensor
 
     def __init__(
         self,
@@ -87,5 +94,4 @@ def _unflatten(leaves: Any, context: Any) -> TextOutput:
     return TextOutput(loss, hidden, compute, num_tokens, divisor)
 
 
-# FSDP2 finds the tensors of an output, on which it hangs its backward hooks, by pytree.
 torch.utils._pytree.register_pytree_node(TextOutput, _flatten, _unflatten)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .config import TransformerConfig
+from .config import CheckedOptions, TransformerConfig
 from .packing import PackedBatch, pack, pack_padded
 from .tokenizer import FILE as TOKENIZER_FILE
 from .tokenizer import Tokenizer, write_atomically
@@ -33,6 +33,8 @@ class TextModel(nn.Module):
 
     #: class name → class, for from_pretrained
     _classes: ClassVar[dict[str, type[TextModel]]] = {}
+    #: what :meth:`configs` holds
+    _config_class: ClassVar[type[CheckedOptions]] = TransformerConfig
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -41,15 +43,17 @@ class TextModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._tokenizer: Tokenizer | None = None
+        # FSDP2 gives a model a class of its own later.
+        self._class_name = type(self).__name__
 
     # ---- what a model says about itself -------------------------------------------------------
 
-    def configs(self) -> dict[str, TransformerConfig]:
+    def configs(self) -> dict[str, Any]:
         """The configs that the model is built from again, by name."""
         raise NotImplementedError
 
     @classmethod
-    def from_configs(cls: type[M], configs: dict[str, TransformerConfig]) -> M:
+    def from_configs(cls: type[M], configs: dict[str, Any]) -> M:
         """A new model, as :meth:`configs` describes it."""
         raise NotImplementedError
 
@@ -182,21 +186,25 @@ class TextModel(nn.Module):
 
     # ---- files --------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Writes weights, configs and tokenizer into ``directory``, which is made if need be.
 
-        A tied parameter is written once.
+        A tied parameter is written once. ``state_dict`` is in place of the model's own, where its
+        weights are spread over several processes.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name: weight.detach().contiguous() for name, weight in state.items()}
         write_atomically(folder / WEIGHTS_FILE, _safetensors().save(state, {"format": "pt"}))
         if self._tokenizer is not None:
             self._tokenizer.save(folder)
         else:
             (folder / TOKENIZER_FILE).unlink(missing_ok=True)
         description = {
-            "class": type(self).__name__,
+            "class": self._class_name,
             "configs": {name: config.to_dict() for name, config in self.configs().items()},
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
@@ -233,7 +241,7 @@ class TextModel(nn.Module):
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{cls.__name__}: {folder} holds a {name}")
         model = found.from_configs(
-            {part: TransformerConfig.from_dict(config) for part, config in configs.items()}
+            {part: found._config_class.from_dict(config) for part, config in configs.items()}
         )
         state = _safetensors().load((folder / WEIGHTS_FILE).read_bytes())
         model._load(state, folder)

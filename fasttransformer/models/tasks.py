@@ -13,12 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from . import metrics
 from .classifier import SpanModel, TextClassifier
 from .data.records import FIELDS, Record
 from .decoder import Decoder
 from .encoder import Encoder
 from .language_model import LanguageModel
+from .metrics import Tally
+from .minilm_classifier import HeadConfig, MiniLMClassifier
 from .outputs import TextOutput
 from .pretrained import TextModel
 from .seq2seq import Seq2SeqModel
@@ -69,7 +73,11 @@ class Task:
             for field in self.fields:
                 yield record[field]
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def tokenizer(self, records: Sequence[Record], vocab_size: int) -> Tokenizer | None:
+        """A new tokenizer; None where the model needs none."""
+        return Tokenizer.train(self.texts(records), vocab_size)
+
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         """A new model; ``options`` are :class:`~.training.options.TrainingOptions`."""
         raise NotImplementedError
 
@@ -89,12 +97,20 @@ class Task:
         """The text that a record has."""
         return [record[self.fields[-1]] for record in records]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
+        """The task's measures of texts."""
         raise NotImplementedError
 
+    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+        return self.tally(predictions, references).scores()
+
+    def measured(self, model: Any, records: Sequence[Record], **options: Any) -> Tally:
+        """The task's measures of the model's texts for the records."""
+        return self.tally(self.predict(model, records, **options), self.references(records))
+
     def evaluate(self, model: Any, records: Sequence[Record], **options: Any) -> Scores:
-        """Of the model's texts for the records."""
-        return self.scores(self.predict(model, records, **options), self.references(records))
+        """The scores of :meth:`measured`."""
+        return self.measured(model, records, **options).scores()
 
     def baselines(
         self, model: Any, training: Sequence[Record], records: Sequence[Record]
@@ -113,7 +129,7 @@ class TextToText(Task):
     def source(self, record: Record) -> str:
         return record[self.fields[0]]
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         config = options.config(tokenizer.vocab_size, share_embeddings=True)
         model = Seq2SeqModel(Encoder.from_config(config), Decoder.from_config(config))
         model.tokenizer = tokenizer
@@ -138,7 +154,7 @@ class Summarize(TextToText):
 
     name, fields = "summarize", FIELDS["summarize"]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.rouge(predictions, references)
 
     def baselines(
@@ -171,7 +187,7 @@ class Translate(TextToText):
 
     name, fields = "translate", FIELDS["translate"]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.translation(predictions, references)
 
     def baselines(
@@ -193,7 +209,17 @@ class AnswerText(TextToText):
     def source(self, record: Record) -> str:
         return f"{record['question']}\n{record['context']}"
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def read(
+        self, model: Any, questions: Sequence[str], contexts: Sequence[str], **options: Any
+    ) -> list[tuple[str, float]]:
+        """(answer, its probability) for each question."""
+        options.setdefault("max_new_tokens", self.new_tokens)
+        records = [{"question": q, "context": c} for q, c in zip(questions, contexts)]
+        sources = [self.source(record) for record in records]
+        answers, scores = model.generate(sources, return_scores=True, **options)
+        return [(answer, math.exp(score)) for answer, score in zip(answers, scores)]
+
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.answers(predictions, references)
 
     def baselines(
@@ -216,7 +242,7 @@ class AnswerSpan(Task):
             "need --answers text)"
         )
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         model = SpanModel(Encoder.from_config(options.config(tokenizer.vocab_size)))
         model.tokenizer = tokenizer
         return model
@@ -235,9 +261,15 @@ class AnswerSpan(Task):
     def predict(self, model: Any, records: Sequence[Record], **options: Any) -> list[str]:
         questions = [record["question"] for record in records]
         contexts = [record["context"] for record in records]
-        return [answer for answer, _ in model.answer(questions, contexts, **options)]
+        return [answer for answer, _ in self.read(model, questions, contexts, **options)]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def read(
+        self, model: Any, questions: Sequence[str], contexts: Sequence[str], **options: Any
+    ) -> list[tuple[str, float]]:
+        """(answer, its probability) for each question."""
+        return model.answer(questions, contexts, **options)
+
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.answers(predictions, references)
 
     def baselines(
@@ -246,13 +278,18 @@ class AnswerSpan(Task):
         return _answer_baselines(self, training, records)
 
 
+def first_sentence(text: str) -> str:
+    """What a reader that knows nothing answers."""
+    from .data.documentation import sentences
+
+    return (sentences(text) or [""])[0]
+
+
 def _answer_baselines(
     task: Task, training: Sequence[Record], records: Sequence[Record]
 ) -> dict[str, Scores]:
-    from .data.documentation import sentences
-
     references = task.references(records)
-    first = [(sentences(record["context"]) or [""])[0] for record in records]
+    first = [first_sentence(record["context"]) for record in records]
     common = _most_frequent(task.references(training))
     return {
         "first sentence": task.scores(first, references),
@@ -264,7 +301,7 @@ class Classify(Task):
     """Accuracy, beside the most frequent label."""
 
     name, fields = "classify", FIELDS["classify"]
-    models: tuple[type[TextModel], ...] = (TextClassifier,)
+    models: tuple[type[TextModel], ...] = (TextClassifier, MiniLMClassifier)
 
     def check(self, records: Sequence[Record]) -> str | None:
         labels = {record["label"] for record in records}
@@ -275,8 +312,8 @@ class Classify(Task):
     def texts(self, records: Sequence[Record]) -> Iterator[str]:
         return (record["text"] for record in records)
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
-        labels = sorted({record["label"] for record in records})
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
+        labels = _labels(records)
         encoder = Encoder.from_config(options.config(tokenizer.vocab_size))
         model = TextClassifier(encoder, labels=labels)
         model.tokenizer = tokenizer
@@ -286,20 +323,23 @@ class Classify(Task):
         texts = model.tokenizer.encode(
             [record["text"] for record in records], eos=True, max_length=model.config.max_length
         )
+        numbers = self._numbers(model, records)
+        return [Example((ids, number), len(ids), 1) for ids, number in zip(texts, numbers)]
+
+    def _numbers(self, model: Any, records: Sequence[Record]) -> list[int]:
+        """Of the records' labels."""
         numbers = {label: number for number, label in enumerate(model.config.labels)}
-        found = []
-        for ids, record in zip(texts, records):
+        for record in records:
             if record["label"] not in numbers:
                 raise ValueError(
                     f"the label {record['label']!r} is none of the model's, {', '.join(numbers)}"
                 )
-            found.append(Example((ids, numbers[record["label"]]), len(ids), 1))
-        return found
+        return [numbers[record["label"]] for record in records]
 
     def predict(self, model: Any, records: Sequence[Record], **options: Any) -> list[str]:
         return [label for label, _ in model.predict([record["text"] for record in records])]
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    def tally(self, predictions: Sequence[str], references: Sequence[str]) -> Tally:
         return metrics.classes(predictions, references)
 
     def baselines(
@@ -309,13 +349,42 @@ class Classify(Task):
         return {"most frequent": self.scores([common] * len(records), self.references(records))}
 
 
+class ClassifyByMiniLM(Classify):
+    """The same with a pretrained encoder, whose vectors of all records are made once."""
+
+    def tokenizer(self, records: Sequence[Record], vocab_size: int) -> None:
+        return None
+
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
+        return MiniLMClassifier(
+            HeadConfig(
+                _labels(records), options.encoder, options.hidden_dim, options.dropout,
+                options.label_smoothing,
+            )
+        )  # fmt: skip
+
+    def examples(self, model: Any, records: Sequence[Record]) -> list[Example]:
+        from .retrieval import vectors
+
+        found = vectors([record["text"] for record in records])
+        return [Example(pair, 1, 1) for pair in zip(found, self._numbers(model, records))]
+
+    def loss(self, model: Any, examples: Sequence[Example]) -> TextOutput:
+        vectors, numbers = zip(*(x.inputs for x in examples))
+        return model(torch.stack(vectors), numbers)
+
+
+def _labels(records: Sequence[Record]) -> list[str]:
+    return sorted({record["label"] for record in records})
+
+
 class Generate(Task):
     """Perplexity, beside the frequencies of single tokens and of pairs."""
 
     name, fields = "generate", FIELDS["generate"]
     models: tuple[type[TextModel], ...] = (LanguageModel,)
 
-    def build(self, records: Sequence[Record], tokenizer: Tokenizer, options: Any) -> TextModel:
+    def build(self, records: Sequence[Record], tokenizer: Any, options: Any) -> TextModel:
         config = options.config(tokenizer.vocab_size)
         model = LanguageModel.from_configs({"config": config})
         model.tokenizer = tokenizer
@@ -336,16 +405,19 @@ class Generate(Task):
         options.setdefault("max_new_tokens", 64)
         return model.generate([record["text"] for record in records], **options)
 
-    def evaluate(self, model: Any, records: Sequence[Record], **options: Any) -> Scores:
-        import torch
-
-        examples = self.examples(model, records)
-        total = 0.0
+    def measured(self, model: Any, records: Sequence[Record], **options: Any) -> Tally:
+        losses = []
         model.eval()
         with torch.no_grad():
-            for first in range(0, len(examples), 32):
-                total += float(self.loss(model, examples[first : first + 32]).loss_sum)  # type: ignore[arg-type]
-        return _perplexity(total, examples, records)
+            for record in records:
+                output = self.loss(model, self.examples(model, [record]))
+                losses.append(float(output.loss_sum))  # type: ignore[arg-type]
+        return self._perplexity(model, losses, records)
+
+    def _perplexity(self, model: Any, losses: Sequence[float], records: Sequence[Record]) -> Tally:
+        tokens = [sum(x.weight for x in self.examples(model, [record])) for record in records]
+        sizes = [len(record["text"].encode("utf-8", "replace")) for record in records]
+        return metrics.perplexity(losses, tokens, sizes)
 
     def baselines(
         self, model: Any, training: Sequence[Record], records: Sequence[Record]
@@ -359,26 +431,22 @@ class Generate(Task):
             pairs.update(itertools.pairwise(ids))
             before.update(ids[:-1])
         count, size = single.total(), model.tokenizer.vocab_size
-        examples = self.examples(model, records)
-        alone = together = 0.0
-        for example in examples:
-            ids = example.inputs[0]
-            for first, second in itertools.pairwise(ids):
-                p = (single[second] + 1) / (count + size)
-                # A pair counts as if it had been seen p times more (Dirichlet smoothing).
-                q = (pairs[first, second] + 5.0 * p) / (before[first] + 5.0)
-                alone -= math.log(p)
-                together -= math.log(q)
+        alone, together = [], []
+        for record in records:
+            one = two = 0.0
+            for example in self.examples(model, [record]):
+                for first, second in itertools.pairwise(example.inputs[0]):
+                    p = (single[second] + 1) / (count + size)
+                    # A pair counts as if it had been seen p times more (Dirichlet smoothing).
+                    q = (pairs[first, second] + 5.0 * p) / (before[first] + 5.0)
+                    one -= math.log(p)
+                    two -= math.log(q)
+            alone.append(one)
+            together.append(two)
         return {
-            "frequency of tokens": _perplexity(alone, examples, records),
-            "frequency of pairs": _perplexity(together, examples, records),
+            "frequency of tokens": self._perplexity(model, alone, records).scores(),
+            "frequency of pairs": self._perplexity(model, together, records).scores(),
         }
-
-
-def _perplexity(total: float, examples: Sequence[Example], records: Sequence[Record]) -> Scores:
-    tokens = sum(example.weight for example in examples)
-    size = sum(len(record["text"].encode("utf-8", "replace")) for record in records)
-    return metrics.perplexity(total / max(tokens, 1), tokens, size)
 
 
 def _most_frequent(texts: Sequence[str]) -> str:
@@ -391,8 +459,13 @@ TASKS: dict[str, Task] = {
 }
 
 
-def task_of(name: str, answers: str = "span") -> Task:
+def task_of(name: str, answers: str = "span", encoder: str = "scratch") -> Task:
     """The task of this name.
+
+    Args:
+        name: one of :data:`TASKS`.
+        answers: of the task answer: "span" or "text".
+        encoder: of the task classify: "scratch" or "minilm".
 
     Raises:
         ValueError: there is none.
@@ -402,4 +475,6 @@ def task_of(name: str, answers: str = "span") -> Task:
     """
     if name not in TASKS:
         raise ValueError(f"task is {name!r}; it must be one of {', '.join(TASKS)}")
-    return AnswerText() if name == "answer" and answers == "text" else TASKS[name]
+    if name == "answer" and answers == "text":
+        return AnswerText()
+    return ClassifyByMiniLM() if name == "classify" and encoder != "scratch" else TASKS[name]

@@ -7,16 +7,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..tokenizer import write_atomically
 from . import phrases, questions, sentiment, summaries
 from .records import Record, write_records
 
+_SIDES = ("train", "dev", "held_out")
 #: task → (what makes its records, their files)
 MAKERS = {
-    "summarize": (lambda seed: summaries.records(seed=seed), ("train", "held_out")),
-    "translate": (lambda seed: phrases.records(seed=seed), ("train", "held_out")),
-    "answer": (lambda seed: questions.records(seed=seed), ("train", "held_out")),
-    "generate": (lambda seed: summaries.texts(seed=seed), ("train", "held_out")),
-    "classify": (lambda seed: sentiment.records(seed=seed), ("train", "held_out", "new_words")),
+    "summarize": (lambda seed: summaries.records(seed=seed), _SIDES),
+    "translate": (lambda seed: phrases.records(seed=seed), _SIDES),
+    "answer": (lambda seed: questions.records(seed=seed), _SIDES),
+    "generate": (lambda seed: summaries.texts(seed=seed), _SIDES),
+    "classify": (
+        lambda seed: sentiment.records(seed=seed),
+        (*_SIDES, "dev_words", "held_out_words"),
+    ),
 }
 
 
@@ -25,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fasttransformer.models.data",
         description="Writes records for a task, made from Python's own documentation or by rule; "
-        "held-out records share nothing with those for training.",
+        "what options are chosen by, dev, and what is held out share nothing with one another or "
+        "with training. For answer, passages.txt has what to find the answers in.",
     )
     parser.add_argument("task", choices=MAKERS)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="made if need be")
@@ -33,14 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     make, names = MAKERS[args.task]
     found: tuple[list[Record], ...] = make(args.seed)
-    for name, records in zip(names, found):
-        path = Path(args.out) / f"{name}.jsonl"
-        try:
+    try:
+        for name, records in zip(names, found):
+            path = Path(args.out) / f"{name}.jsonl"
             write_records(path, records)
-        except OSError as error:
-            print(f"--out: {path} can't be written: {error.strerror}", file=sys.stderr)
-            return 2
-        print(f"{path}: {len(records)} records")
+            print(f"{path}: {len(records)} records")
+        if args.task == "answer":
+            path, passages = Path(args.out) / "passages.txt", questions.passages()
+            write_atomically(path, "".join(f"{line}\n" for line in passages).encode())
+            print(f"{path}: {len(passages)} passages")
+    except OSError as error:
+        print(f"--out: {path} can't be written: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

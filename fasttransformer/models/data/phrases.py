@@ -2,8 +2,8 @@
 
 Each record is one direction, (source, target), and both directions are made; which one is wanted is
 plain from the source's script. A number that stands alone, a date, a time, or a pair of noun and
-adjective is either for training or held out, in both directions. Words are shared: counts, minutes
-and years are made of the same ones.
+adjective is in one file alone, in both directions. Words are shared: counts, minutes and years are
+made of the same ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 
 from .records import Record
-from .split import fraction_of
+from .split import PARTS, side_of
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -164,7 +164,7 @@ _KINDS = (_number, _date, _time, _things)
 
 
 def _pairs(count: int, seed: int) -> Iterator[tuple[str, str, str, str]]:
-    """(what is held out or not, English, Chinese, the Chinese in the usual English form)."""
+    """(what is in one file alone, English, Chinese, the Chinese in the usual English form)."""
     rng = random.Random(seed)
     seen = set()
     for i in range(count * 20):
@@ -176,16 +176,16 @@ def _pairs(count: int, seed: int) -> Iterator[tuple[str, str, str, str]]:
             return
 
 
-def records(count: int = 12000, held_out: float = 0.1, seed: int = 0) -> tuple[list[Record], ...]:
-    """(for training, held out) of about ``count`` pairs, two records each.
+def records(count: int = 12000, seed: int = 0) -> tuple[list[Record], ...]:
+    """(for training, to choose by, held out) of about ``count`` pairs, two records each.
 
-    >>> train, test = records(40)
-    >>> sorted(train[0]), {r["source"] for r in train} & {r["source"] for r in test}
+    >>> train, dev, held_out = records(40)
+    >>> sorted(train[0]), {r["source"] for r in train} & {r["source"] for r in dev + held_out}
     (['source', 'target'], set())
     """
-    sides: tuple[list[Record], list[Record]] = ([], [])
+    sides: tuple[list[Record], ...] = ([], [], [])
     for key, english, chinese, usual in _pairs(count, seed):
-        side = sides[fraction_of(key, seed) < held_out]
+        side = sides[side_of(key, PARTS, seed)]
         side.append({"source": english, "target": chinese})
         side.append({"source": chinese, "target": usual})
     return sides

@@ -1,12 +1,15 @@
 """Questions about Python's documentation whose answers stand in it.
 
-Two kinds: what a thing does, whose answer is its definition among those of other things; and what a
-function raises, whose answer is the exception in a sentence of its text. Of an entry, all questions
-and all contexts are on one side, and contexts are put together from entries of their own side.
+Two kinds: what a thing does, whose answer is its definition; and what a function raises, whose
+answer is the exception. The context is one to four passages of the documentation, in any order, of
+which one has the answer. Of an entry, all questions and all contexts are in one file, and contexts
+are put together from entries of that file. The questions that judge are asked once: of two things
+with one name, none is asked about.
 """
 
 from __future__ import annotations
 
+import collections
 import random
 import re
 from collections.abc import Sequence
@@ -18,50 +21,80 @@ from .summaries import split_entries
 _RAISES = re.compile(
     r"\b[Rr]ais\w+ (?:an? |the )?([A-Z]\w*(?:Error|Exception|Warning|Iteration))\b"
 )
-#: Definitions of a context.
-_CHOICES = 4
+#: Passages of a context, at most.
+_MOST_PASSAGES = 4
+#: Words of a passage, and passages of an entry, at most.
+_LONGEST, _MOST_OF_ENTRY = 40, 4
 
 
-def _of(side: Sequence[Entry], rng: random.Random) -> list[Record]:
-    named = [e for e in side if e.kind in ("function", "class") and len(e.summary) < 120]
-    found: list[Record] = []
-    for entry in named:
-        others = rng.sample(named, min(_CHOICES - 1, len(named)))
-        chosen = [e for e in others if e.name != entry.name] + [entry]
-        rng.shuffle(chosen)
-        context, start = "", 0
-        for e in chosen:
-            context += f"{e.name}: "
-            start = len(context) if e is entry else start
-            context += f"{e.summary} "
-        verb = "does {} do" if entry.kind == "function" else "is {}"
-        found.append({
-            "question": f"What {verb.format(entry.name)}?", "context": context.rstrip(),
-            "answer": entry.summary, "start": start,
-        })  # fmt: skip
-    for entry in side:
-        for sentence in sentences(f"{entry.summary} " + entry.text.replace("\n", " ")):
-            raised = _RAISES.findall(sentence)
-            if entry.name and len(raised) == 1 and len(sentence) < 300:
-                found.append({
-                    "question": f"What does {entry.name} raise?", "context": sentence,
-                    "answer": raised[0],
-                })  # fmt: skip
+def passages_of(entry: Entry) -> list[str]:
+    """An entry in pieces of whole sentences, each with the name in front.
+
+    >>> passages_of(Entry("os", "remove", "function", "Remove a file.", "Or raise OSError."))
+    ['remove: Remove a file. Or raise OSError.']
+    """
+    if not entry.name:
+        return []
+    pieces: list[str] = []
+    room = 0
+    for sentence in (entry.summary, *sentences(entry.text.replace("\n", " "))):
+        words = sentence.split()[:_LONGEST]
+        if not pieces or len(words) > room:
+            if len(pieces) == _MOST_OF_ENTRY:
+                break
+            pieces.append(f"{entry.name}:")
+            room = _LONGEST
+        pieces[-1] += " " + " ".join(words)
+        room -= len(words)
+    return pieces
+
+
+def _asked(entry: Entry) -> list[tuple[str, str, str]]:
+    """(question, answer, passage that has it)."""
+    found = []
+    for number, passage in enumerate(passages_of(entry)):
+        if number == 0 and entry.kind in ("function", "class") and len(entry.summary) < 120:
+            verb = "does {} do" if entry.kind == "function" else "is {}"
+            answer = " ".join(entry.summary.split()[:_LONGEST])
+            found.append((f"What {verb.format(entry.name)}?", answer, passage))
+        raised = _RAISES.findall(passage)
+        if len(raised) == 1:
+            found.append((f"What does {entry.name} raise?", raised[0], passage))
     return found
 
 
-def records(held_out: float = 0.1, seed: int = 0) -> tuple[list[Record], ...]:
-    """(for training, held out).
+def _of(side: Sequence[Entry], rng: random.Random) -> list[Record]:
+    all_passages = [passage for entry in side for passage in passages_of(entry)]
+    found: list[Record] = []
+    for entry in side:
+        for question, answer, passage in _asked(entry):
+            others = rng.sample(all_passages, min(len(all_passages), _MOST_PASSAGES - 1))
+            others = [p for p in others if not p.startswith(f"{entry.name}:")]
+            chosen = [passage, *others[: rng.randrange(_MOST_PASSAGES)]]
+            rng.shuffle(chosen)
+            before = sum(len(p) + 1 for p in chosen[: chosen.index(passage)])
+            found.append({
+                "question": question, "context": "\n".join(chosen), "answer": answer,
+                "start": before + passage.index(answer, len(entry.name)), "passage": passage,
+            })  # fmt: skip
+    return found
 
-    >>> train, test = records()
-    >>> all(r["answer"] in r["context"] for r in train + test)
+
+def records(seed: int = 0) -> tuple[list[Record], ...]:
+    """(for training, to choose by, held out); ``passage`` is the part of the context that has the
+    answer, as :func:`passages` has it.
+
+    >>> train, dev, held_out = records()
+    >>> all(r["context"].startswith(r["answer"], r["start"]) for r in train + dev + held_out)
     True
     """
     rng = random.Random(seed)
-    train, test = split_entries(entries(), held_out, seed)
-    return _of(train, rng), _of(test, rng)
+    sides = [_of(side, rng) for side in split_entries(entries(), seed)]
+    times = collections.Counter(record["question"] for side in sides for record in side)
+    once = [[r for r in side if times[r["question"]] == 1] for side in sides[1:]]
+    return sides[0], *once
 
 
 def passages() -> list[str]:
-    """A passage for each entry with a name, "name: definition", for retrieval."""
-    return [f"{e.name}: {e.summary}" for e in entries() if e.name]
+    """The passages of all entries, each once, for retrieval."""
+    return list(dict.fromkeys(passage for entry in entries() for passage in passages_of(entry)))

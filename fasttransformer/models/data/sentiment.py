@@ -1,9 +1,10 @@
 """Opinions from templates: sentences in which a word, perhaps negated, says what is thought.
 
-Held out are things (nouns) and openings that training never has, in new sentences; and, as a second
-held-out set, opinion words that it never has. A model from scratch can do the first, where it has
-to find the word and see the negation. It can't do the second: nothing says what a word means that
-was never read. A pretrained model can.
+Beside the records for training there are two kinds that judge, each to choose by and held out: one
+with things (nouns) and openings that training never has, in new sentences; and one with opinion
+words, too, that it never has. A model from scratch can do the first, where it has to find the word
+and see the negation. It can't do the second: nothing says what a word means that was never read. A
+pretrained model can. What is held out shares nothing with what is chosen by either.
 """
 
 from __future__ import annotations
@@ -22,10 +23,18 @@ _BAD = (
     "bad awful boring dreadful terrible poor disappointing horrible unpleasant dull annoying "
     "miserable tedious mediocre disgusting pathetic ugly lousy frustrating worthless"
 ).split()
-_NEW_GOOD = (
+_DEV_GOOD = (
     "outstanding fabulous terrific gorgeous admirable refreshing flawless captivating".split()
 )
-_NEW_BAD = "atrocious appalling hideous abysmal dismal shoddy unbearable revolting".split()
+_DEV_BAD = "atrocious appalling hideous abysmal dismal shoddy unbearable revolting".split()
+_HELD_OUT_GOOD = (
+    "exquisite stunning glorious thrilling heavenly sublime memorable elegant stellar phenomenal "
+    "graceful uplifting rewarding exceptional inspiring adorable"
+).split()
+_HELD_OUT_BAD = (
+    "horrendous ghastly dreary repulsive insulting obnoxious vile clumsy inferior laughable "
+    "disastrous unacceptable wretched nasty sloppy depressing"
+).split()
 _NOUNS = (
     "film book hotel meal trip concert phone lamp garden chair story song room teacher dinner play "
     "show museum camera jacket service actor painting game weather soup bicycle beach speech view "
@@ -39,8 +48,11 @@ _NOUNS = (
     "carpet curtain mirror clock toy puzzle doll bike tent map diary letter card gift party "
     "wedding parade festival tour cruise picnic"
 ).split()
-_NEW_NOUNS = (
+_DEV_NOUNS = (
     "restaurant novel laptop apartment orchestra holiday sandwich lecture castle ferry".split()
+)
+_HELD_OUT_NOUNS = (
+    "bakery telescope sculpture library musical tablet cottage pudding keynote trailer".split()
 )
 _OPENINGS = (
     "", "I think ", "We found that ", "My sister says ", "Everybody knows ", "In the end ",
@@ -48,7 +60,8 @@ _OPENINGS = (
     "Our neighbours told us that ", "For me ", "After all ", "Believe me, ", "I must say that ",
     "When we came, ", "On the whole, ", "As always, ", "It seems to me that ",
 )  # fmt: skip
-_NEW_OPENINGS = ("Between you and me, ", "Last year I noticed that ", "Frankly, ")
+_DEV_OPENINGS = ("Between you and me, ", "Last year I noticed that ", "Frankly, ")
+_HELD_OUT_OPENINGS = ("Honestly, ", "My colleagues agree that ", "Looking back, ")
 _ADVERBS = ("", "very ", "really ", "quite ", "truly ", "rather ")
 _PLAIN = (
     "It was on a Tuesday.", "We were there for two hours.", "It stands near the station.",
@@ -76,15 +89,19 @@ def _sentence(rng: random.Random, words: dict[str, list[str]], nouns: list[str],
 
 
 def records(count: int = 8000, seed: int = 0) -> tuple[list[Record], ...]:
-    """(for training, held out with new things, held out with new opinion words).
+    """(for training, new things to choose by, and held out; new opinion words to choose by, and
+    held out).
 
-    >>> train, new_things, new_words = records(50)
+    >>> train, dev, held_out, dev_words, held_out_words = records(50)
     >>> len(train), train[0]["label"] in ("positive", "negative")
     (50, True)
     """
     rng = random.Random(seed)
     known = {"positive": _GOOD, "negative": _BAD}
-    unknown = {"positive": _NEW_GOOD, "negative": _NEW_BAD}
+    dev_words = {"positive": _DEV_GOOD, "negative": _DEV_BAD}
+    held_out_words = {"positive": _HELD_OUT_GOOD, "negative": _HELD_OUT_BAD}
+    dev_things = (_DEV_NOUNS, _DEV_OPENINGS)
+    held_out_things = (_HELD_OUT_NOUNS, _HELD_OUT_OPENINGS)
 
     def some(count: int, *parts: object) -> list[Record]:
         unique: dict[str, Record] = {}
@@ -96,6 +113,8 @@ def records(count: int = 8000, seed: int = 0) -> tuple[list[Record], ...]:
     tenth = max(count // 10, 1)
     return (
         some(count, known, _NOUNS, _OPENINGS),
-        some(tenth, known, _NEW_NOUNS, _NEW_OPENINGS),
-        some(tenth, unknown, _NEW_NOUNS, _NEW_OPENINGS),
+        some(tenth, known, *dev_things),
+        some(tenth, known, *held_out_things),
+        some(tenth, dev_words, *dev_things),
+        some(tenth, held_out_words, *held_out_things),
     )

@@ -2,7 +2,7 @@
 
 The text begins with a line of its own: what kind of thing it is, its name in words and its
 parameters, as the heading of a page would have them. For training, entries without further text
-are used as well: they teach how names and definitions go together. Held-out ones have at least
+are used as well: they teach how names and definitions go together. Those that judge have at least
 eight words of text.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 
 from .documentation import Entry, entries, sentences
 from .records import Record
-from .split import split
+from .split import PARTS, split
 
-#: Words that the text of a held-out entry has at least.
+#: Words of text that an entry that judges has at least.
 _SHORTEST_TEXT = 8
-#: Sentences of so many words or more are never on both sides; shorter ones ("This is not
+#: Sentences of so many words or more are in one file alone; shorter ones ("This is not
 #: thread-safe.") say nothing of an entry.
 _SHORTEST_SHARED = 5
 
@@ -34,12 +34,10 @@ def _marks(entry: Entry) -> Iterator[str]:
                 yield words
 
 
-def split_entries(
-    found: Sequence[Entry], held_out: float, seed: int = 0
-) -> tuple[list[Entry], list[Entry]]:
-    """Entries for training and held-out ones: no summary and no sentence of five words or more is
-    on both sides, whatever its punctuation and case."""
-    return split(found, held_out, _marks, seed)
+def split_entries(found: Sequence[Entry], seed: int = 0) -> list[list[Entry]]:
+    """Entries for training, to choose by, and held out: no summary and no sentence of five words
+    or more is in two of them, whatever its punctuation and case."""
+    return split(found, PARTS, _marks, seed)
 
 
 def record_of(entry: Entry) -> Record:
@@ -53,21 +51,22 @@ def record_of(entry: Entry) -> Record:
     return {"text": text, "summary": entry.summary}
 
 
-def records(held_out: float = 0.1, seed: int = 0) -> tuple[list[Record], ...]:
-    """(for training, held out).
+def records(seed: int = 0) -> tuple[list[Record], ...]:
+    """(for training, to choose by, held out).
 
-    >>> train, test = records()
-    >>> len(train) > 10 * len(test) > 1000
+    >>> train, dev, held_out = records()
+    >>> len(train) > 10 * len(held_out) > 1000
     True
     """
-    train, test = split_entries(entries(), held_out, seed)
-    long = [entry for entry in test if len(entry.text.split()) >= _SHORTEST_TEXT]
-    return [record_of(entry) for entry in train], [record_of(entry) for entry in long]
+    train, *judging = split_entries(entries(), seed)
+    long = [[e for e in side if len(e.text.split()) >= _SHORTEST_TEXT] for side in judging]
+    return tuple([record_of(entry) for entry in side] for side in (train, *long))
 
 
-def texts(held_out: float = 0.1, seed: int = 0) -> tuple[list[Record], ...]:
-    """(for training, held out) for a language model: heading, summary and text of an entry."""
-    sides = split_entries(entries(), held_out, seed)
+def texts(seed: int = 0) -> tuple[list[Record], ...]:
+    """(for training, to choose by, held out) for a language model: heading, summary and text of an
+    entry."""
+    sides = split_entries(entries(), seed)
 
     def whole(entry: Entry) -> Record:
         return {"text": "\n".join(x for x in (entry.heading, entry.summary, entry.text) if x)}

@@ -45,7 +45,7 @@ def draw(log: Sequence[dict[str, float]], path: str | Path) -> None:
     above.plot(at, smoothed(losses, width), color=_OURS, label=f"training, mean of {width} steps")
     if evaluations:
         x, y = ([row[name] for row in evaluations] for name in ("step", "eval_loss"))
-        above.plot(x, y, color=_EVALUATION, marker="o", markersize=3, label="held out")
+        above.plot(x, y, color=_EVALUATION, marker="o", markersize=3, label="evaluation")
         best = min(evaluations, key=lambda row: row["eval_loss"])
         above.annotate(
             f"best {best['eval_loss']:.3f}, step {best['step']:.0f}",

@@ -34,6 +34,7 @@ from ..data.records import Record
 from ..data.split import split
 from ..pretrained import TextModel
 from ..tasks import Example, Scores, Task
+from ..tokenizer import FILE as TOKENIZER_FILE
 from ..tokenizer import Tokenizer, write_atomically
 from .batches import LengthBatches
 from .checkpoints import Checkpoint, random_state, set_random_state
@@ -68,8 +69,8 @@ class Result:
         steps: done.
         best: loss and step of the best evaluation; None without evaluation.
         stopped_early: patience ended it.
-        evaluated: number of held-out records.
-        metrics, baselines: on the held-out records; empty without them.
+        evaluated: number of evaluation records.
+        metrics, baselines: on the evaluation records; empty without them.
         seconds, cpu_seconds: of training, wall clock and of all threads.
         log: loss and rate by step.
     """
@@ -109,7 +110,7 @@ def train(
         records: of the task.
         out: made if need be.
         options: see :class:`TrainingOptions`.
-        evaluation: held-out records; a part of ``records`` unless given.
+        evaluation: records that the best step is chosen by; a part of ``records`` unless given.
         resume: go on from the checkpoint in ``out``, if there is one.
         report: called after each step and each evaluation.
 
@@ -127,7 +128,7 @@ def train(
     ...     train(task_of("classify"), records, out, options).steps
     2
     """
-    place = devices(options.device)
+    place = devices(options.device, options.shard)
     try:
         return _Run(task, records, Path(out), options, place, evaluation, resume, report).run()
     finally:
@@ -143,7 +144,8 @@ def held_out(
     def marks(record: Record) -> Iterator[str]:
         yield record["context"] + "\0" + record[first] if first else next(iter(record.values()))
 
-    return split(records, part, marks, seed)
+    training, evaluation = split(records, [part], marks, seed)
+    return training, evaluation
 
 
 class _Run:
@@ -184,10 +186,11 @@ class _Run:
         if saved is not None:
             TrainingOptions(**saved.options).resumed(options.to_dict())
         torch.manual_seed(options.seed)
-        if saved is not None:
-            tokenizer = Tokenizer.load(out)
+        tokenizer: Tokenizer | None
+        if saved is None:
+            tokenizer = task.tokenizer(records, options.vocab_size)
         else:
-            tokenizer = Tokenizer.train(task.texts(records), options.vocab_size)
+            tokenizer = Tokenizer.load(out) if (out / TOKENIZER_FILE).exists() else None
         self.model = task.build(given, tokenizer, options)
         self.examples = task.examples(self.model, records)
         self.held_out = task.examples(self.model, evaluation) if evaluation else []
@@ -200,8 +203,8 @@ class _Run:
         torch.manual_seed(options.seed + place.rank)
         if saved is not None:
             self._continue(saved)
-        elif place.is_main:
-            self.model.save_pretrained(out)
+        else:
+            self._save_model()
 
     def _continue(self, saved: Checkpoint) -> None:
         if len(saved.random) != self.place.world:
@@ -209,7 +212,7 @@ class _Run:
                 f"the run in {self.out} has {len(saved.random)} processes, but now there are "
                 f"{self.place.world}"
             )
-        self.optimizer.load_state_dict(saved.optimizer)
+        self.optimizer.load_state_dict(self.place.parts(saved.optimizer, self.optimizer))
         set_random_state(saved.random[self.place.rank], self.place.device)
         self.step, self.best, self.worse = saved.step, saved.best, saved.worse
         self.log, self.seconds, self.cpu_seconds = saved.log, saved.seconds, saved.cpu_seconds
@@ -269,15 +272,16 @@ class _Run:
             # Examples of a batch are in order of length: every part gets short and long ones.
             part = batch[turn * place.world + place.rank :: every]
             last = turn == options.accumulate - 1
-            # A process without examples still takes part in the sum of gradients.
-            if not part and not (last and place.world > 1):
+            # A process without examples still takes part in what all do together.
+            if not part and not (place.sharded or (last and place.world > 1)):
                 continue
             if last:
                 loss += self._backward(part, batch, weight)
             else:
                 with place.local(self.trained):
                     loss += self._backward(part, batch, weight)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf))
+        clipped = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
+        norm = float(place.whole(clipped))
         loss = place.sum(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
@@ -307,17 +311,17 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """The loss on the held-out examples, a share of which is each process's."""
+        """The loss on the evaluation examples, a share of which is each process's."""
         rank, world = self.place.rank, self.place.world
-        own = self.held_out[rank::world]
         total, weight = 0.0, 0
         self.model.eval()
-        for first in range(0, len(own), EVALUATION_BATCH):
-            part = own[first : first + EVALUATION_BATCH]
+        # As many passes in each process: sharded weights are gathered by all of them together.
+        for first in range(0, len(self.held_out), EVALUATION_BATCH * world):
+            part = self.held_out[first + rank : first + EVALUATION_BATCH * world : world]
             with self._autocast():
-                output = self.task.loss(self.model, part)
+                output = self.task.loss(self.model, part or self.held_out[:1])
             assert output.loss_sum is not None
-            total += float(output.loss_sum)
+            total += float(output.loss_sum) if part else 0.0
             weight += sum(example.weight for example in part)
         self.model.train()
         loss = self.place.sum(total) / self.place.sum(weight)
@@ -326,8 +330,7 @@ class _Run:
         self.report(row)
         if self.best is None or loss < self.best[0]:
             self.best, self.worse = (loss, self.step), 0
-            if self.place.is_main:
-                self.model.save_pretrained(self.out)
+            self._save_model()
         else:
             self.worse += 1
 
@@ -336,17 +339,23 @@ class _Run:
 
     def _save(self) -> None:
         states = self.place.gather(random_state(self.place.device))
+        if not self.held_out:
+            self._save_model()
+        model = self.place.whole(self.model.state_dict())
+        optimizer = self.place.whole(self.optimizer.state_dict())
         if self.place.is_main:
-            if not self.held_out:
-                self.model.save_pretrained(self.out)
             Checkpoint(
-                self.step, self.options.to_dict(), self.digest, self.model.state_dict(),
-                self.optimizer.state_dict(), states, self.best, self.worse, self.log,
-                self.seconds, self.cpu_seconds,
+                self.step, self.options.to_dict(), self.digest, model, optimizer, states,
+                self.best, self.worse, self.log, self.seconds, self.cpu_seconds,
             ).save(self.out)  # fmt: skip
             lines = "".join(json.dumps(row) + "\n" for row in self.log)
             write_atomically(self.out / LOG_FILE, lines.encode())
         self.place.wait()
+
+    def _save_model(self) -> None:
+        state = self.place.whole(self.model.state_dict())
+        if self.place.is_main:
+            self.model.save_pretrained(self.out, state_dict=state)
 
     def _result(self, stopped_early: bool) -> Result:
         result = Result(

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import CheckedOptions, TransformerConfig
+from ..minilm_classifier import ENCODERS
 from ..tokenizer import SMALLEST
 
 #: What may differ when a run goes on: how long it trains, and what it looks at and writes.
-CHANGEABLE = ("steps", "save_every", "eval_every", "patience", "device", "eval_limit")
+CHANGEABLE = ("steps", "save_every", "eval_every", "patience", "device", "shard", "eval_limit")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,11 @@ class TrainingOptions(CheckedOptions):
         eval_limit: the most records that texts are generated for at the end.
         bf16: matrix products in bfloat16, by autocast.
         device: where to.
+        shard: of several processes each keeps its part of weights, gradients and the optimizer's
+            state alone between the steps (FSDP2), not all (DDP).
         answers: of the task answer: "span" points into the context, "text" writes.
+        encoder: of the task classify: "scratch" trains all, "minilm" two layers (of ``hidden_dim``
+            features) on the vectors of the pretrained MiniLM, whatever the sizes below.
         vocab_size: the most tokens of the tokenizer that is trained.
         embed_dim, hidden_dim, num_layers, num_heads, pre_norm, positions, activation, dropout,
             max_length, label_smoothing: as of :class:`~fasttransformer.models.TransformerConfig`;
@@ -63,7 +68,9 @@ class TrainingOptions(CheckedOptions):
     eval_limit: int = 500
     bf16: bool = False
     device: str = "cpu"
+    shard: bool = False
     answers: str = "span"
+    encoder: str = "scratch"
     vocab_size: int = 4000
     embed_dim: int = 192
     hidden_dim: int = 512
@@ -94,6 +101,10 @@ class TrainingOptions(CheckedOptions):
             self._wrong("hold_out", "in [0, 1)")
         if self.answers not in ("span", "text"):
             self._wrong("answers", "span or text")
+        if self.encoder not in ("scratch", *ENCODERS):
+            self._wrong("encoder", f"one of scratch, {', '.join(ENCODERS)}")
+        if self.encoder != "scratch" and self.task != "classify":
+            self._wrong("encoder", f"scratch for the task {self.task}")
         self.config(self.vocab_size)
 
     @property

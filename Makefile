@@ -18,7 +18,7 @@ demo: build ## swap MiniLM, verify it, time it, draw demo-report/minilm.png (ARG
 	$(BIN)/fasttransformer demo $(ARGS)
 
 test: build ## the whole test suite (ARGS="-k softmax", WORKERS=2)
-	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: build ## every operation on every backend against the float64 reference
 	$(BIN)/fasttransformer check $(ARGS)

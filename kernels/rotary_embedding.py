@@ -98,8 +98,9 @@ def _rotated(
     block = max(16, triton.next_power_of_2(half))
     tokens = min(max(1, PAIRS // block), triton.next_power_of_2(length))
     head_groups, tiles = triton.cdiv(query_heads + key_heads, HEADS), triton.cdiv(length, tokens)
-    ids_by_batch = position_ids is not None and position_ids.dim() == 2
-    ids_step = length if ids_by_batch and position_ids.shape[0] > 1 else 0
+    ids_step = 0
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] > 1:
+        ids_step = length
     _rotate[(batch * tiles * head_groups,)](
         query, key, cos, sin, position_ids, *outs, query_heads, key_heads, length, half,
         query.stride()[:3], key.stride()[:3], _table_steps(cos), _table_steps(sin), ids_step, sign,

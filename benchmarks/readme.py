@@ -90,7 +90,27 @@ def operations(path: Path) -> str:
     return _rows(head, body)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"minilm": minilm, "operations": operations}
+def models(path: Path) -> str:
+    """The end-to-end cases: seconds of ours and of the peer."""
+    run = record.load(path)
+    body = []
+    for row in run.rows:
+        best = row.best_peer
+        if row.op != "models" or best is None or row.ours.seconds is None:
+            continue
+        peer = row.candidates[best]
+        body.append([
+            row.case, row.dtype, _milliseconds(row.ours.seconds),
+            _milliseconds(peer.seconds or 0.0), best, f"{peer.speedup or 0.0:.2f}",
+        ])  # fmt: skip
+    return _rows(["case", "dtype", OURS, "peer", "which is", "×"], body)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "minilm": minilm,
+    "operations": operations,
+    "models": models,
+}
 
 
 def renewed(text: str) -> str:

@@ -105,10 +105,11 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
   m.def(
       "rotary_embedding_backward(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin, bool "
       "interleaved, Tensor? position_ids) -> (Tensor d_query, Tensor d_key)");
-  m.def("activation(Tensor input, str activation, float dropout_p, Tensor? seed) -> Tensor");
   m.def(
-      "activation_backward(Tensor grad, Tensor input, str activation, float dropout_p, "
-      "Tensor? seed) -> Tensor");
+      "activation(Tensor input, str activation, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+  m.def(
+      "activation_backward(Tensor grad, Tensor input, str activation, float dropout_p=0.0, "
+      "Tensor? seed=None) -> Tensor");
 
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, bool "

@@ -131,7 +131,9 @@ def _named(activation: str) -> str:
 
 
 @operator()
-def activation(input: Tensor, activation: str, dropout_p: float, seed: Tensor | None) -> Tensor:
+def activation(
+    input: Tensor, activation: str, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
     name, gated = _named(activation), activation in GATES
     out = input.new_empty((*input.shape[:-1], input.shape[-1] // 2 if gated else input.shape[-1]))
     if out.numel() == 0:
@@ -149,8 +151,9 @@ def activation(input: Tensor, activation: str, dropout_p: float, seed: Tensor | 
 
 @operator()
 def activation_backward(
-    grad: Tensor, input: Tensor, activation: str, dropout_p: float, seed: Tensor | None
-) -> Tensor:
+    grad: Tensor, input: Tensor, activation: str, dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     name, gated = _named(activation), activation in GATES
     d_input = input.new_empty(input.shape)
     if d_input.numel() == 0:

@@ -23,10 +23,12 @@ SIGNATURES = {
     "add_layer_norm": "input, residual, normalized_shape, weight=None, bias=None, eps=1e-05, *, "
     "dropout_p=0.0",
     "add_rms_norm": "input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0",
-    "linear_add": "input, weight, bias=None, residual=None, *, activation=None",
-    "linear_add_layer_norm": f"{_LINEAR_NORM}norm_bias=None, eps=1e-05, *, return_sum=True",
-    "linear_add_rms_norm": f"{_LINEAR_NORM}eps=None, *, return_sum=True",
-    "feed_forward": "input, weight_in, bias_in, weight_out, bias_out, *, activation='gelu'",
+    "linear_add": "input, weight, bias=None, residual=None, *, activation=None, dropout_p=0.0",
+    "linear_add_layer_norm": f"{_LINEAR_NORM}norm_bias=None, eps=1e-05, *, return_sum=True, "
+    "dropout_p=0.0",
+    "linear_add_rms_norm": f"{_LINEAR_NORM}eps=None, *, return_sum=True, dropout_p=0.0",
+    "feed_forward": "input, weight_in, bias_in, weight_out, bias_out, *, activation='gelu', "
+    "dropout_p=0.0",
     "linear_softmax": "input, weight, bias=None, *, temperature=1.0",
     "linear_topk": "input, weight, bias=None, *, k, temperature=1.0",
     "embedding": "input, weight, *, positions=None, position_weight=None, sinusoidal=False, "

@@ -40,7 +40,7 @@ SHARED = {
     "csrc/params/*.h": {"common", "philox", "row_norm", "ceilings", "find_outside"},
     "csrc/cpu/*.cpp": {"ceilings", "isa", "parallel", "gemm", "dot_product", "find_outside"},
     "csrc/cuda/*.cu": set(),
-    "benchmarks/bench_*.py": {"models"},
+    "benchmarks/bench_*.py": {"models", "minilm"},
 }
 #: Operations whose C++ is that of another, called with other arguments.
 SAME_KERNELS = {"attention_varlen": "attention", "attention_decode": "attention"}

@@ -100,24 +100,24 @@ def _features(input: Tensor, name: str):
 
 
 @fake("activation")
-def _(input, activation, dropout_p, seed):
+def _(input, activation, dropout_p=0.0, seed=None):
     return input.new_empty((*input.shape[:-1], _features(input, activation)))
 
 
 @fake("activation_backward")
-def _(grad, input, activation, dropout_p, seed):
+def _(grad, input, activation, dropout_p=0.0, seed=None):
     return input.new_empty(input.shape)
 
 
 @vmap_rule("activation")
-def _(operator, batch_size, in_dims, input, activation, dropout_p, seed):
+def _(operator, batch_size, in_dims, input, activation, dropout_p=0.0, seed=None):
     if seed is not None:  # the mask restarts with each sample
         return None
     return operator(input.movedim(in_dims[0], 0).contiguous(), activation, dropout_p, None), 0
 
 
 @vmap_rule("activation_backward")
-def _(operator, batch_size, in_dims, grad, input, activation, dropout_p, seed):
+def _(operator, batch_size, in_dims, grad, input, activation, dropout_p=0.0, seed=None):
     if None in in_dims[:2] or seed is not None:
         return None
     grad, input = (t.movedim(d, 0).contiguous() for t, d in zip((grad, input), in_dims))

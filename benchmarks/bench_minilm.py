@@ -43,8 +43,6 @@ def _onnx(inputs: dict[str, Tensor]) -> Candidate | None:
     """The model at one size, in a session of onnxruntime; None where it can't be exported."""
     if not peers.usable("onnxruntime") or importlib.util.find_spec("onnxscript") is None:
         return None
-    import onnxruntime
-
     file = Path(mkdtemp(prefix="minilm-")) / "model.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -52,9 +50,7 @@ def _onnx(inputs: dict[str, Tensor]) -> Candidate | None:
             minilm.load("eager"), tuple(inputs.values()), str(file), input_names=list(inputs),
             dynamo=True, verbose=False,
         )  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options)
+    session = peers.onnx_session(str(file))
     feed = {name: x.numpy() for name, x in inputs.items()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 

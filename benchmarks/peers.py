@@ -136,6 +136,18 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> 
 # ---- onnxruntime --------------------------------------------------------------------------------
 
 
+def onnx_session(model: bytes | str) -> Any:
+    """A session on as many threads as torch's. They don't spin while they wait: they would take the
+    cores from whoever's turn is next."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def onnx(
     op: str,
     inputs: Mapping[str, Tensor],
@@ -154,7 +166,6 @@ def onnx(
     if not usable("onnxruntime") or not plain:
         return None
     import numpy
-    import onnxruntime
     from onnx import TensorProto, helper
 
     def described(name: str, shape: Any) -> Any:
@@ -172,12 +183,7 @@ def onnx(
     )
     versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=versions, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnx_session(model.SerializeToString())
     binding = session.io_binding()
     results = [torch.empty(shape) for shape in named.values()]
     for name, x in zip(inputs, tensors):

@@ -13,8 +13,8 @@
 // Bound by memory bandwidth; in cache by loads.
 #pragma once
 #include "cpu/columns.h"
-#include "cpu/parallel.h"
 #include "cpu/dropout.h"
+#include "cpu/parallel.h"
 #include "cpu/vec.h"
 #include "params/row_norm.h"
 

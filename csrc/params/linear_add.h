@@ -21,7 +21,7 @@ struct LinearAddParams {
   int64_t row_stride = 0, inner_rows = INT64_MAX, outer_stride = 0;
   int64_t heads = 1, head_dim = 0, head_stride = 0;
   int64_t residual_stride = 0;
-  Dropout dropout;  // an element's position: row · out_features + column
+  Dropout dropout;             // an element's position: row · out_features + column
   float* workspace = nullptr;  // CUDA: …_workspace() floats of scratch memory
 };
 

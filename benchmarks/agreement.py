@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fasttransformer.benchmarks._shared import OURS, REFERENCE, Candidate, Case
+from fasttransformer.benchmarks._shared import OURS, REFERENCE, Candidate, Case, percent
 
 #: Largest difference, as a fraction of the largest number of the wanted tensor.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -61,11 +61,7 @@ def difference(got: object, want: object, dtype: torch.dtype) -> str | None:
         scale = b[~special].abs().max().item() if (~special).any() else 0.0
         error = (a - b)[~special].abs().max().item() if (~special).any() else 0.0
         if not error <= tolerance * scale:
-            return (
-                f"differs by {error / scale if scale else error:.0%} of the largest number".replace(
-                    "%", " %"
-                )
-            )
+            return f"differs by {percent(error / scale if scale else error)} of the largest number"
     return None
 
 

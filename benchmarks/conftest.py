@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from fasttransformer.benchmarks._shared import REFERENCE
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="every case, not only the quick ones")
@@ -15,7 +17,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
     if "candidate" not in metafunc.fixturenames:
         return
     cases = metafunc.module.cases(quick=not metafunc.config.getoption("--full"))
-    pairs = [(case, name) for case in cases for name in case.make()]
+    pairs = [(case, name) for case in cases for name in case.make() if name != REFERENCE]
     metafunc.parametrize(
         ("case", "candidate"), pairs, ids=[f"{case.id}-{name}" for case, name in pairs]
     )

@@ -13,7 +13,6 @@ record.py. ``benchmarks/gpu_run.sh`` calls this after it has built and tested th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import shlex
@@ -165,14 +164,6 @@ def row_cases() -> Iterator[Case]:
             forward={"bytes": size}, backward={"bytes": 2 * size})  # fmt: skip
 
 
-@contextlib.contextmanager
-def sdpa(backend: Any) -> Iterator[None]:
-    from torch.nn.attention import sdpa_kernel
-
-    with sdpa_kernel([backend]):
-        yield
-
-
 def _others(causal: bool) -> dict[str, Callable[..., Tensor]]:
     """flash-attn (its third version before its second), xformers, and with --compile
     FlexAttention: of (batch, heads, length, head_dim) that lie as (batch, length, heads, head_dim).
@@ -228,14 +219,12 @@ def attention_cases() -> Iterator[Case]:
                     SDPBackend.FLASH_ATTENTION,
                     SDPBackend.EFFICIENT_ATTENTION,
                 ):
-
-                    def forced(
-                        q: Tensor, k: Tensor, v: Tensor, b: Any = backend, c: bool = causal
-                    ) -> Tensor:
-                        with sdpa(b):
-                            return F.scaled_dot_product_attention(q, k, v, is_causal=c)
-
-                    functions[f"torch {backend.name.partition('_')[0].lower()}"] = forced
+                    functions[f"torch {backend.name.partition('_')[0].lower()}"] = (
+                        peers.with_backend(
+                            backend,
+                            functools.partial(F.scaled_dot_product_attention, is_causal=causal),
+                        )
+                    )
                 functions |= _others(causal)
                 flops = 4 * batch * heads * length * length * head_dim // (2 if causal else 1)
                 shape = (batch, length, heads, head_dim)

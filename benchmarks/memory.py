@@ -83,19 +83,26 @@ OPERATIONS: dict[str, tuple[str, Callable[..., list[Tensor]], dict[str, Callable
 }
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes of a field of this process's status (Linux)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) << 10
     raise OSError(f"no {field}")
 
 
-def _resident(device: str) -> int:
+def resident(device: str) -> int:
+    """Bytes in use, once what was freed has gone back."""
     gc.collect()
     if device != "cpu":
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
+    return status("VmRSS")
+
+
+def reset_peak() -> None:
+    """From here on ``status("VmHWM")`` is the most that was resident (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak_of(pass_: Callable[[], object], device: str) -> int:
@@ -104,9 +111,9 @@ def _peak_of(pass_: Callable[[], object], device: str) -> int:
         pass_()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    reset_peak()
     pass_()
-    return _status("VmHWM")
+    return status("VmHWM")
 
 
 def measure(op: str, name: str, device: str, quick: bool) -> Iterator[Memory]:
@@ -124,7 +131,7 @@ def measure(op: str, name: str, device: str, quick: bool) -> Iterator[Memory]:
         return _peak_of(both, device) - made
 
     peak(64)  # what is loaded at first use
-    before, last = _resident(device), 0
+    before, last = resident(device), 0
     for length in QUICK if quick else LENGTHS:
         if 4 * last > MOST:  # four times as much, where it grows with the square
             return

@@ -8,8 +8,6 @@ attention, and a copy of the latter after ``ft.swap``.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 import fasttransformer as ft
+from fasttransformer.benchmarks import memory
 from fasttransformer.benchmarks._shared import OURS
 from fasttransformer.benchmarks.clock import Timing, time_in_turns
 
@@ -179,32 +178,18 @@ def measure(
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def _status(key: str) -> int | None:
-    try:
-        with open("/proc/self/status", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith(key + ":"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
 @torch.inference_mode()
 def peak_memory(model: Any, batch: int, length: int) -> int | None:
     """Bytes that one forward pass takes at its peak beyond what is there before (Linux only)."""
     inputs = tokens(batch, length)
     model(**inputs)
-    gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = memory.resident("cpu")
+        memory.reset_peak()
     except (OSError, AttributeError):
         return None
-    before = _status("VmRSS")
     model(**inputs)
-    peak = _status("VmHWM")
-    return None if before is None or peak is None else max(0, peak - before)
+    return max(0, memory.status("VmHWM") - before)
 
 
 # ---- meaning ------------------------------------------------------------------------------------

@@ -69,7 +69,9 @@ def eager_attention(
     return torch.softmax(scores, -1) @ value
 
 
-def _with_backend(backend: SDPBackend, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_backend(backend: SDPBackend, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` with torch's SDPA held to one of its backends."""
+
     def call(*inputs: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return function(*inputs)
@@ -90,7 +92,7 @@ def attention(is_causal: bool, grouped: bool) -> dict[str, Callable[..., Tensor]
 
     return {
         "torch sdpa": sdpa,
-        "sdpa math": _with_backend(SDPBackend.MATH, sdpa),
+        "sdpa math": with_backend(SDPBackend.MATH, sdpa),
         "torch eager": eager,
     }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttransformer.benchmarks import record
-from fasttransformer.benchmarks._shared import OURS
+from fasttransformer.benchmarks._shared import OURS, percent
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -46,10 +46,6 @@ def _milliseconds(seconds: float) -> str:
     return f"{ms:.{1 if ms < 100 else 0}f} ms"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 def _rows(head: list[str], body: list[list[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body]) + "\n"
@@ -66,7 +62,7 @@ def minilm(path: Path) -> str:
             f"{cell['batch']} × {cell['tokens']}", cell["dtype"],
             _milliseconds(seconds["eager"]), _milliseconds(seconds["sdpa"]),
             f"**{_milliseconds(seconds[OURS])}**", f"{seconds['sdpa'] / seconds[OURS]:.2f}",
-            _percent(rate / made["ceilings"][cell["dtype"]]),
+            percent(rate / made["ceilings"][cell["dtype"]]),
         ])  # fmt: skip
     head = ["batch × tokens", "dtype", "torch eager", "torch sdpa", OURS, "× sdpa", "of ceiling"]
     return _rows(head, body)
@@ -82,7 +78,7 @@ def operations(path: Path) -> str:
         best = row.best_peer
         figures = row.candidates.get(best or "")
         beside = "–" if figures is None or not figures.speedup else f"{figures.speedup:.2f}"
-        share = "–" if row.share is None else _percent(row.share)
+        share = "–" if row.share is None else percent(row.share)
         rate = row.ours.rate or 0.0
         value = f"{rate:.{1 if rate < 100 else 0}f} {row.unit}"
         body.append([row.op, row.case, row.dtype, value, share, beside, best or "none"])

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 from fasttransformer.benchmarks import plots
-from fasttransformer.benchmarks._shared import OURS
+from fasttransformer.benchmarks._shared import OURS, percent
 from fasttransformer.benchmarks.record import Figures, Row, Run, save
 
 #: Operations whose cases lie along a length.
@@ -51,7 +51,7 @@ def rate_text(row: Row, figures: Figures) -> str:
     if figures.rate is None:
         return "wrong" if figures.wrong else "–"
     digits = 1 if figures.rate < 100 else 0
-    return f"{figures.rate:.{digits}f} {row.unit} ±{100 * figures.spread:.0f} %"
+    return f"{figures.rate:.{digits}f} {row.unit} ±{percent(figures.spread)}"
 
 
 def peers_of(rows: list[Row]) -> list[str]:
@@ -82,7 +82,7 @@ def markdown(run: Run) -> str:
         head = ["case", "ours", "of ceiling", *(f"× {peer}" for peer in peers)]
         lines += [f"## {op}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for row in rows:
-            share = "–" if row.share is None else f"{row.share:.0%}".replace("%", " %")
+            share = "–" if row.share is None else percent(row.share)
             cells = [_ratio(row.candidates.get(peer)) for peer in peers]
             lines.append(
                 f"| {name_of(row)} | {rate_text(row, row.ours)} | {share} | "
@@ -120,11 +120,10 @@ def _table(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         share = '<td class="bar" style="--share: 0%">–</td>'
         if row.share is not None and row.ceiling is not None:
-            percent = f"{100 * row.share:.0f}"
             name, value = row.ceiling
             share = (
                 f'<td class="bar" style="--share: {min(100, round(100 * row.share))}%" '
-                f'title="{escape(name)}: {value:.0f} {row.unit}">{percent} %</td>'
+                f'title="{escape(name)}: {value:.0f} {row.unit}">{percent(row.share)}</td>'
             )
         mark = f' class="bad" title="{escape(row.ours.wrong)}"' if row.ours.wrong else ""
         yield (

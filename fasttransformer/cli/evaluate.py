@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ._output import UsageError, command, console, escape, positive, print_json
-from .texts import load, retriever_of
+from .texts import add_top, load, retriever_of
 from .train import TASKS, scores_table
 
 
@@ -79,10 +79,7 @@ def add_parser(commands: Any) -> None:
         "--passages", metavar="FILE",
         help="texts, one a line; of the task answer: also judge answers from what MiniLM finds",
     )  # fmt: skip
-    parser.add_argument(
-        "--top", type=positive, default=3, metavar="N",
-        help="passages that are read for each question (3)",
-    )  # fmt: skip
+    add_top(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="judge the first N (all)")
     parser.add_argument("--num-beams", type=positive, metavar="N", help="beams of a search (1)")
     parser.add_argument("--json", action="store_true", help="print as JSON")

@@ -232,6 +232,14 @@ def add_parser(commands: Any) -> None:
         parser.set_defaults(run=run)
 
 
+def add_top(parser: argparse.ArgumentParser) -> None:
+    """What goes with --passages."""
+    parser.add_argument(
+        "--top", type=positive, default=3, metavar="N",
+        help="passages that are read for each question (3)",
+    )  # fmt: skip
+
+
 def _add_generation(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, metavar="N", help="longest output (64)"
@@ -243,10 +251,7 @@ def _add_generation(parser: argparse.ArgumentParser, name: str) -> None:
             "--passages", metavar="FILE",
             help="texts, one a line, among which MiniLM finds those that are read",
         )  # fmt: skip
-        parser.add_argument(
-            "--top", type=positive, default=3, metavar="N",
-            help="passages that are read for each question (3)",
-        )  # fmt: skip
+        add_top(parser)
     if name == "generate":
         parser.add_argument("--temperature", type=float, metavar="X", help="draw, at X")
         parser.add_argument("--top-k", type=positive, metavar="K", help="draw from the K likeliest")

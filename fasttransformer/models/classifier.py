@@ -24,6 +24,7 @@ class Labelled(TextModel):
     """Models that give each text a class; their config has the labels' names."""
 
     config: Any
+    head: Any
 
     def _classes_of(self, target: Any, count: int) -> Tensor:
         names = self.config.labels
@@ -45,6 +46,18 @@ class Labelled(TextModel):
                 f"need ({count},)"
             )
         return target.to(self.device)
+
+    def _output(self, features: Tensor, target: Any) -> TextOutput:
+        """Of the head on a row per text, with the loss where there is a target."""
+        loss, count = None, 0
+        if target is not None:
+            classes = self._classes_of(target, len(features))
+            count = len(classes)
+            loss = linear_cross_entropy(
+                features, self.head.weight, classes, linear_bias=self.head.bias,
+                label_smoothing=self.config.label_smoothing if self.training else 0.0,
+            )  # fmt: skip
+        return TextOutput(loss, features, self.head, count)
 
     @torch.no_grad()
     def predict(self, texts: Texts, *, batch_size: int = 64) -> list[tuple[Any, float]]:
@@ -131,15 +144,7 @@ class TextClassifier(Labelled):
             "source", source, self.config, lengths=lengths, attention_mask=attention_mask
         )
         pooled = self.pooled(batch)
-        loss, count = None, 0
-        if target is not None:
-            classes = self._classes_of(target, len(batch))
-            count = len(classes)
-            loss = linear_cross_entropy(
-                pooled, self.head.weight, classes, linear_bias=self.head.bias,
-                label_smoothing=self.config.label_smoothing if self.training else 0.0,
-            )  # fmt: skip
-        return TextOutput(loss, pooled, self.head, count)
+        return self._output(pooled, target)
 
     def pooled(self, batch: PackedBatch) -> Tensor:
         """The mean of each text's tokens, (B, embed); 0 for a text of no tokens."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..nn import Linear
 from ..ops.linear_add import linear_add
-from ..ops.linear_cross_entropy import linear_cross_entropy
 from .classifier import Labelled
 from .config import CheckedOptions
 from .outputs import TextOutput
@@ -120,12 +119,4 @@ class MiniLMClassifier(Labelled):
         dropped = F.dropout(scaled, self.config.dropout, self.training)
         hidden = linear_add(dropped, self.inner.weight, self.inner.bias, activation="relu")
         hidden = F.dropout(hidden, self.config.dropout, self.training)
-        loss, count = None, 0
-        if target is not None:
-            classes = self._classes_of(target, len(vectors))
-            count = len(classes)
-            loss = linear_cross_entropy(
-                hidden, self.head.weight, classes, linear_bias=self.head.bias,
-                label_smoothing=self.config.label_smoothing if self.training else 0.0,
-            )  # fmt: skip
-        return TextOutput(loss, hidden, self.head, count)
+        return self._output(hidden, target)

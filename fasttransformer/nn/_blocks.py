@@ -15,8 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops._activation import activated
-from ..ops._front import needs_grad
 from ..ops.linear_add import linear_add
 from ._plain import activation_name, addition
 from .attention import MultiheadAttention
@@ -76,9 +74,7 @@ def hidden(x: Tensor, layer: Any) -> Tensor:
     activation = layer.activation
     fused = activation_name(activation)
     weight, bias, p = linear1.weight, linear1.bias, dropout_p(dropout)
-    if fused is None:
-        h = activation(linear_add(x, weight, bias))
-        return dropout(h) if p > 0.0 else h
-    if p > 0.0 or needs_grad(x, weight, bias):
-        return activated(linear_add(x, weight, bias), fused, p)
-    return linear_add(x, weight, bias, activation=fused)
+    if fused is not None:
+        return linear_add(x, weight, bias, activation=fused, dropout_p=p)
+    h = activation(linear_add(x, weight, bias))
+    return dropout(h) if p > 0.0 else h

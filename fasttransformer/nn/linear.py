@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._activation import activated
-from ..ops._front import FLOATS, needs_grad
+from ..ops._front import FLOATS
 from ..ops.embedding import embedding
 from ..ops.linear_add import ACTIVATIONS, linear_add
 from ..ops.softmax import softmax
@@ -224,9 +224,9 @@ class FeedForward(nn.Module):
         layer with what follows it."""
         weight, bias = self.linear1.weight, self.linear1.bias
         p = self.dropout if self.training else 0.0
-        if p > 0.0 or self.activation in GATES or needs_grad(input, weight, bias):
+        if self.activation in GATES:
             return activated(linear_add(input, weight, bias), self.activation, p)
-        return linear_add(input, weight, bias, activation=self.activation)
+        return linear_add(input, weight, bias, activation=self.activation, dropout_p=p)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"

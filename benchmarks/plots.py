@@ -82,7 +82,7 @@ def roofline(run: Run, path: Path) -> bool:
             axis.annotate(f"{name}, {value:.0f} GFLOP/s", (right, value), ha="right", va="bottom",
                           fontsize=8, color=QUIET)  # fmt: skip
         operations = list(dict.fromkeys(row.op for row in rows))
-        palette = plt.get_cmap("tab20")
+        palette = [c for name in ("tab20", "tab20b") for c in plt.get_cmap(name).colors]
         for i, op in enumerate(operations):
             for dtype, marker in (("float32", "o"), ("bfloat16", "s"), ("float16", "^")):
                 mine = [row for row in rows if row.op == op and row.dtype == dtype]
@@ -91,7 +91,7 @@ def roofline(run: Run, path: Path) -> bool:
                 axis.scatter(
                     [row.intensity for row in mine],
                     [row.flops / (row.ours.seconds or 1.0) / 1e9 for row in mine],
-                    s=26, marker=marker, color=palette(i % 20), edgecolor="white", linewidth=0.5,
+                    s=26, marker=marker, color=palette[i % len(palette)], edgecolor="white", linewidth=0.5,
                     label=op if dtype == mine[0].dtype and _first(rows, op) == dtype else None,
                     zorder=3,
                 )  # fmt: skip

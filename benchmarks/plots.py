@@ -91,7 +91,8 @@ def roofline(run: Run, path: Path) -> bool:
                 axis.scatter(
                     [row.intensity for row in mine],
                     [row.flops / (row.ours.seconds or 1.0) / 1e9 for row in mine],
-                    s=26, marker=marker, color=palette[i % len(palette)], edgecolor="white", linewidth=0.5,
+                    s=26, marker=marker, color=palette[i % len(palette)], edgecolor="white",
+                    linewidth=0.5,
                     label=op if dtype == mine[0].dtype and _first(rows, op) == dtype else None,
                     zorder=3,
                 )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from fasttransformer.benchmarks._shared import Candidate
 
 #: Bytes read and written before each call of a cold case: several last-level caches.
 FLUSHED = 256 << 20
+#: A candidate that takes less than this runs once untimed when its turn begins: it finds the others'
+#: data in the caches, which a longer one hardly feels.
+REWARMED = 5e-3
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ def timing_of(seconds: Sequence[float]) -> Timing:
         return Timing(seconds[0], seconds[0], seconds[0], tuple(seconds))
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return Timing(middle, low, high, tuple(seconds))
+
+
+def joined(visits: Iterable[Timing]) -> Timing:
+    """All turns of several visits.
+
+    >>> joined([timing_of([1.0, 2.0]), timing_of([3.0])]).median
+    2.0
+    """
+    return timing_of([second for visit in visits for second in visit.seconds])
 
 
 def speedup(ours: Timing, peer: Timing) -> Timing:
@@ -97,12 +109,14 @@ def time_in_turns(
     """Times the candidates in turns for about ``budget`` seconds in all.
 
     Each is run twice first (the first run pays for packing, page faults and caches). A turn calls
-    a short candidate as often as fills ``sample`` seconds, or once if ``cold``. There are at least
+    a short candidate once untimed and then as often as fills ``sample`` seconds; if ``cold``, once
+    after the caches were flushed. There are at least
     ``turns`` turns, unless that would take more than four budgets: then as many as fit, at least
     one.
     """
     flush = _Cold(device) if cold else None
     calls: dict[str, int] = {}
+    untimed: set[str] = set()
     once = 0.0
     for name, function in candidates.items():
         warm = _sample(function, 1, device)
@@ -110,6 +124,9 @@ def time_in_turns(
             warm = _sample(function, 1, device)
         calls[name] = 1 if cold else max(1, min(10_000, int(sample / max(warm, 1e-7))))
         once += warm * calls[name]
+        if not cold and warm < REWARMED:
+            untimed.add(name)
+            once += warm
         if flush is not None:
             start = time.perf_counter()
             flush()
@@ -124,6 +141,9 @@ def time_in_turns(
         for name in order:
             if flush is not None:
                 flush()
+                _wait(device)
+            if name in untimed:
+                candidates[name]()
                 _wait(device)
             times[name].append(_sample(candidates[name], calls[name], device))
         order.append(order.pop(0))  # nobody always runs right after the same neighbour

@@ -1,7 +1,7 @@
 """Two runs of the benchmark compared: what got slower or faster by more than its noise.
 
-A row has changed when the ratio of the two times is further from 1 than both runs' spreads together
-explain, and than five percent. Times of another machine say nothing about the code: differences of
+A row has changed when the ratio of the two times is further from 1 than both runs' spreads added,
+and than five percent. Times of another machine say nothing about the code: differences of
 the environments come first.
 """
 
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from fasttransformer.benchmarks._shared import OURS
 from fasttransformer.benchmarks.record import Row, Run
 
-#: The least change that counts, and how many spreads it must exceed: a spread is half the distance
-#: of the quartiles, so that two of them hold nearly all turns.
-LEAST, SPREADS = 0.05, 2.0
+#: The least change that counts.
+LEAST = 0.05
 #: What must be the same for a comparison of code.
 SURROUNDINGS = ("cpu", "cpu_isa", "threads", "gpu", "torch", "cuda", "python", "system")
 
@@ -50,7 +49,7 @@ def changes(old: Run, new: Run, candidate: str = OURS) -> Iterator[Change]:
         a, b = before[row.id].candidates.get(candidate), row.candidates.get(candidate)
         if a is None or b is None or not a.seconds or not b.seconds:
             continue
-        yield Change(row, b.seconds / a.seconds, max(LEAST, SPREADS * (a.spread + b.spread)))
+        yield Change(row, b.seconds / a.seconds, max(LEAST, a.spread + b.spread))
 
 
 def only_in(one: Run, other: Run) -> list[str]:

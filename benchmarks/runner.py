@@ -1,4 +1,5 @@
-"""A case becomes a row: its candidates are checked against each other, then timed in turns."""
+"""A case becomes a row: its candidates are checked against each other, then timed in turns, in
+several visits."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from fasttransformer.benchmarks import ceilings
 from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case
 from fasttransformer.benchmarks.agreement import disagreements
-from fasttransformer.benchmarks.clock import time_in_turns
+from fasttransformer.benchmarks.clock import Timing, joined, time_in_turns
 from fasttransformer.benchmarks.peers import available
 from fasttransformer.benchmarks.record import Row, row_of
 
@@ -15,15 +16,40 @@ from fasttransformer.benchmarks.record import Row, row_of
 SIZES = (1 << 20, 1 << 28)
 
 
-def row(case: Case, seconds: float) -> Row:
-    """Measures a case for about ``seconds``."""
-    candidates = dict(case.make())
-    wrong = disagreements(case, candidates)
-    # A wrong result of ours is timed all the same and shown as wrong: it is no peer to leave out.
-    left_out = {REFERENCE, *wrong} - {OURS}
-    timed = {name: run for name, run in candidates.items() if name not in left_out}
-    times = time_in_turns(timed, seconds, device=case.device, cold=case.cold)
-    return row_of(case, times, wrong, _ceiling(case))
+#: How often a run comes back to a case. A neighbour on the machine slows it for seconds, which no
+#: number of turns in one visit would show.
+VISITS = 3
+
+
+class Measurement:
+    """A case on its way to a row."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._wrong: dict[str, str] = {}
+        self._visits: list[dict[str, Timing]] = []
+
+    @property
+    def started(self) -> bool:
+        return bool(self._visits)
+
+    def visit(self, seconds: float) -> None:
+        """Times the candidates for about ``seconds``; the first time it compares their results."""
+        candidates = dict(self.case.make())
+        if not self.started:
+            self._wrong = disagreements(self.case, candidates)
+        # A wrong result of ours is timed all the same and shown as wrong: it is no peer to leave
+        # out.
+        left_out = {REFERENCE, *self._wrong} - {OURS}
+        timed = {name: run for name, run in candidates.items() if name not in left_out}
+        self._visits.append(
+            time_in_turns(timed, seconds, device=self.case.device, cold=self.case.cold, turns=2)
+        )
+
+    def row(self) -> Row:
+        """The row of all visits so far."""
+        times = {name: joined(v[name] for v in self._visits) for name in self._visits[0]}
+        return row_of(self.case, times, self._wrong, _ceiling(self.case))
 
 
 def _ceiling(case: Case) -> tuple[str, float] | None:

@@ -80,6 +80,12 @@ def case_of(functions, dtype=torch.float32, **options):
     return Case("softmax", "4×4", dtype, lambda: functions, bytes=128, flops=100, **options)
 
 
+def row_of_one_visit(case):
+    measurement = cases_runner.Measurement(case)
+    measurement.visit(0.01)
+    return measurement.row()
+
+
 def test_a_wrong_peer_is_found_and_not_timed():
     x = torch.randn(4, 4)
     functions = candidates(
@@ -92,7 +98,7 @@ def test_a_wrong_peer_is_found_and_not_timed():
     wrong = agreement.disagreements(case, functions)
     assert set(wrong) == {"wrong", "fails", "integers"}
     assert wrong["fails"] == "fails: ZeroDivisionError: division by zero"
-    row = cases_runner.row(case, 0.01)
+    row = row_of_one_visit(case)
     assert row.candidates["right"].speedup > 0
     assert row.candidates["wrong"].seconds is None and "differs" in row.candidates["wrong"].wrong
     assert agreement.disagreements(case_of(functions, compared=False), functions) == {
@@ -102,7 +108,7 @@ def test_a_wrong_peer_is_found_and_not_timed():
 
 def test_ours_is_held_to_the_reference_and_timed_all_the_same():
     functions = {OURS: lambda: torch.ones(3), REFERENCE: lambda: torch.zeros(3)}
-    row = cases_runner.row(case_of(functions), 0.01)
+    row = row_of_one_visit(case_of(functions))
     assert row.ours.wrong is not None and row.ours.seconds > 0
     assert REFERENCE not in row.candidates
 
@@ -119,6 +125,25 @@ def test_difference_of_special_values_shapes_and_16_bits():
     assert agreement.difference(close, torch.ones(4), torch.bfloat16) is None
     assert agreement.difference(close, torch.ones(4), torch.float32) is not None
     assert agreement.difference({"a": (same,)}, [same], torch.float32) is None
+
+
+def test_a_row_is_of_all_visits(monkeypatch):
+    """A neighbour that slows a whole visit widens the spread, and does not move the ratio."""
+    functions = {OURS: lambda: torch.ones(3), "peer": lambda: torch.ones(3)}
+    slowness = iter([1.0, 1.0, 2.0])
+
+    def turns_of(timed, seconds, **options):
+        times = slowness.__next__()
+        return {name: clock.timing_of([times, times]) for name in timed}
+
+    monkeypatch.setattr(cases_runner, "time_in_turns", turns_of)
+    measurement = cases_runner.Measurement(case_of(functions))
+    assert not measurement.started
+    for _ in range(3):
+        measurement.visit(0.01)
+    row = measurement.row()
+    assert (row.ours.seconds, row.ours.high, row.ours.turns) == (1.0, 1.75, 6)
+    assert row.candidates["peer"].speedup_high == 1.0
 
 
 # ---- the clock ----------------------------------------------------------------------------------
@@ -138,6 +163,14 @@ def test_cold_cases_flush_before_each_call(monkeypatch):
     monkeypatch.setattr(clock._Cold, "__call__", lambda self: order.append("flush"))
     clock.time_in_turns({"a": lambda: order.append("a")}, 0.001, cold=True, turns=3)
     assert order[-6:] == ["flush", "a"] * 3
+
+
+def test_a_warm_turn_begins_with_an_untimed_call(monkeypatch):
+    order = []
+    monkeypatch.setattr(clock, "_sample", lambda f, calls, device: order.append(calls) or 1e-3)
+    functions = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    clock.time_in_turns(functions, 0.005, turns=2, sample=2e-3)
+    assert order[4:] == ["a", 2, "b", 2, "b", 2, "a", 2]
 
 
 # ---- records and comparing ----------------------------------------------------------------------
@@ -235,16 +268,15 @@ def test_unwritable_places_are_found_before_measuring(tmp_path, capsys, monkeypa
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    rows = run_of(("a", 1.0, 0.0)).rows
     calls = []
 
-    def measured(case, seconds):
+    def times_of(timed, seconds, **options):
         if calls:
             raise KeyboardInterrupt
-        calls.append(case)
-        return rows[0]
+        calls.append(timed)
+        return {name: clock.timing_of([1.0]) for name in timed}
 
-    monkeypatch.setattr(cases_runner, "row", measured)
+    monkeypatch.setattr(cases_runner, "time_in_turns", times_of)
     monkeypatch.setattr(cases_runner, "machine_ceilings", dict)
     monkeypatch.setattr(bench, "keep_allocations", lambda: False)
     file = tmp_path / "cut.json"

@@ -43,6 +43,7 @@ def test_more_and_fewer_dimensions(on, shape):
             lambda x: reference.cross_entropy(x, target, reduction=reduction),  # noqa: B023
             [torch.randn(shape)],
             on=on,
+            redraw=lambda: [torch.randn(shape)],
         )
 
 

@@ -97,23 +97,6 @@ double dot_rate(double seconds) {
 #endif
 }
 
-// Past the caches: writes go around them, which saves reading the lines that are overwritten.
-FT_INLINE void store_past_cache(float* p, vf x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, (__m256)x);
-#else
-  store(p, x);
-#endif
-}
-
-FT_INLINE void fence() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -187,12 +170,12 @@ double copy_rate(int64_t bytes, double seconds) {
         }
         __asm__ volatile("" ::: "memory");  // each pass counts
       }
-      fence();
+      end_past();
     });
   };
   // Around the caches is the faster way for buffers that don't fit them, through them for others.
   return std::max(rate([](float* q, vf x) { store(q, x); }),
-                  rate([](float* q, vf x) { store_past_cache(q, x); }));
+                  rate([](float* q, vf x) { store_past(q, x); }));
 }
 
 }  // namespace

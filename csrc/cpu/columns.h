@@ -7,6 +7,7 @@
 #pragma once
 #include <cmath>
 
+#include "cpu/parallel.h"
 #include "cpu/vec.h"
 
 #define FT_UNROLL _Pragma("GCC unroll 8")
@@ -49,6 +50,15 @@ template <class T>
 FT_INLINE void store(T* p, vf x, Part part) {
   store(p, x, part.count);
 }
+// A store that goes around the caches where `Past` says so.
+template <bool Past, class T>
+FT_INLINE void put(T* p, vf x, Whole) {
+  Past ? store_past(p, x) : store(p, x);
+}
+template <bool Past, class T>
+FT_INLINE void put(T* p, vf x, Part part) {
+  store(p, x, part.count);
+}
 FT_INLINE vf keep(vf x, Whole, float) { return x; }
 FT_INLINE vf keep(vf x, Part part, float other) {
   return select(lanes() < splat_int(part.count), x, splat(other));
@@ -66,6 +76,10 @@ FT_INLINE vf2 fma(vf2 a, vf2 b, vf2 c) {
   return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)};
 }
 FT_INLINE vf2 exp(vf2 x) { return {exp(x.even), exp(x.odd)}; }
+template <class T>
+FT_INLINE vf2 exp_for(vf2 x) {
+  return {exp_for<T>(x.even), exp_for<T>(x.odd)};
+}
 template <class T>
 FT_INLINE vf2 exp2_for(vf2 x) {
   return {exp2_for<T>(x.even), exp2_for<T>(x.odd)};
@@ -100,6 +114,32 @@ FT_INLINE void store(bf16* p, vf2 x, Pair) {
   std::memcpy(p, &joined, sizeof(joined));
 }
 #endif
+
+template <bool Past>
+FT_INLINE void put(float* p, vf2 x, Pair) {
+  put<Past>(p, x.even, Whole{});
+  put<Past>(p + W, x.odd, Whole{});
+}
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+template <bool Past>
+FT_INLINE void put(bf16* p, vf2 x, Pair) {
+  if constexpr (Past) {
+    store_past((float*)p, (vf)join_halves(rounded(x.odd), rounded(x.even) >> 16));
+  } else {
+    store(p, x, Pair{});
+  }
+}
+#endif
+
+// Whether an output of `rows` rows of n elements is written by put<true>: where the call's
+// `tensors` of that size don't fit the last cache together, so that its reader would not find it
+// there, and lines begin and end with rows.
+template <class T>
+bool goes_past(const T* p, int64_t rows, int64_t n, int64_t tensors) {
+  const int64_t row_bytes = n * static_cast<int64_t>(sizeof(T));
+  return row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
+         rows * row_bytes * tensors > last_level_cache();
+}
 
 // Adds x, or a · b, to the partial sum that a walk's u names; a pair goes to two of them.
 template <int U>

@@ -121,16 +121,6 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// e^z, where z ≤ 0 but for rounding.
-template <class T, class V>
-FT_INLINE V probability(V z) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return exp(z);
-  } else {
-    return exp2_for<T>(z * splat(kLog2E));
-  }
-}
-
 // Where the gradients of a row go; the weights' share is absent without smoothing.
 template <bool Weighted, class T>
 void grad_row(const T* x, const float* w, int64_t n, float top, float log_sum, float by_p,
@@ -138,7 +128,7 @@ void grad_row(const T* x, const float* w, int64_t n, float top, float log_sum, f
   const vf high = splat(top), log_of = splat(log_sum), scale = splat(by_p), share = splat(by_w);
   over_columns<2, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const auto z = (load(x + j, part) - high) - log_of;
-    const auto p = probability<T>(z);
+    const auto p = exp_for<T>(z);
     if constexpr (Weighted) {
       store(dx + j, scale * p - share * load(w + j, part), part);
     } else {

@@ -152,7 +152,7 @@ void summarize(const GemmTile& tile, const void* context) {
     const vf top = max(max(high[0], high[1]), max(high[2], high[3]));
     const vf about = select(top == splat(-INFINITY), zero(), top);  // −inf less −inf is NaN
     const auto exponential = [&](int64_t row) __attribute__((always_inline)) {
-      const vf e = exp(load(x + row * tile.stride) - about);
+      const vf e = exp_below(load(x + row * tile.stride) - about);
       if constexpr (!std::is_void_v<E>) {
         store(c.line<E>(tile.row + row) + tile.column + j, e, part);
       }
@@ -258,7 +258,7 @@ void merge(const Chunk& c) {
     for (int64_t t = 0; t < c.tiles; ++t) top = max(load(c.tops + t * c.stride + j), top);
     for (int64_t t = 0; t < c.tiles; ++t) {
       const int64_t at = t * c.stride + j;
-      sum = fma(load(c.sums + at), exp(load(c.tops + at) - top), sum);
+      sum = fma(load(c.sums + at), exp_below(load(c.tops + at) - top), sum);
     }
     store(c.top + j, top);
     store(sum_of + j, sum);
@@ -295,7 +295,7 @@ void set_factors(const Chunk& c) {
     const vf top = load(c.top + j), scale = load(c.scale + j);
     for (int64_t t = 0; t < c.tiles; ++t) {
       float* at = c.tops + t * c.stride + j;
-      store(at, exp(load(at) - top) * scale);
+      store(at, exp_below(load(at) - top) * scale);
     }
   });
 }

@@ -78,7 +78,7 @@ FT_INLINE Sum sum_of(float* x, const float* bias, float factor, int64_t n) {
   });
   const float top = reduce_max(high), about = top == -INFINITY ? 0.f : top;
   over_columns<1>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-    total += keep(exp(load(x + j, part) - splat(about)), part);
+    total += keep(exp_below(load(x + j, part) - splat(about)), part);
   });
   Sum sum;
   sum.add(top, reduce_add(total));

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -22,6 +23,52 @@ int num_threads() {
   uint32_t count = 1;
   torch_get_num_threads(&count);
   return static_cast<int>(count);
+}
+
+namespace {
+
+// A cache's size and how many of the system's processors share it.
+struct Cache {
+  int64_t bytes = int64_t{32} << 20;
+  int64_t processors = 1 << 30;
+};
+
+// Linux tells; elsewhere the guess above stays.
+Cache read_last_level_cache() {
+  Cache found;
+  for (int index = 3; index >= 2; --index) {
+    char path[96], text[4096] = "";
+    const auto read = [&](const char* name) {
+      std::snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/%s", index,
+                    name);
+      std::FILE* file = std::fopen(path, "r");
+      if (file == nullptr) return false;
+      const size_t count = std::fread(text, 1, sizeof(text) - 1, file);
+      std::fclose(file);
+      text[count] = '\0';
+      return count > 0;
+    };
+    if (!read("size")) continue;
+    const int64_t kilobytes = std::atoll(text);
+    if (kilobytes <= 0 || !read("shared_cpu_map")) continue;
+    found.bytes = kilobytes << 10;
+    found.processors = 0;
+    for (const char* digit = text; *digit != '\0'; ++digit) {
+      const char hex[] = {*digit, '\0'};
+      found.processors += __builtin_popcountl(std::strtoul(hex, nullptr, 16));
+    }
+    if (found.processors < 1) found.processors = 1;
+    break;
+  }
+  return found;
+}
+
+}  // namespace
+
+int64_t last_level_cache() {
+  static const Cache cache = read_last_level_cache();
+  const int64_t threads = num_threads();
+  return cache.bytes * ((threads + cache.processors - 1) / cache.processors);
 }
 
 namespace {

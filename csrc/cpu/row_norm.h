@@ -28,6 +28,7 @@ constexpr int64_t kGradShort = W < 16 ? 0 : 512;  // backward: where registers h
 constexpr int kSums = 2;                          // forward: partial sums of a row
 constexpr int64_t kHead = 64;              // forward: columns whose mean the row is summed about
 constexpr float kFar = 4.f;                // … unless that lies further off than √kFar deviations
+constexpr int64_t kStreamBytes = 512;      // a row that is worth a stream of its own
 constexpr int64_t kNormGrain = 32768;      // elements below which a second thread costs more
 constexpr int64_t kChunkElements = 32768;  // backward: elements that a chunk has at least …
 constexpr int64_t kChunkRows = 8;          // … unless that is fewer rows than these
@@ -49,7 +50,7 @@ float variance_about(const T* x, int64_t n, float mean) {
   return reduce_add(squares) / static_cast<float>(n);
 }
 
-template <class T, bool Center, Add A, int R>
+template <class T, bool Center, Add A, int R, bool Past = false>
 void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float* b,
                uint32_t* random) {
   const int64_t n = p.features;
@@ -125,21 +126,37 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
     }
   }
   FT_UNROLL for (int r = 0; r < R; ++r) p.rstd[row + r] = rstd[r];
-  back_over_columns<T>(n, [&](int64_t j, auto part) __attribute__((always_inline)) {
+  const auto write = [&](int64_t j, auto part) __attribute__((always_inline)) {
     const auto scale = load(w + j, part);
     const auto shift = load((Center ? b : w) + j, part);
     FT_UNROLL for (int r = 0; r < R; ++r) {
       const auto v = load(x[r] + j, part);
       const auto y = (Center ? v - splat(mean[r]) : v) * splat(rstd[r]);
-      store(out[r] + j, Center ? fma(y, scale, shift) : y * scale, part);
+      put<Past>(out[r] + j, Center ? fma(y, scale, shift) : y * scale, part);
     }
-  });
+  };
+  if constexpr (R == 1) {
+    over_columns<kSums, T>(
+        n, [&](int64_t j, int, auto part) __attribute__((always_inline)) { write(j, part); });
+  } else {
+    back_over_columns<T>(n, write);
+  }
+}
+
+// Whether a call takes its rows of n elements of T one by one.
+template <class T>
+bool one_by_one(int64_t rows, int64_t n, int64_t tensors) {
+  const int64_t row_bytes = n * static_cast<int64_t>(sizeof(T));
+  return row_bytes >= kStreamBytes && rows * row_bytes * tensors > kFewStreamsBytes;
 }
 
 template <bool Center, Add A>
 void norm_forward(const RowNormParams& p) {
   with_type(p.dtype, [&]<class T>() {
     const int64_t n = p.features;
+    constexpr int64_t tensors = A == Add::none ? 2 : 4;
+    const bool alone = one_by_one<T>(p.rows, n, tensors);
+    const bool past = alone && goes_past(static_cast<const T*>(p.normed), p.rows, n, tensors);
     parallel_for(p.rows, kNormGrain / (n + 1) + 1, [&](int64_t begin, int64_t end) {
       const int64_t room = (n + W - 1) / W * W;
       float* vectors = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * 2 * room));
@@ -151,12 +168,18 @@ void norm_forward(const RowNormParams& p) {
       const float* w = float_vector<T>(p.weight, n, 1.f, vectors);
       const float* b = Center ? float_vector<T>(p.bias, n, 0.f, vectors + room) : nullptr;
       int64_t r = begin;
-      if (n <= kShort) {
+      if (past) {
+        for (; r < end; ++r) norm_rows<T, Center, A, 1, true>(p, r, w, b, random);
+        end_past();
+      }
+      if (n <= kShort && !alone) {
         for (; r + kShortRows <= end; r += kShortRows) {
           norm_rows<T, Center, A, kShortRows>(p, r, w, b, random);
         }
       }
-      for (; r + kRows <= end; r += kRows) norm_rows<T, Center, A, kRows>(p, r, w, b, random);
+      if (!alone) {
+        for (; r + kRows <= end; r += kRows) norm_rows<T, Center, A, kRows>(p, r, w, b, random);
+      }
       for (; r < end; ++r) norm_rows<T, Center, A, 1>(p, r, w, b, random);
     });
   });
@@ -171,7 +194,7 @@ void add_norm_forward(const RowNormParams& p) {
 // ---- backward -----------------------------------------------------------------------------------
 
 // The input gradients of R rows; adds their part of the weight gradients to dw and db unless null.
-template <class T, bool Center, int R>
+template <class T, bool Center, int R, bool Past = false>
 void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w, float* dw,
                     float* db, uint32_t* random) {
   const int64_t n = p.features;
@@ -232,7 +255,7 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
       if (grad_summed != nullptr) {
         d = d + load(grad_summed + (row + r) * p.grad_summed_stride + j, part);
       }
-      store(d_residual + r * n + j, d, part);
+      put<Past>(d_residual + r * n + j, d, part);
       if (d_input != nullptr) {
         d = dropped(d, words[r] + j, part, p.dropout);
         store(d_input + r * n + j, d, part);
@@ -289,6 +312,9 @@ void norm_backward(const RowNormBackwardParams& p) {
         thread_scratch(Scratch::shared, sizeof(float) * 2 * room * (chunks + 1)));
   }
   with_type(p.dtype, [&]<class T>() {
+    const int64_t tensors = p.grad_summed == nullptr ? 3 : 4;
+    const bool alone = one_by_one<T>(rows, n, tensors);
+    const bool past = alone && goes_past(static_cast<const T*>(p.d_residual), rows, n, tensors);
     parallel_for(chunks, kNormGrain / (chunk * n + 1) + 1, [&](int64_t begin, int64_t end) {
       const float* w = float_vector<T>(
           p.weight, n, 1.f,
@@ -313,18 +339,24 @@ void norm_backward(const RowNormBackwardParams& p) {
         for (int64_t first = c * chunk; first < last; first += kPlainSumRows) {
           const int64_t stop = first + kPlainSumRows < last ? first + kPlainSumRows : last;
           int64_t r = first;
-          if (n <= kGradShort) {
+          if (past) {
+            for (; r < stop; ++r) norm_grad_rows<T, Center, 1, true>(p, r, w, dw, db, random);
+          }
+          if (n <= kGradShort && !alone) {
             for (; r + kShortRows <= stop; r += kShortRows) {
               norm_grad_rows<T, Center, kShortRows>(p, r, w, dw, db, random);
             }
           }
-          for (; r + kRows <= stop; r += kRows) {
-            norm_grad_rows<T, Center, kRows>(p, r, w, dw, db, random);
+          if (!alone) {
+            for (; r + kRows <= stop; r += kRows) {
+              norm_grad_rows<T, Center, kRows>(p, r, w, dw, db, random);
+            }
           }
           for (; r < stop; ++r) norm_grad_rows<T, Center, 1>(p, r, w, dw, db, random);
           if (sums != nullptr) move_sum(level, total, 2 * room);
         }
       }
+      if (past) end_past();
     });
     if (wants_weight) add_chunks<T>(sums, chunks, 2 * room, n, p.weight_dtype, p.d_weight);
     if (wants_bias) add_chunks<T>(sums + room, chunks, 2 * room, n, p.weight_dtype, p.d_bias);

@@ -5,7 +5,8 @@
 // blocks to the row's maximum and divides. So a row is read from memory once, whatever its length
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, block by block).
 // Exponentials of a 16-bit row wait as floats in thread scratch, those of a float row in the
-// output. Bound by memory; by exp() when the row is in cache.
+// output, or in scratch, too, if the output goes around the caches. Bound by memory; by exp() when
+// the row is in cache.
 #include "params/softmax.h"
 
 #include <cmath>
@@ -58,7 +59,7 @@ struct Leading {
   }
 };
 
-template <bool Log, class T>
+template <bool Log, bool Past, class T>
 void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t end) {
   const int64_t n = p.columns, blocks = (n + kSoftmaxBlock - 1) / kSoftmaxBlock;
   const int64_t room = (n + W - 1) / W * W;
@@ -74,7 +75,7 @@ void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t
     const T* x = static_cast<const T*>(p.input) + at;
     T* out = static_cast<T*>(p.output) + r * n;
     float* e = scratch;
-    if constexpr (sizeof(T) == sizeof(float)) e = reinterpret_cast<float*>(out);
+    if constexpr (sizeof(T) == sizeof(float) && !Past) e = reinterpret_cast<float*>(out);
     int64_t allowed = n;
     if (p.is_causal && r % queries + 1 < n) allowed = r % queries + 1;
     const bool* mask = p.mask == nullptr ? nullptr : p.mask + mask_at;
@@ -91,14 +92,21 @@ void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t
     if (allowed < n) fill(out + allowed, n - allowed, nothing);
     if (allowed == 0) continue;
     if (mask != nullptr) {
-      softmax_row<Log>(x, mask, allowed, p.scale, e, tops, out);
+      softmax_row<Log, Past>(x, mask, allowed, p.scale, e, tops, out);
     } else {
-      softmax_row<Log>(x, AllAllowed{}, allowed, p.scale, e, tops, out);
+      softmax_row<Log, Past>(x, AllAllowed{}, allowed, p.scale, e, tops, out);
     }
   }
 }
 
-template <bool Log, class T>
+// f.operator()<a, b>().
+template <class F>
+void with_flags(bool a, bool b, const F& f) {
+  if (a) return b ? f.template operator()<true, true>() : f.template operator()<true, false>();
+  b ? f.template operator()<false, true>() : f.template operator()<false, false>();
+}
+
+template <bool Log, bool Past, class T>
 void grad_row(const T* g, const T* y, int64_t n, float factor, T* dx) {
   vf total[4] = {};
   over_columns<4, T>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
@@ -109,7 +117,8 @@ void grad_row(const T* g, const T* y, int64_t n, float factor, T* dx) {
   const vf scale = splat(factor);
   over_columns<2, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const auto gj = load(g + j, part), yj = load(y + j, part);
-    store(dx + j, Log ? scale * (gj - exp(yj) * sum) : scale * yj * (gj - sum), part);
+    const auto d = Log ? scale * (gj - exp_for<T>(yj) * sum) : scale * yj * (gj - sum);
+    put<Past>(dx + j, d, part);
   });
 }
 
@@ -118,22 +127,29 @@ void grad_row(const T* g, const T* y, int64_t n, float factor, T* dx) {
 void softmax(const SoftmaxParams& p) {
   const Leading leading(p);
   with_type(p.dtype, [&]<class T>() {
+    const bool past = !p.is_causal && goes_past(static_cast<T*>(p.output), p.rows, p.columns, 2);
     parallel_for(p.rows, kGrain / (p.columns + 1) + 1, [&](int64_t begin, int64_t end) {
-      p.log ? rows<true, T>(p, leading, begin, end) : rows<false, T>(p, leading, begin, end);
+      with_flags(p.log, past, [&]<bool Log, bool Past>() {
+        rows<Log, Past, T>(p, leading, begin, end);
+        if (Past) end_past();
+      });
     });
   });
 }
 
 void softmax_backward(const SoftmaxBackwardParams& p) {
   with_type(p.dtype, [&]<class T>() {
+    T* d_input = static_cast<T*>(p.d_input);
+    const bool past = goes_past(d_input, p.rows, p.columns, 3);
     parallel_for(p.rows, kGrain / (p.columns + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const T* g = static_cast<const T*>(p.grad) + r * p.columns;
-        const T* y = static_cast<const T*>(p.output) + r * p.columns;
-        T* dx = static_cast<T*>(p.d_input) + r * p.columns;
-        p.log ? grad_row<true>(g, y, p.columns, p.scale, dx)
-              : grad_row<false>(g, y, p.columns, p.scale, dx);
-      }
+      with_flags(p.log, past, [&]<bool Log, bool Past>() {
+        for (int64_t r = begin; r < end; ++r) {
+          const T* g = static_cast<const T*>(p.grad) + r * p.columns;
+          const T* y = static_cast<const T*>(p.output) + r * p.columns;
+          grad_row<Log, Past>(g, y, p.columns, p.scale, d_input + r * p.columns);
+        }
+        if (Past) end_past();
+      });
     });
   });
 }

@@ -26,9 +26,9 @@ FT_INLINE vf2 masked(vf2 s, const bool* mask, int64_t j, Pair) {
 }
 
 // One row of n columns of X, all or some (by `mask`) of which take part, times `factor`. `e` holds
-// the exponentials (`out` itself for float rows; `x` itself if that is float), `tops` the blocks'
-// maxima.
-template <bool Log, class X, class T, class Mask>
+// the exponentials (`out` itself for float rows, unless that is written past the caches; `x` itself
+// if that is float), `tops` the blocks' maxima.
+template <bool Log, bool Past = false, class X, class T, class Mask>
 void softmax_row(const X* x, Mask mask, int64_t n, float factor, float* e, float* tops, T* out) {
   const auto score = [&](int64_t j, auto part) __attribute__((always_inline)) {
     return masked(product(load(x + j, part), splat(factor)), mask, j, part);
@@ -36,15 +36,23 @@ void softmax_row(const X* x, Mask mask, int64_t n, float factor, float* e, float
   float top = -INFINITY, sum = 0.f;
   for (int64_t first = 0, b = 0; first < n; first += kSoftmaxBlock, ++b) {
     const int64_t count = n - first < kSoftmaxBlock ? n - first : kSoftmaxBlock;
-    vf high[2] = {splat(-INFINITY), splat(-INFINITY)};
-    over_columns<2, X>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      raise(high, u, score(first + j, part));
-    });
-    const float block_top = reduce_max(max(high[0], high[1]));
+    vf high[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+    float block_top;
+    if (factor > 0.f) {  // rounding keeps the order, so that the largest score is the largest x's
+      over_columns<4, X>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+        raise(high, u, masked(load(x + first + j, part), mask, first + j, part));
+      });
+      block_top = reduce_max(max(max(high[0], high[1]), max(high[2], high[3]))) * factor;
+    } else {
+      over_columns<4, X>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+        raise(high, u, score(first + j, part));
+      });
+      block_top = reduce_max(max(max(high[0], high[1]), max(high[2], high[3])));
+    }
     const float about = block_top == -INFINITY ? 0.f : block_top;  // −inf less −inf is NaN
     vf total[2] = {zero(), zero()};
     over_columns<2, X>(count, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      const auto y = exp(score(first + j, part) - splat(about));
+      const auto y = exp_for<T>(score(first + j, part) - splat(about));
       if constexpr (!Log) store(e + first + j, y, part);
       accumulate(total, u, y);
     });
@@ -64,7 +72,7 @@ void softmax_row(const X* x, Mask mask, int64_t n, float factor, float* e, float
     over_columns<2, X>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
       // Less the maximum first: what is left is exact where it is small.
       const auto y = (product(load(x + j, part), splat(factor)) - splat(top)) - splat(log_sum);
-      store(out + j, masked(y, mask, j, part), part);
+      put<Past>(out + j, masked(y, mask, j, part), part);
     });
     return;
   }
@@ -76,7 +84,9 @@ void softmax_row(const X* x, Mask mask, int64_t n, float factor, float* e, float
     const float shrink = n <= kSoftmaxBlock || tops[b] == top ? 1.f : __builtin_expf(tops[b] - top);
     const vf by = splat(shrink), of = splat(sum), inverse = splat(1.f / sum);
     over_columns<2, X>(count, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
-      store(out + first + j, divide(load(e + first + j, part) * by, of, inverse), part);
+      const auto y = load(e + first + j, part) * by;
+      put<Past>(out + first + j, sizeof(T) < sizeof(float) ? y * inverse : divide(y, of, inverse),
+                part);
     });
   }
 }

@@ -2,7 +2,7 @@
 // columns.h and in tile.h. A `vf` holds W floats (GCC/Clang vector extension, so + - * and
 // comparisons are native; a*b+c contracts to a fused multiply-add). Loads widen bf16 and f16 to
 // float, stores round to nearest even. `exp` is a base-2 range reduction with a minimax polynomial
-// (our own fit, relative error 2e-9 before rounding); every function lets NaN through.
+// (our own fit, relative error 3e-9 before rounding); every function lets NaN through.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -178,6 +178,11 @@ template <>
 FT_INLINE void store<f16>(f16* p, vf x) {
   _mm256_storeu_si256((__m256i*)p, narrow(x, f16{}));
 }
+FT_INLINE void store_past(float* p, vf x) { _mm512_stream_ps(p, (__m512)x); }
+template <class T>
+FT_INLINE void store_past(T* p, vf x) {
+  _mm256_stream_si256((__m256i*)p, narrow(x, T{}));
+}
 FT_INLINE void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)x); }
 template <class T>
 FT_INLINE void store(T* p, vf x, int n) {
@@ -264,6 +269,11 @@ FT_INLINE void store<bf16>(bf16* p, vf x) {
 template <>
 FT_INLINE void store<f16>(f16* p, vf x) {
   _mm_storeu_si128((__m128i*)p, narrow(x, f16{}));
+}
+FT_INLINE void store_past(float* p, vf x) { _mm256_stream_ps(p, (__m256)x); }
+template <class T>
+FT_INLINE void store_past(T* p, vf x) {
+  _mm_stream_si128((__m128i*)p, narrow(x, T{}));
 }
 FT_INLINE void store(float* p, vf x, int n) { _mm256_maskstore_ps(p, first(n), (__m256)x); }
 template <class T>
@@ -367,6 +377,10 @@ FT_INLINE void store(T* p, vf x) {
   }
 }
 template <class T>
+FT_INLINE void store_past(T* p, vf x) {
+  store(p, x);
+}
+template <class T>
 FT_INLINE vf load(const T* p, int n) {
   T lane[W] = {};
   std::memcpy(lane, p, static_cast<size_t>(n) * sizeof(T));
@@ -405,6 +419,15 @@ FT_INLINE vf scale_by_power(vf x, vf n) {
 }
 
 #endif
+
+// store_past writes a whole vector around the caches, which spares reading the lines that are
+// overwritten; p has the alignment of a vector in memory. What was written so is seen by other
+// threads after end_past().
+FT_INLINE void end_past() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // Each two neighbouring lanes, the other way round.
 FT_INLINE vf swap_pairs(vf x) {
@@ -450,22 +473,23 @@ FT_INLINE vf exp2(vf x) {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 
-// e^x: n·ln2 is taken off in two parts, so the reduced argument is exact to float.
-FT_INLINE vf exp(vf x) {
-  x = min(splat(kHighestPower * kLn2), max(splat(kLowestPower * kLn2), x));
+// e^x for x below kHighestPower · ln 2, anything above. n·ln2 is taken off in two parts, so the
+// reduced argument is exact to float; the polynomial is our own fit, relative error 3e-9.
+FT_INLINE vf exp_below(vf x) {
+  x = max(splat(kLowestPower * kLn2), x);
   const vf n = round_even(x * splat(kLog2E));
   vf f = fma(n, splat(-0.693145751953125f), x);
   f = fma(n, splat(-1.42860682030941723e-6f), f);
-  f = f * splat(kLog2E);
-  vf p = splat(1.5345808e-4f);
-  p = fma(p, f, splat(1.33999309e-3f));
-  p = fma(p, f, splat(9.61848907e-3f));
-  p = fma(p, f, splat(5.55032864e-2f));
-  p = fma(p, f, splat(2.40226462e-1f));
-  p = fma(p, f, splat(6.93147182e-1f));
+  vf p = splat(1.38210424e-3f);
+  p = fma(p, f, splat(8.36867094e-3f));
+  p = fma(p, f, splat(4.16682623e-2f));
+  p = fma(p, f, splat(1.66665211e-1f));
+  p = fma(p, f, splat(4.9999994e-1f));
+  p = fma(p, f, splat(1.f));
   p = fma(p, f, splat(1.f));
   return scale_by_power(p, n);
 }
+FT_INLINE vf exp(vf x) { return exp_below(min(splat(kHighestPower * kLn2), x)); }
 
 // 2^x for x ≤ 0, to a quarter of T's rounding: terms of a sum, or numbers that are rounded to T.
 // Our own fits on [−1/2, 1/2], with 1 at 0: relative errors 9e-8 for float, 3e-6 for 16 bits.
@@ -488,6 +512,17 @@ FT_INLINE vf exp2_for(vf x) {
     p = fma(p, f, splat(6.93124175e-1f));
   }
   return scale_by_power(fma(p, f, splat(1.f)), n);
+}
+
+// e^x for x ≤ 0, or above by a rounding, where the result is rounded to T: of float the last bit or
+// the one before is right, of 16 bits as in exp2_for.
+template <class T>
+FT_INLINE vf exp_for(vf x) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return exp_below(x);
+  } else {
+    return exp2_for<T>(x * splat(kLog2E));
+  }
 }
 
 // Φ(−|x|), Φ the normal distribution: the tail's log2 is a polynomial, which falls to −inf beyond

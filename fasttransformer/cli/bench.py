@@ -22,7 +22,7 @@ from ..benchmarks import compare, memory, record, report, runner
 from ..benchmarks._shared import OURS, Case, environment, keep_allocations
 from ._output import UsageError, command, console, escape, progress, table
 
-QUICK_SECONDS = 0.3
+QUICK_SECONDS = 0.25
 
 
 def operations() -> list[str]:
@@ -56,11 +56,12 @@ def _show_op(op: str, rows: list[record.Row]) -> None:
     peers = report.peers_of(rows)
     body = table(op, "dtype", OURS, "of ceiling", *[f"× {p}" for p in peers], right=2)
     for row in rows:
+        name = row.case if row.op == op else f"{row.op} {row.case}"
         share = "–"
         if row.share is not None and row.ceiling is not None:
             share = f"{row.share:.0%} of {row.ceiling[1]:.0f} {row.ceiling[0]}"
         body.add_row(
-            escape(row.case) + (", cold" if row.cold else ""),
+            escape(name) + (", cold" if row.cold else ""),
             row.dtype,
             report.rate_text(row, row.ours),
             share,
@@ -134,19 +135,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(made: record.Run, found: dict[str, list[Case]], args: argparse.Namespace) -> None:
+    """Comes to each case several times; in the last round shows an operation when it is done."""
     seconds = args.seconds or (QUICK_SECONDS if args.quick else 1.0)
+    work = {op: [runner.Measurement(case) for case in cases] for op, cases in found.items()}
+    shown = set[str]()
+
+    def show(op: str) -> None:
+        rows = [one.row() for one in work[op] if one.started]
+        if rows and op not in shown:
+            shown.add(op)
+            made.rows.extend(rows)
+            _show_op(op, rows)
+
     with progress() as bar:
-        task = bar.add_task("benchmarking", total=sum(map(len, found.values())))
-        for op, cases in found.items():
-            first = len(made.rows)
-            try:
-                for case in cases:
-                    bar.update(task, description=case.id)
-                    made.rows.append(runner.row(case, seconds))
-                    bar.advance(task)
-            finally:
-                if len(made.rows) > first:
-                    _show_op(op, made.rows[first:])
+        task = bar.add_task("", total=runner.VISITS * sum(map(len, work.values())))
+        try:
+            for visit in range(1, runner.VISITS + 1):
+                for op, measurements in work.items():
+                    for one in measurements:
+                        bar.update(task, description=f"{visit}: {one.case.id}")
+                        one.visit(seconds / runner.VISITS)
+                        bar.advance(task)
+                    if visit == runner.VISITS:
+                        show(op)
+        finally:
+            for op in work:
+                show(op)
 
 
 def _writable(args: argparse.Namespace) -> None:

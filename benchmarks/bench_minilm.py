@@ -39,18 +39,25 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs)[0]
 
 
-def _onnx(inputs: dict[str, Tensor]) -> Candidate | None:
-    """The model at one size, in a session of onnxruntime; None where it can't be exported."""
-    if not peers.usable("onnxruntime") or importlib.util.find_spec("onnxscript") is None:
-        return None
-    file = Path(mkdtemp(prefix="minilm-")) / "model.onnx"
+@cache
+def _exported(batch: int, length: int) -> str:
+    """The model at one size as an ONNX file."""
+    inputs = minilm.tokens(batch, length)
+    file = str(Path(mkdtemp(prefix="minilm-")) / "model.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            minilm.load("eager"), tuple(inputs.values()), str(file), input_names=list(inputs),
+            minilm.load("eager"), tuple(inputs.values()), file, input_names=list(inputs),
             dynamo=True, verbose=False,
         )  # fmt: skip
-    session = peers.onnx_session(str(file))
+    return file
+
+
+def _onnx(inputs: dict[str, Tensor]) -> Candidate | None:
+    """The model in a session of onnxruntime; None where it can't be exported."""
+    if not peers.usable("onnxruntime") or importlib.util.find_spec("onnxscript") is None:
+        return None
+    session = peers.onnx_session(_exported(*next(iter(inputs.values())).shape))
     feed = {name: x.numpy() for name, x in inputs.items()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 

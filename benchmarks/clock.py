@@ -17,7 +17,7 @@ from fasttransformer.benchmarks._shared import Candidate
 
 #: Bytes read and written before each call of a cold case: several last-level caches.
 FLUSHED = 256 << 20
-#: A candidate that takes less than this runs once untimed when its turn begins: it finds the others'
+#: A candidate that takes less than this runs once untimed when its turn begins: it finds others'
 #: data in the caches, which a longer one hardly feels.
 REWARMED = 5e-3
 

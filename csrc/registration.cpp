@@ -144,7 +144,7 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
   m.def(
       "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) "
       "-> "
-      "(Tensor[] d_outs, Tensor[] d_lses)");
+      "(Tensor d_outs, Tensor d_lses)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttransformer, CompositeExplicitAutograd, m) {

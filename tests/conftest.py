@@ -29,7 +29,7 @@ def two_threads():
 
 
 #: Interpreted Triton takes a hundred times as long as a kernel. Of each test's cases on it, this
-#: many run, spread evenly; test_triton.py is about these kernels and chooses its own sizes.
+#: many run, spread evenly; test_triton*.py are about these kernels and choose their own sizes.
 INTERPRETED_CASES = 4
 
 

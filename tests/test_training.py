@@ -251,16 +251,17 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
-def test_a_killed_process_goes_on_bit_by_bit(tmp_path):
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["f32", "bf16"])
+def test_a_killed_process_goes_on_bit_by_bit(tmp_path, precision):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = started(tmp_path, tmp_path / "killed", 150)
+    killed = started(tmp_path, tmp_path / "killed", 150, *precision)
     process = subprocess.Popen(killed, env=environment, stdout=subprocess.DEVNULL)
     wait_for(tmp_path / "killed/checkpoint.pt", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 0 < Checkpoint.load(tmp_path / "killed").step < 150
     subprocess.run([*killed, "--resume"], env=environment, check=True, stdout=subprocess.DEVNULL)
-    whole = started(tmp_path, tmp_path / "whole", 150)
+    whole = started(tmp_path, tmp_path / "whole", 150, *precision)
     subprocess.run(whole, env=environment, check=True, stdout=subprocess.DEVNULL)
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -27,8 +27,10 @@ void fill(MergeAttentionParams& p, const std::vector<Tensor>& outs,
   }
 }
 
-std::vector<int64_t> sizes_of(const Tensor& t) {
+// t's sizes, behind the number of `parts` if there are such.
+std::vector<int64_t> sizes_of(const Tensor& t, int parts = 0) {
   std::vector<int64_t> sizes;
+  if (parts > 0) sizes.push_back(parts);
   for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
   return sizes;
 }
@@ -55,19 +57,22 @@ std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs,
   return {out, lse};
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const std::vector<Tensor>& outs,
-    const std::vector<Tensor>& lses) {
+// The gradients of all parts, (parts, …).
+std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out,
+                                                    const OptionalTensor& grad_lse,
+                                                    const std::vector<Tensor>& outs,
+                                                    const std::vector<Tensor>& lses) {
   MergeAttentionBackwardParams p;
   fill(p, outs, lses);
   p.grad_out = rows_view(grad_out, grad_out.dim() - 1);
   p.grad_lse = static_cast<const float*>(data(grad_lse));
-  std::vector<Tensor> d_outs, d_lses;
+  const Tensor& first = outs[0];
+  Tensor d_outs = make(first, sizes_of(first, p.parts));
+  Tensor d_lses = make(first, sizes_of(lses[0], p.parts), ScalarType::Float);
+  const int64_t part_bytes = p.rows() * p.columns * first.element_size();
   for (int i = 0; i < p.parts; ++i) {
-    d_outs.push_back(make(outs[i], sizes_of(outs[i])));
-    d_lses.push_back(make(outs[i], sizes_of(lses[i]), ScalarType::Float));
-    p.d_outs[i] = d_outs[i].mutable_data_ptr();
-    p.d_lses[i] = static_cast<float*>(d_lses[i].mutable_data_ptr());
+    p.d_outs[i] = static_cast<char*>(d_outs.mutable_data_ptr()) + i * part_bytes;
+    p.d_lses[i] = static_cast<float*>(d_lses.mutable_data_ptr()) + i * p.rows();
   }
   FT_LAUNCH(merge_attention_backward, p, grad_out);
   return {d_outs, d_lses};

@@ -5,7 +5,10 @@
 // Where items are few, keys are cut into parts, whose sums are added up in order. Bound by memory.
 // Source: Dao, Haziza, Massa, Sizov, Flash-Decoding, 2023; online softmax: Milakov and Gimelshein,
 // 2018 (arXiv:1805.02867).
+#include <type_traits>
+
 #include "cpu/attention_tile.h"
+#include "cpu/dot_product.h"
 #include "cpu/parallel.h"
 
 namespace ft::FT_ISA {
@@ -54,60 +57,64 @@ FT_INLINE void prefetch(const void* from, int64_t bytes) {
   }
 }
 
-// s[r · kKeys + k] = query r · key k for R rows and W / R keys; queries are float rows, `columns`
-// apart and zero beyond dim.
-template <int R, class T>
+// Unit times unit, of a query row in units, zero behind dim, and of a key where it lies.
+template <class Unit, class T, class F>
+FT_INLINE void over_units(const T* key, int64_t dim, const F& f) {
+  constexpr int64_t step = W * Unit::elements;
+  int64_t d = 0;
+  for (; d + step <= dim; d += step) f(d / Unit::elements, (vf)load_units<Unit>(key + d, step));
+  if (d < dim) f(d / Unit::elements, (vf)load_units<Unit>(key + d, dim - d));
+}
+
+// s[r · kKeys + k] = query r · key k for R rows and W / R keys; queries are rows of units,
+// `columns` apart. One key after another: keys in memory are read as one stream, which the
+// hardware's prefetcher follows (four side by side take half as long again), and the queries are in
+// L1.
+template <class Unit, int R, class T>
 FT_INLINE void scores_block(const float* query, int64_t columns, const T* key, int64_t stride,
                             int64_t dim, float* s) {
   constexpr int N = W / R;
   vf sum[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) sum[i] = zero();
-  const auto add = [&]<bool whole>(int64_t d) {
-    vf x[N];
 #pragma GCC unroll 16
-    for (int k = 0; k < N; ++k) {
-      x[k] = load_part<whole>(key + k * stride + d, static_cast<int>(dim - d));
-    }
+  for (int k = 0; k < N; ++k) {
+    over_units<Unit>(key + k * stride, dim, [&](int64_t d, vf x) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const vf q = load(query + r * columns + d);
-#pragma GCC unroll 16
-      for (int k = 0; k < N; ++k) sum[r * N + k] = fma(q, x[k], sum[r * N + k]);
-    }
-  };
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) add.template operator()<true>(d);
-  if (d < dim) add.template operator()<false>(d);
+      for (int r = 0; r < R; ++r) {
+        sum[r * N + k] = Unit::fma(load(query + r * columns + d), x, sum[r * N + k]);
+      }
+    });
+  }
   const vf all = sums_of(sum);
   for (int r = 0; r < R; ++r) {
     __builtin_memcpy(s + r * kKeys, reinterpret_cast<const float*>(&all) + r * N, 4 * N);
   }
 }
 
-template <int R, class T>
+template <class Unit, int R, class T>
 FT_INLINE void scores_of_one(const float* query, int64_t columns, const T* key, int64_t dim,
                              float* s) {
   for (int r = 0; r < R; ++r) {
     vf sum = zero();
-    over_columns<1>(dim, [&](int64_t d, int, auto part) __attribute__((always_inline)) {
-      sum = fma(load(query + r * columns + d), load(key + d, part), sum);
+    over_units<Unit>(key, dim, [&](int64_t d, vf x) __attribute__((always_inline)) {
+      sum = Unit::fma(load(query + r * columns + d), x, sum);
     });
     s[r * kKeys] = reduce_add(sum);
   }
 }
 
 // `ahead`: rows like the keys', of `ahead_bytes` each, that will be wanted next.
-template <int R, class T>
+template <class Unit, int R, class T>
 void score_rows(const float* query, int64_t columns, const T* key, int64_t stride, int64_t n,
                 int64_t dim, const T* ahead, int64_t ahead_stride, int64_t ahead_bytes, float* s) {
   constexpr int kAtOnce = W / R;
   int64_t k = 0;
   for (; k + kAtOnce <= n; k += kAtOnce) {
     for (int64_t i = k; i < k + kAtOnce; ++i) prefetch(ahead + i * ahead_stride, ahead_bytes);
-    scores_block<R>(query, columns, key + k * stride, stride, dim, s + k);
+    scores_block<Unit, R>(query, columns, key + k * stride, stride, dim, s + k);
   }
-  for (; k < n; ++k) scores_of_one<R>(query, columns, key + k * stride, dim, s + k);
+  for (; k < n; ++k) scores_of_one<Unit, R>(query, columns, key + k * stride, dim, s + k);
 }
 
 // sums[r] = alpha[r] · sums[r] + s[r] · values for V vectors of columns, of which the last may be
@@ -143,11 +150,13 @@ FT_INLINE void values_block(const float* s, const T* value, int64_t stride, int6
   }
 }
 
-template <int R, class T>
+// As many vectors of a row as registers hold the sums of; with two rows of AVX-512 eight, so that
+// rows of 128 floats are read whole, in one stream.
+template <int R, int Most, class T>
 void value_rows(const float* s, const T* value, int64_t stride, int64_t n, int64_t dim,
                 const float* alpha, float* sums, int64_t columns, const T* ahead,
                 int64_t ahead_stride, int64_t ahead_bytes) {
-  constexpr int kVectors = R > 2 && W < 16 ? 2 : 4;
+  constexpr int kVectors = W < 16 ? (R > 2 ? 2 : 4) : Most > 2 ? 4 : 8;
   const auto next = [&](int64_t i) { prefetch(ahead + i * ahead_stride, ahead_bytes); };
   const auto none = [](int64_t) {};
   int64_t e = 0;
@@ -168,15 +177,14 @@ void value_rows(const float* s, const T* value, int64_t stride, int64_t n, int64
   }
 }
 
-// Rows four at a time, then two, then one.
-template <class F>
+// Rows four at a time, if `Most` is that, then two, then one.
+template <int Most = 4, class F>
 FT_INLINE void by_rows(int64_t rows, const F& f) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) f.template operator()<4>(r);
-  if (r + 2 <= rows) {
-    f.template operator()<2>(r);
-    r += 2;
+  if constexpr (Most == 4) {
+    for (; r + 4 <= rows; r += 4) f.template operator()<4>(r);
   }
+  for (; r + 2 <= rows; r += 2) f.template operator()<2>(r);
   if (r < rows) f.template operator()<1>(r);
 }
 
@@ -198,10 +206,14 @@ struct Sums {
 
 struct Plan {
   int64_t columns, query_columns, parts, items, part_floats;
+  bool in_memory;  // keys and values, rather than in a cache
 };
 
 Plan make_plan(const AttentionParams& p, int64_t threads) {
   Plan plan;
+  const int64_t bytes = p.dtype == DType::f32 ? 4 : 2;
+  plan.in_memory =
+      p.batch * p.kv_heads * p.kv_len * (p.head_dim + p.value_dim) * bytes > kFewStreamsBytes;
   plan.columns = round_up(p.value_dim, W);
   plan.query_columns = round_up(p.head_dim, W);
   plan.part_floats = round_up(Sums::floats(plan.columns), 16);
@@ -223,7 +235,7 @@ int64_t make_rows(const AttentionParams& p, const Sequence& seq, int64_t b, int6
   return count;
 }
 
-template <class T>
+template <class Unit, class T>
 void part_of(const AttentionParams& p, const Units& u, const Plan& plan, const Sequence& seq,
              int64_t b, int64_t g, int64_t part, Row* rows, int64_t count, const Sums& to) {
   alignas(64) float s[kFewRows * kKeys], alpha[kFewRows < W ? W : kFewRows];
@@ -236,9 +248,8 @@ void part_of(const AttentionParams& p, const Units& u, const Plan& plan, const S
       last = max64(last, rows[r].last);
     }
     const T* query = at<T>(p.query, b, rows[r].head, rows[r].token);
-    over_columns<1>(p.head_dim, [&](int64_t d, int, auto part) {
-      store(queries + r * plan.query_columns + d, load(query + d, part));
-    });
+    over_units<Unit>(query, p.head_dim,
+                     [&](int64_t d, vf x) { store(queries + r * plan.query_columns + d, x); });
     to.top[r] = -__builtin_inff();
     store(to.total + r * W, zero());
     for (int64_t e = 0; e < plan.columns; e += W) store(to.sums + r * plan.columns + e, zero());
@@ -254,10 +265,13 @@ void part_of(const AttentionParams& p, const Units& u, const Plan& plan, const S
     if (see.end == 0) continue;
     // Keys of whole vectors; those that no row sees are not read.
     const int64_t from = see.begin, to_key = see.end, whole = round_up(to_key, W);
+    // One row alone is bound by its reads, and the hardware does best without being told.
+    const bool asks = count > 1;
     by_rows(count, [&]<int R>(int64_t r) {
-      score_rows<R>(queries + r * plan.query_columns, plan.query_columns, key + from * p.key.row,
-                    p.key.row, to_key - from, p.head_dim, value + from * p.value.row, p.value.row,
-                    r == 0 ? p.value_dim * int64_t{sizeof(T)} : 0, s + r * kKeys + from);
+      score_rows<Unit, R>(
+          queries + r * plan.query_columns, plan.query_columns, key + from * p.key.row, p.key.row,
+          to_key - from, p.head_dim, value + from * p.value.row, p.value.row,
+          asks && r == 0 ? p.value_dim * int64_t{sizeof(T)} : 0, s + r * kKeys + from);
     });
     for (int64_t r = 0; r < count; ++r) {
       float* row = s + r * kKeys;
@@ -274,12 +288,16 @@ void part_of(const AttentionParams& p, const Units& u, const Plan& plan, const S
         drop_row(p, row * p.kv_len + j + from, from, whole, s + r * kKeys);
       }
     }
-    by_rows(count, [&]<int R>(int64_t r) {
-      value_rows<R>(s + r * kKeys + from, value + from * p.value.row, p.value.row, to_key - from,
-                    p.value_dim, alpha + r, to.sums + r * plan.columns, plan.columns,
-                    key + (from + kKeys) * p.key.row, p.key.row,
-                    r == 0 && j + kKeys < end ? p.head_dim * int64_t{sizeof(T)} : 0);
-    });
+    const auto sum_values = [&]<int Most>() {
+      by_rows<Most>(count, [&]<int R>(int64_t r) {
+        value_rows<R, Most>(
+            s + r * kKeys + from, value + from * p.value.row, p.value.row, to_key - from,
+            p.value_dim, alpha + r, to.sums + r * plan.columns, plan.columns,
+            key + (from + kKeys) * p.key.row, p.key.row,
+            asks && r == 0 && j + kKeys < end ? p.head_dim * int64_t{sizeof(T)} : 0);
+      });
+    };
+    plan.in_memory ? sum_values.template operator()<2>() : sum_values.template operator()<4>();
   }
   for (int64_t r = 0; r < count; ++r) to.any[r] = rows[r].any ? 1.f : 0.f;
 }
@@ -311,7 +329,7 @@ void merge_parts(const Units& u, const Plan& plan, float* parts, Row* rows, int6
   }
 }
 
-template <class T>
+template <class Unit, class T>
 void run(const AttentionParams& p) {
   const Units u = units_of_case(p);
   const int64_t work = p.rows() * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
@@ -340,7 +358,7 @@ void run(const AttentionParams& p) {
                         : static_cast<float*>(thread_scratch(Scratch::accumulate,
                                                              sizeof(float) * plan.part_floats));
       const Sums sums(at, plan.columns);
-      part_of<T>(p, u, plan, seq, b, g, part, rows, count, sums);
+      part_of<Unit, T>(p, u, plan, seq, b, g, part, rows, count, sums);
       if (plan.parts == 1) finish(seq, b, rows, count, sums);
     }
   });
@@ -359,7 +377,14 @@ void run(const AttentionParams& p) {
 }  // namespace
 
 void attention_few(const AttentionParams& p) {
-  with_type(p.dtype, [&]<class T>() { run<T>(p); });
+  with_type(p.dtype, [&]<class T>() {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (bf16_dot_is_fast()) return run<BfPair, T>(p);
+    }
+#endif
+    run<Float, T>(p);
+  });
 }
 
 }  // namespace ft::FT_ISA

@@ -131,6 +131,13 @@ FT_INLINE void put(bf16* p, vf2 x, Pair) {
 }
 #endif
 
+// f.operator()<a, b>().
+template <class F>
+FT_INLINE void with_flags(bool a, bool b, const F& f) {
+  if (a) return b ? f.template operator()<true, true>() : f.template operator()<true, false>();
+  b ? f.template operator()<false, true>() : f.template operator()<false, false>();
+}
+
 // Whether an output of `rows` rows of n elements is written by put<true>: where the call's
 // `tensors` of that size don't fit the last cache together, so that its reader would not find it
 // there, and lines begin and end with rows.

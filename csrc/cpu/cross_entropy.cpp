@@ -122,7 +122,7 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 }
 
 // Where the gradients of a row go; the weights' share is absent without smoothing.
-template <bool Weighted, class T>
+template <bool Weighted, bool Past, class T>
 void grad_row(const T* x, const float* w, int64_t n, float top, float log_sum, float by_p,
               float by_w, T* dx) {
   const vf high = splat(top), log_of = splat(log_sum), scale = splat(by_p), share = splat(by_w);
@@ -130,9 +130,9 @@ void grad_row(const T* x, const float* w, int64_t n, float top, float log_sum, f
     const auto z = (load(x + j, part) - high) - log_of;
     const auto p = exp_for<T>(z);
     if constexpr (Weighted) {
-      store(dx + j, scale * p - share * load(w + j, part), part);
+      put<Past>(dx + j, scale * p - share * load(w + j, part), part);
     } else {
-      store(dx + j, scale * p - share, part);
+      put<Past>(dx + j, scale * p - share, part);
     }
   });
 }
@@ -142,11 +142,23 @@ void fill_zero(T* out, int64_t n) {
   std::memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(T));
 }
 
-template <class T>
+template <bool Past, class T>
 void grad_rows(const CrossEntropyBackwardParams& p, int64_t begin, int64_t end) {
   const CrossEntropyParams& f = p.forward;
   const int64_t n = f.columns;
   const float* w = block_weights<T>(f);
+  // The targets' own numbers are written when the rows before them are, whichever way those go.
+  constexpr int kTargets = 64;
+  struct Target {
+    T* at;
+    T value;
+  } targets[kTargets];
+  int count = 0;
+  const auto write_targets = [&] {
+    if (Past) end_past();
+    for (int i = 0; i < count; ++i) *targets[i].at = targets[i].value;
+    count = 0;
+  };
   for (int64_t r = begin; r < end; ++r) {
     const int64_t y = id_at(f.target, r);
     T* dx = static_cast<T*>(p.d_input) + r * n;
@@ -163,11 +175,14 @@ void grad_rows(const CrossEntropyBackwardParams& p, int64_t begin, int64_t end) 
     const float by_p = hit + uniform * s.weight_sum;
     // The target's logit before the row is written: the two may be one memory.
     const float p_y = exp(splat((to_float(x[y]) - s.top) - s.log_sum))[0];
-    w == nullptr ? grad_row<false>(x, w, n, s.top, s.log_sum, by_p, uniform, dx)
-                 : grad_row<true>(x, w, n, s.top, s.log_sum, by_p, uniform, dx);
+    w == nullptr ? grad_row<false, Past>(x, w, n, s.top, s.log_sum, by_p, uniform, dx)
+                 : grad_row<true, Past>(x, w, n, s.top, s.log_sum, by_p, uniform, dx);
     const float w_y = w == nullptr ? 1.f : s.target_weight;
-    dx[y] = from_float<T>(hit * (p_y - 1.f) + uniform * (p_y * s.weight_sum - w_y));
+    targets[count++] = {dx + y,
+                        from_float<T>(hit * (p_y - 1.f) + uniform * (p_y * s.weight_sum - w_y))};
+    if (count == kTargets) write_targets();
   }
+  write_targets();
 }
 
 }  // namespace
@@ -183,8 +198,11 @@ void cross_entropy(const CrossEntropyParams& p) {
 void cross_entropy_backward(const CrossEntropyBackwardParams& p) {
   if (p.forward.columns == 0) return;
   with_type(p.forward.dtype, [&]<class T>() {
+    const bool past = goes_past(static_cast<T*>(p.d_input), p.forward.rows, p.forward.columns, 2);
     parallel_for(p.forward.rows, kGrain / (p.forward.columns + 1) + 1,
-                 [&](int64_t begin, int64_t end) { grad_rows<T>(p, begin, end); });
+                 [&](int64_t begin, int64_t end) {
+                   past ? grad_rows<true, T>(p, begin, end) : grad_rows<false, T>(p, begin, end);
+                 });
   });
 }
 

@@ -11,6 +11,7 @@ namespace ft::FT_ISA {
 namespace {
 
 constexpr int64_t kGrain = 16384;
+constexpr int kRows = W;  // whose weights are made at once, a row in each lane
 
 struct Place {
   int64_t at[3];
@@ -19,82 +20,125 @@ struct Place {
   }
 };
 
-Place place_of(const MergeAttentionParams& p, int64_t row) {
-  const int64_t outer = row / p.sizes[2];
-  return {{outer / p.sizes[1], outer % p.sizes[1], row % p.sizes[2]}};
-}
+// Rows that lie one behind the other, the parts' weights, 0 of those without a key, and lse, −inf
+// where none has one.
+struct Rows {
+  int count;
+  Place places[kRows];
+  alignas(64) float weights[kMostMergedParts][kRows];
+  alignas(64) float lse[kRows];
 
-// The parts' weights, 0 of those without a key; returns lse, −inf if none has one.
-float weigh(const MergeAttentionParams& p, const Place& at, float (&weights)[kMostMergedParts]) {
-  float top = -__builtin_inff();
-  bool some = false, lost = false;
-  for (int i = 0; i < p.parts; ++i) {
-    const float lse = static_cast<const float*>(p.lses[i].data)[at.in(p.lses[i].strides)];
-    weights[i] = lse;
-    some |= lse != -__builtin_inff();
-    lost |= lse != lse;
-    top = lse > top ? lse : top;
+  Rows(const MergeAttentionParams& p, int64_t first, int64_t end) {
+    count = static_cast<int>(end - first < kRows ? end - first : kRows);
+    const int64_t outer = first / p.sizes[2];
+    Place at = {{outer / p.sizes[1], outer % p.sizes[1], first % p.sizes[2]}};
+    for (int r = 0; r < count; ++r) {
+      places[r] = at;
+      for (int d = 2; d > 0 && ++at.at[d] == p.sizes[d]; --d) {
+        at.at[d] = 0;
+        if (d == 1) ++at.at[0];
+      }
+    }
+    weigh(p);
   }
-  float total = 0.f;
-  for (int i = 0; i < p.parts; ++i) {
-    weights[i] = weights[i] == -__builtin_inff() ? 0.f : __builtin_expf(weights[i] - top);
-    total += weights[i];
+
+ private:
+  void weigh(const MergeAttentionParams& p) {
+    const vf nothing = splat(-__builtin_inff());
+    vf top = nothing, total = zero();
+    vi lost = {};
+    for (int i = 0; i < p.parts; ++i) {
+      const float* lses = static_cast<const float*>(p.lses[i].data);
+      for (int r = 0; r < kRows; ++r) {
+        weights[i][r] = lses[places[r < count ? r : 0].in(p.lses[i].strides)];
+      }
+      const vf of_part = load(weights[i]);
+      lost |= of_part != of_part;
+      top = max(of_part, top);
+    }
+    for (int i = 0; i < p.parts; ++i) {
+      const vf of_part = load(weights[i]);
+      const vf weight = select(of_part == nothing, zero(), exp_below(of_part - top));
+      store(weights[i], weight);
+      total += weight;
+    }
+    // The largest part has 1, so that the sum is 0 where there is none.
+    const vf divisor = select(total == zero(), splat(1.f), total);
+    for (int i = 0; i < p.parts; ++i) store(weights[i], load(weights[i]) / divisor);
+    for (int r = 0; r < count; ++r) {
+      const float of_row = top[r];
+      lse[r] = lost[r]                   ? __builtin_nanf("")
+               : __builtin_isinf(of_row) ? of_row
+                                         : of_row + __builtin_logf(total[r]);
+    }
   }
-  for (int i = 0; some && i < p.parts; ++i) weights[i] /= total;
-  if (!some) return -__builtin_inff();
-  return lost ? __builtin_nanf("") : top == __builtin_inff() ? top : top + __builtin_logf(total);
-}
+};
 
 template <class T>
 void forward(const MergeAttentionParams& p) {
   parallel_for(p.rows(), kGrain / (p.columns * p.parts + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Place at = place_of(p, row);
-      float weights[kMostMergedParts];
-      p.lse[row] = weigh(p, at, weights);
-      const T* parts[kMostMergedParts];
-      for (int i = 0; i < p.parts; ++i) {
-        parts[i] = static_cast<const T*>(p.outs[i].data) + at.in(p.outs[i].strides);
-      }
-      T* out = static_cast<T*>(p.out) + at.in(p.out_strides);
-      over_columns<1>(p.columns, [&](int64_t e, int, auto part) __attribute__((always_inline)) {
-        vf sum = zero();
+    for (int64_t row = begin; row < end; row += kRows) {
+      const Rows rows(p, row, end);
+      for (int r = 0; r < rows.count; ++r) {
+        const Place& at = rows.places[r];
+        p.lse[row + r] = rows.lse[r];
+        const T* parts[kMostMergedParts];
+        float weights[kMostMergedParts];
+        int count = 0;
         for (int i = 0; i < p.parts; ++i) {
-          if (weights[i] == 0.f) continue;
-          sum = fma(load(parts[i] + e, part), splat(weights[i]), sum);
+          if (rows.weights[i][r] == 0.f) continue;  // not felt, whatever it holds
+          parts[count] = static_cast<const T*>(p.outs[i].data) + at.in(p.outs[i].strides);
+          weights[count++] = rows.weights[i][r];
         }
-        store(out + e, sum, part);
-      });
+        T* out = static_cast<T*>(p.out) + at.in(p.out_strides);
+        over_columns<2>(p.columns, [&](int64_t e, int, auto part) __attribute__((always_inline)) {
+          vf sum = zero();
+          for (int i = 0; i < count; ++i) {
+            sum = fma(load(parts[i] + e, part), splat(weights[i]), sum);
+          }
+          store(out + e, sum, part);
+        });
+      }
     }
   });
 }
 
 template <class T>
+void grad_row(const MergeAttentionBackwardParams& p, const Rows& rows, int r, int64_t row) {
+  const Place& at = rows.places[r];
+  float products[kMostMergedParts], mean = 0.f;
+  const T* grad = static_cast<const T*>(p.grad_out.data) + at.in(p.grad_out.strides);
+  for (int i = 0; i < p.parts; ++i) {
+    const float weight = rows.weights[i][r];
+    const T* from = static_cast<const T*>(p.outs[i].data) + at.in(p.outs[i].strides);
+    T* d_part = static_cast<T*>(p.d_outs[i]) + row * p.columns;
+    if (weight == 0.f) {
+      std::memset(static_cast<void*>(d_part), 0, static_cast<size_t>(p.columns) * sizeof(T));
+      products[i] = 0.f;
+      continue;
+    }
+    vf sum[2] = {zero(), zero()};
+    over_columns<2>(p.columns, [&](int64_t e, int u, auto part) __attribute__((always_inline)) {
+      const vf g = load(grad + e, part);
+      sum[u] = fma(g, load(from + e, part), sum[u]);
+      store(d_part + e, g * splat(weight), part);
+    });
+    products[i] = reduce_add(sum[0] + sum[1]);
+    mean += weight * products[i];
+  }
+  const float rest = p.grad_lse ? p.grad_lse[row] : 0.f;
+  for (int i = 0; i < p.parts; ++i) {
+    const float weight = rows.weights[i][r];
+    p.d_lses[i][row] = weight == 0.f ? 0.f : weight * ((products[i] - mean) + rest);
+  }
+}
+
+template <class T>
 void backward(const MergeAttentionBackwardParams& p) {
   parallel_for(p.rows(), kGrain / (p.columns * p.parts + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Place at = place_of(p, row);
-      float weights[kMostMergedParts], products[kMostMergedParts] = {}, mean = 0.f;
-      weigh(p, at, weights);
-      const T* grad = static_cast<const T*>(p.grad_out.data) + at.in(p.grad_out.strides);
-      for (int i = 0; i < p.parts; ++i) {
-        const T* from = static_cast<const T*>(p.outs[i].data) + at.in(p.outs[i].strides);
-        T* d_part = static_cast<T*>(p.d_outs[i]) + row * p.columns;
-        const bool absent = weights[i] == 0.f;
-        vf sum = zero();
-        over_columns<1>(p.columns, [&](int64_t e, int, auto part) __attribute__((always_inline)) {
-          if (absent) return store(d_part + e, zero(), part);
-          const vf g = load(grad + e, part);
-          sum = fma(g, load(from + e, part), sum);
-          store(d_part + e, g * splat(weights[i]), part);
-        });
-        products[i] = reduce_add(sum);
-        if (!absent) mean += weights[i] * products[i];
-      }
-      const float rest = p.grad_lse ? p.grad_lse[row] : 0.f;
-      for (int i = 0; i < p.parts; ++i) {
-        p.d_lses[i][row] = weights[i] == 0.f ? 0.f : weights[i] * ((products[i] - mean) + rest);
-      }
+    for (int64_t first = begin; first < end; first += kRows) {
+      const Rows rows(p, first, end);
+      for (int r = 0; r < rows.count; ++r) grad_row<T>(p, rows, r, first + r);
     }
   });
 }

@@ -19,21 +19,21 @@ namespace {
 constexpr int64_t kGrain = 32768;   // elements below which a second thread costs more than it gives
 constexpr int64_t kPositions = 16;  // tokens of a tile: 16 KB of angles for heads of 128
 
-template <class T>
+template <bool Past, class T>
 FT_INLINE void rotate_halves(const T* x, const float* cos, const float* sin, int64_t half, T* out) {
   over_columns<2, T>(half, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const auto a = load(x + j, part), b = load(x + half + j, part);
     const auto c = load(cos + j, part), s = load(sin + j, part);
-    store(out + j, a * c - b * s, part);
-    store(out + half + j, b * c + a * s, part);
+    put<Past>(out + j, a * c - b * s, part);
+    put<Past>(out + half + j, b * c + a * s, part);
   });
 }
 
-template <class T>
+template <bool Past, class T>
 FT_INLINE void rotate_pairs(const T* x, const float* cos, const float* sin, int64_t half, T* out) {
   over_columns<2>(2 * half, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const vf both = load(x + j, part);
-    store(out + j, both * load(cos + j, part) + swap_pairs(both) * load(sin + j, part), part);
+    put<Past>(out + j, both * load(cos + j, part) + swap_pairs(both) * load(sin + j, part), part);
   });
 }
 
@@ -68,7 +68,7 @@ void widen_angles(const RotaryEmbeddingParams& p, int64_t batch, int64_t token, 
   }
 }
 
-template <class T, bool Interleaved>
+template <class T, bool Interleaved, bool Past>
 void tiles(const RotaryEmbeddingParams& p, int64_t per_sequence, int64_t begin, int64_t end) {
   const int64_t width = (Interleaved ? 2 : 1) * p.half, room = width + 2 * W;
   float* cos = static_cast<float*>(thread_scratch(
@@ -88,9 +88,9 @@ void tiles(const RotaryEmbeddingParams& p, int64_t per_sequence, int64_t begin, 
             static_cast<T*>(t.output) + ((batch * t.heads + head) * p.length + first) * 2 * p.half;
         for (int64_t i = 0; i < count; ++i) {
           if constexpr (Interleaved) {
-            rotate_pairs(x, cos + i * room, sin + i * room, p.half, out);
+            rotate_pairs<Past>(x, cos + i * room, sin + i * room, p.half, out);
           } else {
-            rotate_halves(x, cos + i * room, sin + i * room, p.half, out);
+            rotate_halves<Past>(x, cos + i * room, sin + i * room, p.half, out);
           }
           x += t.position_stride;
           out += 2 * p.half;
@@ -100,6 +100,7 @@ void tiles(const RotaryEmbeddingParams& p, int64_t per_sequence, int64_t begin, 
     rotate(p.query);
     rotate(p.key);
   }
+  if (Past) end_past();
 }
 
 }  // namespace
@@ -110,9 +111,15 @@ void rotary_embedding(const RotaryEmbeddingParams& p) {
   const int64_t per_sequence = (p.length + kPositions - 1) / kPositions;
   const int64_t elements = row * (p.length < kPositions ? p.length : kPositions);
   with_type(p.dtype, [&]<class T>() {
+    const int64_t rows = p.batch * p.length * (p.query.heads + p.key.heads);
+    const auto goes = [&](const RotaryTensor& t) {  // by halves of a row, which are walked apart
+      return t.heads == 0 || goes_past(static_cast<T*>(t.output), 2 * rows, p.half, 2);
+    };
+    const bool past = goes(p.query) && goes(p.key);
     parallel_for(p.batch * per_sequence, kGrain / elements + 1, [&](int64_t begin, int64_t end) {
-      p.interleaved ? tiles<T, true>(p, per_sequence, begin, end)
-                    : tiles<T, false>(p, per_sequence, begin, end);
+      with_flags(p.interleaved, past, [&]<bool Interleaved, bool Past>() {
+        tiles<T, Interleaved, Past>(p, per_sequence, begin, end);
+      });
     });
   });
 }

@@ -99,13 +99,6 @@ void rows(const SoftmaxParams& p, const Leading& leading, int64_t begin, int64_t
   }
 }
 
-// f.operator()<a, b>().
-template <class F>
-void with_flags(bool a, bool b, const F& f) {
-  if (a) return b ? f.template operator()<true, true>() : f.template operator()<true, false>();
-  b ? f.template operator()<false, true>() : f.template operator()<false, false>();
-}
-
 template <bool Log, bool Past, class T>
 void grad_row(const T* g, const T* y, int64_t n, float factor, T* dx) {
   vf total[4] = {};

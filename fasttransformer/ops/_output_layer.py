@@ -91,6 +91,34 @@ def check_loss(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must be in [0, 1]")
     classes = logits_shape[0] if len(logits_shape) == 1 else logits_shape[1]
+    plain = (  # nothing to find fault with, at a look
+        weight is None
+        and isinstance(target, Tensor)
+        and target.dtype is torch.int64
+        and target.device == input.device
+    )
+    if not plain:
+        _check_target_and_weight(op, input, logits_shape, classes, target, weight, ignore_index)
+        if target.is_floating_point():
+            return target
+    shape = logits_shape[:0] if len(logits_shape) == 1 else (logits_shape[0], *logits_shape[2:])
+    if target.shape != shape:
+        raise ValueError(
+            f"{op}: target has shape {tuple(target.shape)}; logits of shape "
+            f"{logits_shape} need {shape}"
+        )
+    return check_ids(op, "target", target, classes, ignore_index)
+
+
+def _check_target_and_weight(
+    op: str,
+    input: Tensor,
+    logits_shape: tuple[int, ...],
+    classes: int,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> None:
     is_float(op, weight=weight)
     if weight is not None and weight.shape != (classes,):
         raise ValueError(
@@ -100,27 +128,19 @@ def check_loss(
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
     same_device(op, input, target=target)
-    if target.is_floating_point():
-        is_float(op, target=target)
-        if target.shape != logits_shape:
-            raise ValueError(
-                f"{op}: target holds probabilities and has shape "
-                f"{tuple(target.shape)}; it must be the logits', {logits_shape}"
-            )
-        if ignore_index >= 0:
-            raise ValueError(
-                f"{op}: ignore_index is {ignore_index}, but target holds "
-                "probabilities, in which there is no class to ignore"
-            )
-        return target
-    is_index(op, target=target)
-    shape = logits_shape[:0] if len(logits_shape) == 1 else (logits_shape[0], *logits_shape[2:])
-    if target.shape != shape:
+    if not target.is_floating_point():
+        return is_index(op, target=target)
+    is_float(op, target=target)
+    if target.shape != logits_shape:
         raise ValueError(
-            f"{op}: target has shape {tuple(target.shape)}; logits of shape "
-            f"{logits_shape} need {shape}"
+            f"{op}: target holds probabilities and has shape "
+            f"{tuple(target.shape)}; it must be the logits', {logits_shape}"
         )
-    return check_ids(op, "target", target, classes, ignore_index)
+    if ignore_index >= 0:
+        raise ValueError(
+            f"{op}: ignore_index is {ignore_index}, but target holds "
+            "probabilities, in which there is no class to ignore"
+        )
 
 
 def reduced(

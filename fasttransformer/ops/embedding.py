@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
-from ._front import fake, is_float, last_stride_one, needs_grad, same_device, same_dtype
+from ._front import FLOATS, fake, is_float, last_stride_one, needs_grad, same_device, same_dtype
 from ._function import differentiable, vmap_rule
 from ._index import checked_first, checked_for, is_index, kernel_ids
 
@@ -63,10 +63,20 @@ def embedding(
             [10., 20.]])
     """
     op = "embedding"
-    is_index(op, input=input, positions=positions)
-    is_float(op, weight=weight, position_weight=position_weight)
-    same_device(op, input, weight=weight, positions=positions, position_weight=position_weight)
-    same_dtype(op, weight, position_weight=position_weight)
+    plain = (  # nothing to find fault with, at a look
+        positions is None
+        and position_weight is None
+        and isinstance(input, Tensor)
+        and isinstance(weight, Tensor)
+        and input.dtype is torch.int64
+        and weight.dtype in FLOATS
+        and input.device == weight.device
+    )
+    if not plain:
+        is_index(op, input=input, positions=positions)
+        is_float(op, weight=weight, position_weight=position_weight)
+        same_device(op, input, weight=weight, positions=positions, position_weight=position_weight)
+        same_dtype(op, weight, position_weight=position_weight)
     for name, table in (("weight", weight), ("position_weight", position_weight)):
         if table is not None and table.dim() != 2:
             raise ValueError(

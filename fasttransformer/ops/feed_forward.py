@@ -85,29 +85,30 @@ def feed_forward(
     probability(op, dropout_p)
     options = _GRAD if needs_grad(input, weight_in, bias_in, weight_out, bias_out) else _NONE
     kernel = choose(op, input.device.type, input.dtype, options, (), backend)
+    step = None if kernel.forward is None else step_of(kernel.backend, input, options)
+    on = kernel.backend
+    if kernel.forward is not None and activation not in GATES and not (step and options):
+        hidden = linear_add(
+            input, weight_in, bias_in, activation=activation, dropout_p=dropout_p, backend=on
+        )
+        return linear_add(hidden, weight_out, bias_out, backend=on)
     seed = new_seed(input.device) if dropout_p > 0.0 else None
     if kernel.forward is None:
         return reference.feed_forward(
             input, weight_in, bias_in, weight_out, bias_out, activation=activation,
             dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-    on = kernel.backend
-    step = step_of(on, input, options)
     if step is not None and options:
         return _with_grad(
             input, weight_in, bias_in, weight_out, bias_out, seed, activation, dropout_p,
             (kernel, step),
         )  # fmt: skip
-    if step is not None and (activation in GATES or dropout_p > 0.0):  # else linear_add applies it
-        hidden = linear_add(input, weight_in, bias_in, backend=on)
-        hidden = _activation(hidden, activation, step, dropout_p, seed)
-    elif activation in GATES:
-        gate, up = linear_add(input, weight_in, bias_in, backend=on).chunk(2, dim=-1)
-        hidden = activate(gate, GATES[activation]) * up
+    inner = linear_add(input, weight_in, bias_in, backend=on)
+    if step is not None:
+        hidden = _activation(inner, activation, step, dropout_p, seed)
     else:
-        hidden = linear_add(input, weight_in, bias_in, activation=activation, backend=on)
-    if step is None and dropout_p > 0.0:
-        hidden = F.dropout(hidden, dropout_p)
+        gate, up = inner.chunk(2, dim=-1)
+        hidden = F.dropout(activate(gate, GATES[activation]) * up, dropout_p)
     return linear_add(hidden, weight_out, bias_out, backend=on)
 
 

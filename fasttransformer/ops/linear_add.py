@@ -79,9 +79,9 @@ def linear_add(
             f"{', '.join(ACTIVATIONS)}"
         )
     grad = needs_grad(input, weight, bias, residual)
-    dropout = drawn_dropout(op, dropout_p, input)
-    options = ADD_OPTIONS[grad, dropout != ()]
+    options = ADD_OPTIONS[grad, dropout_p != 0.0]
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
+    dropout = drawn_dropout(op, dropout_p, input)
     if kernel.forward is None:
         return reference.linear_add(input, weight, bias, residual, activation, *dropout)
     x, weight, rows = kernel_inputs(input, weight, residual, out_shape)

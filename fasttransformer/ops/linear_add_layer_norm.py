@@ -73,9 +73,9 @@ def linear_add_layer_norm(
     b = norm_vector(op, "norm_bias", norm_bias, input, out_shape[-1])
     positive_eps(op, eps)
     grad = needs_grad(input, weight, bias, residual, norm_weight, norm_bias)
-    dropout = drawn_dropout(op, dropout_p, input)
-    options = ADD_OPTIONS[grad, dropout != ()]
+    options = ADD_OPTIONS[grad, dropout_p != 0.0]
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
+    dropout = drawn_dropout(op, dropout_p, input)
     if kernel.forward is None:
         return reference.linear_add_layer_norm(
             input, weight, bias, residual, norm_weight, norm_bias, eps, *dropout,

@@ -70,9 +70,9 @@ def linear_add_rms_norm(
     eps = default_eps(input) if eps is None else eps
     positive_eps(op, eps)
     grad = needs_grad(input, weight, bias, residual, norm_weight)
-    dropout = drawn_dropout(op, dropout_p, input)
-    options = ADD_OPTIONS[grad, dropout != ()]
+    options = ADD_OPTIONS[grad, dropout_p != 0.0]
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
+    dropout = drawn_dropout(op, dropout_p, input)
     if kernel.forward is None:
         return reference.linear_add_rms_norm(
             input, weight, bias, residual, norm_weight, eps, *dropout, return_sum=return_sum

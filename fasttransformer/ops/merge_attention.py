@@ -56,7 +56,9 @@ def merge_attention(
     (tensor([[3.]]), tensor([0.6931]))
     """
     op = "merge_attention"
+    stacked = (outs, lses) if isinstance(outs, Tensor) and isinstance(lses, Tensor) else None
     outs, lses = (_parts(op, name, parts) for name, parts in (("outs", outs), ("lses", lses)))
+    given = stacked or (*outs, *lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(
             f"{op}: there are {len(outs)} outs and {len(lses)} lses; it must be as many "
@@ -84,7 +86,7 @@ def merge_attention(
                 f"{op}: lses[{i}] has shape {tuple(lse.shape)}; outs[0]'s makes it "
                 f"{tuple(first.shape[:-1])}"
             )
-    grad = needs_grad(*outs, *lses)
+    grad = needs_grad(*given)
     kernel = choose(op, first.device.type, first.dtype, _GRAD if grad else _NONE, (), backend)
     if kernel.forward is None:
         return reference.merge_attention(outs, lses)
@@ -92,6 +94,8 @@ def merge_attention(
         shape = first.shape[:-1]
         out, lse = _merge([o.flatten(0, -2) for o in outs], [l.flatten() for l in lses], kernel)
         return out.unflatten(0, shape), lse.unflatten(0, shape)
+    if stacked is not None and grad and len(outs) <= _MOST_PARTS and stacked[0].stride(-1) == 1:
+        return _differentiable(kernel, True, *stacked)
     return _merge(outs, lses, kernel)
 
 
@@ -101,33 +105,43 @@ def _merge(outs: list[Tensor], lses: list[Tensor], kernel: Kernel) -> tuple[Tens
         outs, lses = [first[0], *outs[_MOST_PARTS:]], [first[1], *lses[_MOST_PARTS:]]
     outs = [last_stride_one(out) for out in outs]
     if needs_grad(*outs, *lses) or _transforms_active():
-        return _differentiable(kernel, *outs, *lses)
+        return _differentiable(kernel, False, *outs, *lses)
     return kernel.forward(outs, lses)
 
 
 class _MergeAttention:
+    """``parts`` are the outs and the lses, one by one or two tensors of stacked ones."""
+
     @staticmethod
-    def forward(kernel, *parts):
-        count = len(parts) // 2
-        return kernel.forward(parts[:count], parts[count:])
+    def forward(kernel, stacked, *parts):
+        return kernel.forward(*_outs_and_lses(stacked, parts))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.kernel = inputs[0]
+        ctx.kernel, ctx.stacked = inputs[:2]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        parts = ctx.saved_tensors
-        outs, lses = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        outs, lses = _outs_and_lses(ctx.stacked, ctx.saved_tensors)
         if grad_out is None:
             if grad_lse is None:
-                return (None,) * (1 + len(parts))
+                return (None,) * (2 + len(ctx.saved_tensors))
             grad_out = torch.zeros_like(outs[0])
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        d_outs, d_lses = ctx.kernel.backward(last_stride_one(grad_out), grad_lse, outs, lses)
-        return None, *d_outs, *d_lses
+        grads = ctx.kernel.backward(last_stride_one(grad_out), grad_lse, outs, lses)
+        if not ctx.stacked:
+            grads = (*grads[0].unbind(), *grads[1].unbind())
+        return None, None, *grads
+
+
+def _outs_and_lses(
+    stacked: bool, parts: tuple[Tensor, ...]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    if stacked:
+        return parts[0].unbind(), parts[1].unbind()
+    return parts[: len(parts) // 2], parts[len(parts) // 2 :]
 
 
 _differentiable = differentiable(_MergeAttention, tensors=0)
@@ -144,7 +158,10 @@ def _(outs, lses):
 
 @fake("merge_attention_backward")
 def _(grad_out, grad_lse, outs, lses):
-    return [o.new_empty(o.shape) for o in outs], [l.new_empty(l.shape) for l in lses]
+    return (
+        outs[0].new_empty((len(outs), *outs[0].shape)),
+        lses[0].new_empty((len(outs), *lses[0].shape)),
+    )
 
 
 # The mapped dimension is one more in front of the rows.
@@ -175,13 +192,13 @@ def _(operator, count, in_dims, grad_out, grad_lse, outs, lses):
                   for xs, dims in zip((outs, lses), in_dims[2:]))  # fmt: skip
     if outs[0].dim() > 4:
         return None
-    d_outs, d_lses = operator(
+    grads = operator(
         last_stride_one(grad_out),
         None if grad_lse is None else grad_lse.contiguous(),
         [last_stride_one(out) for out in outs],
         lses,
     )
-    return (d_outs, d_lses), ([0] * len(outs), [0] * len(lses))
+    return grads, (1, 1)
 
 
 def _parts(op: str, name: str, parts: Sequence[Tensor] | Tensor) -> list[Tensor]:

@@ -82,10 +82,12 @@ struct Workspace {
   }
 };
 
-template <class T>
+template <class Unit, class T>
 void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequence& seq, int64_t b,
            int64_t g, const Strips& strips) {
-  const int64_t dim = p.head_dim, columns = w.columns;
+  const int64_t dim = p.head_dim, units = units_of<Unit>(dim), columns = w.columns;
+  // Pairs are of bf16 numbers, whose results hide how long sums were rounded.
+  constexpr int64_t chain = Unit::elements == 1 ? kChain : kKeys;
   int64_t first = p.kv_len, last = 0;
   for (int64_t i = 0; i < strips.rows; ++i) {
     if (w.rows[i].first < w.rows[i].last) {
@@ -99,13 +101,14 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
   }
   for (int64_t i = 0; i < strips.rows * columns; i += W) store(w.sums + i, zero());
   for (int64_t s = 0; s < strips.count; ++s) {
-    pack_strip<T>(p.query, b, w.rows + strips.begin(s), strips.height(s), dim,
-                  w.queries + s * kPanelRows * dim);
+    pack_strip<Unit, T>(p.query, b, w.rows + strips.begin(s), strips.height(s), dim,
+                        w.queries + s * kPanelRows * units);
   }
   for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
     const int64_t n = min64(kKeys, last - j);
-    pack_keys(at<T>(p.key, b, g, seq.key_start + j), p.key.row, n, dim, w.keys);
-    pack_values(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim, w.values);
+    pack_keys<Unit>(at<T>(p.key, b, g, seq.key_start + j), p.key.row, n, dim, w.keys);
+    pack_values<Unit>(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim,
+                      w.values);
     for (int64_t band = 0; band < strips.count; band += kBandStrips) {
       const int64_t band_end = min64(band + kBandStrips, strips.count);
       Seen seen[kBandStrips];
@@ -121,8 +124,8 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
       for (int64_t k = from; k < to; k += NR) {
         for (int64_t s = band; s < band_end; ++s) {
           if (k < seen[s - band].begin || k >= seen[s - band].end) continue;
-          scores_product(strips.height(s), dim, w.queries + s * kPanelRows * dim, w.keys + k * dim,
-                         w.scores + (strips.begin(s) - row0) * kKeys + k);
+          scores_product<Unit>(strips.height(s), units, w.queries + s * kPanelRows * units,
+                               w.keys + k * units, w.scores + (strips.begin(s) - row0) * kKeys + k);
         }
       }
       const auto each_row = [&](const auto& f) {
@@ -150,6 +153,11 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
               see.begin;
           drop_row(p, position, see.begin, end, row);
         }
+        if constexpr (Unit::elements == 2) {  // as the numbers of T that are multiplied, in place
+          for (int64_t k = see.begin; k < end; k += W) {
+            store(reinterpret_cast<T*>(row) + k, load(row + k));
+          }
+        }
       });
       for (int64_t e = 0; e < columns; e += NR) {
         const int vectors = columns - e > W ? NV : 1;
@@ -157,11 +165,13 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
           const Seen& see = seen[s - band];
           if (see.end == 0) continue;
           const int64_t i = strips.begin(s);
-          for (int64_t k = see.begin; k < see.end; k += kChain) {
-            weighted_sum(strips.height(s), vectors, min64(kChain, see.end - k),
-                         w.scores + (i - row0) * kKeys + k, w.values + e * kKeys + k * NR,
-                         w.sums + i * columns + e, columns,
-                         k == see.begin ? w.alpha + (i - row0) : kOnes);
+          for (int64_t k = see.begin; k < see.end; k += chain) {
+            const int64_t unit = k / Unit::elements;
+            weighted_sum<Unit>(strips.height(s), vectors, units_of<Unit>(min64(chain, see.end - k)),
+                               w.scores + (i - row0) * kKeys + unit,
+                               w.values + e * (kKeys / Unit::elements) + unit * NR,
+                               w.sums + i * columns + e, columns,
+                               k == see.begin ? w.alpha + (i - row0) : kOnes);
           }
         }
       }
@@ -169,7 +179,7 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
   }
 }
 
-template <class T>
+template <class Unit, class T>
 void run(const AttentionParams& p) {
   const int64_t work = p.rows() * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
   const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
@@ -198,7 +208,7 @@ void run(const AttentionParams& p) {
           w.rows[rows++] = make_row(p, seq, b, g * group + head + h, i);
         }
       }
-      block<T>(p, u, w, seq, b, g, Strips(rows));
+      block<Unit, T>(p, u, w, seq, b, g, Strips(rows));
       write_rows<T>(p, u, seq, b, w.rows, rows, w.top, w.total, w.sums, w.columns);
     }
   });
@@ -209,7 +219,7 @@ void run(const AttentionParams& p) {
 void attention(const AttentionParams& p) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
   if (p.heads / p.kv_heads * p.q_len <= kFewRows) return attention_few(p);
-  with_type(p.dtype, [&]<class T>() { run<T>(p); });
+  with_type(p.dtype, [&]<class T>() { with_unit<T>([&]<class Unit>() { run<Unit, T>(p); }); });
 }
 
 }  // namespace ft::FT_ISA

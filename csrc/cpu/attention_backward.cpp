@@ -23,13 +23,13 @@ constexpr int64_t kGrain = 16384;
 inline __attribute__((noinline)) void add_product(int n, int vectors, int64_t depth,
                                                   const float* scores, const float* panel, float* c,
                                                   int64_t c_stride) {
-  product(n, vectors, depth, Rows<kKeys>{scores}, panel, c, c_stride, AddTo{});
+  product<Float>(n, vectors, depth, Rows<kKeys>{scores}, panel, c, c_stride, AddTo{});
 }
 inline __attribute__((noinline)) void add_product_transposed(int n, int vectors, int64_t depth,
                                                              const float* scores,
                                                              const float* panel, float* c,
                                                              int64_t c_stride) {
-  product(n, vectors, depth, Columns<kKeys>{scores}, panel, c, c_stride, AddTo{});
+  product<Float>(n, vectors, depth, Columns<kKeys>{scores}, panel, c, c_stride, AddTo{});
 }
 
 struct Workspace {
@@ -159,7 +159,7 @@ inline void add_bias_row(const Sums& sums, int64_t b, const Row& row, int64_t j,
 }
 
 // One band of rows of one head against the tile of keys at j, of which `n` are packed.
-template <class T>
+template <class Unit, class T>
 void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const Sums& sums,
           const Sequence& seq, int64_t b, int64_t h, int64_t at_head, int64_t row0, int64_t count,
           int64_t j, int64_t n) {
@@ -175,11 +175,13 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
   }
   if (to == 0) return;
   const int64_t dim = p.head_dim, value_dim = p.value_dim, whole = round_up(to, W);
+  const int64_t units = units_of<Unit>(dim), value_units = units_of<Unit>(value_dim);
   for (int64_t s = 0; s < strips.count; ++s) {
     const Row* rows = w.rows + strips.begin(s);
-    pack_strip<T>(p.query, b, rows, strips.height(s), dim, w.query_strips + s * kPanelRows * dim);
-    pack_strip<T>(p.grad_out, b, rows, strips.height(s), value_dim,
-                  w.grad_strips + s * kPanelRows * value_dim);
+    pack_strip<Unit, T>(p.query, b, rows, strips.height(s), dim,
+                        w.query_strips + s * kPanelRows * units);
+    pack_strip<Unit, T>(p.grad_out, b, rows, strips.height(s), value_dim,
+                        w.grad_strips + s * kPanelRows * value_units);
   }
   const T* query = at<T>(p.query, b, h, seq.query_start + row0);
   for (int64_t e = 0; e < dim; e += NR) {
@@ -193,10 +195,11 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     for (int64_t s = 0; s < strips.count; ++s) {
       if (k < seen[s].begin || k >= seen[s].end) continue;
       const int64_t place = strips.begin(s) * kKeys + k;
-      scores_product(strips.height(s), dim, w.query_strips + s * kPanelRows * dim, w.keys + k * dim,
-                     w.weights + place);
-      scores_product(strips.height(s), value_dim, w.grad_strips + s * kPanelRows * value_dim,
-                     w.values + k * value_dim, w.d_scores + place);
+      scores_product<Unit>(strips.height(s), units, w.query_strips + s * kPanelRows * units,
+                           w.keys + k * units, w.weights + place);
+      scores_product<Unit>(strips.height(s), value_units,
+                           w.grad_strips + s * kPanelRows * value_units, w.values + k * value_units,
+                           w.d_scores + place);
     }
   }
   const int64_t lse_at = first_row_of(p, seq, b, h) + row0;
@@ -297,7 +300,7 @@ inline void write_row(T* to, const float* from, int64_t n, float factor) {
 }
 
 // The key tiles [tile, tile_end) of one (batch, key head).
-template <class T>
+template <class Unit, class T>
 void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const Sums& sums,
           const Sequence& seq, int64_t b, int64_t g, int64_t tile, int64_t tile_end) {
   const int64_t group = p.heads / p.kv_heads;
@@ -314,13 +317,14 @@ void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     clear(w.d_value, kKeys * w.value_dim);
     if (n > 0 && first < j + n) {
       const T* key = at<T>(p.key, b, g, seq.key_start + j);
-      pack_keys(key, p.key.row, n, p.head_dim, w.keys);
-      pack_values(key, p.key.row, n, p.head_dim, w.keys_down);
-      pack_keys(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim, w.values);
+      pack_keys<Unit>(key, p.key.row, n, p.head_dim, w.keys);
+      pack_values<Float>(key, p.key.row, n, p.head_dim, w.keys_down);
+      pack_keys<Unit>(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim,
+                      w.values);
       for (int64_t h = 0; h < group; ++h) {
         for (int64_t i = 0; i < seq.queries; i += kBandRows) {
           const int64_t count = min64(kBandRows, seq.queries - i);
-          band<T>(p, u, w, sums, seq, b, g * group + h, h, i, count, j, n);
+          band<Unit, T>(p, u, w, sums, seq, b, g * group + h, h, i, count, j, n);
         }
       }
     }
@@ -435,7 +439,7 @@ int64_t bias_size(const AttentionBackwardParams& p) {
   return n[0] * n[1] * n[2] * n[3];
 }
 
-template <class T>
+template <class Unit, class T>
 void run(const AttentionBackwardParams& p) {
   const Units u = units_of_case(p);
   prepare_rows<T>(p, u);
@@ -483,7 +487,7 @@ void run(const AttentionBackwardParams& p) {
                 static_cast<float*>(thread_scratch(Scratch::gradient, sizeof(float) * size));
           }
           clear(sums.d_query, size);
-          item<T>(p, u, w, sums, seq, b, g, from, to);
+          item<Unit, T>(p, u, w, sums, seq, b, g, from, to);
           for (int64_t r = 0; p.parts == 1 && r < group * seq.queries; ++r) {
             const int64_t h = g * group + r / seq.queries, i = r % seq.queries;
             T* d_query = static_cast<T*>(p.d_query);
@@ -524,7 +528,7 @@ void run(const AttentionBackwardParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-  with_type(p.dtype, [&]<class T>() { run<T>(p); });
+  with_type(p.dtype, [&]<class T>() { with_unit<T>([&]<class Unit>() { run<Unit, T>(p); }); });
 }
 
 }  // namespace ft::FT_ISA

@@ -5,10 +5,7 @@
 // Where items are few, keys are cut into parts, whose sums are added up in order. Bound by memory.
 // Source: Dao, Haziza, Massa, Sizov, Flash-Decoding, 2023; online softmax: Milakov and Gimelshein,
 // 2018 (arXiv:1805.02867).
-#include <type_traits>
-
 #include "cpu/attention_tile.h"
-#include "cpu/dot_product.h"
 #include "cpu/parallel.h"
 
 namespace ft::FT_ISA {
@@ -377,14 +374,7 @@ void run(const AttentionParams& p) {
 }  // namespace
 
 void attention_few(const AttentionParams& p) {
-  with_type(p.dtype, [&]<class T>() {
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (bf16_dot_is_fast()) return run<BfPair, T>(p);
-    }
-#endif
-    run<Float, T>(p);
-  });
+  with_type(p.dtype, [&]<class T>() { with_unit<T>([&]<class Unit>() { run<Unit, T>(p); }); });
 }
 
 }  // namespace ft::FT_ISA

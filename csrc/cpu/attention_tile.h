@@ -1,7 +1,10 @@
 // What attention's forward and backward share: the products on a tile of scores that lies in cache,
 // the rows of a block with what each may see, and the passes that turn products into scores.
 #pragma once
+#include <type_traits>
+
 #include "cpu/columns.h"
+#include "cpu/dot_product.h"
 #include "cpu/philox.h"
 #include "cpu/tile.h"
 #include "params/attention.h"
@@ -16,33 +19,48 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 // ---- products ---------------------------------------------------------------------------------
 
-// c[n × columns] = into(a · panel) for panels [depth][NR], of which one or two vectors are used.
-template <class A, class Into>
-FT_INLINE void product(int n, int vectors, int64_t depth, const A& a, const float* panel, float* c,
+// All is counted in units (tile.h): floats, or where forward multiplies bf16 as it is, pairs along
+// the summed dimension.
+
+// c[n × columns] = into(a · panel) for panels [units][NR], of which one or two vectors are used.
+template <class Unit, class A, class Into>
+FT_INLINE void product(int n, int vectors, int64_t units, const A& a, const float* panel, float* c,
                        int64_t c_stride, const Into& into) {
-  if (vectors == NV) return micro_rows<Float, NV>(n, depth, a, panel, c, c_stride, into);
-  micro_rows<Float, 1>(n, depth, a, panel, c, c_stride, into);
+  if (vectors == NV) return micro_rows<Unit, NV>(n, units, a, panel, c, c_stride, into);
+  micro_rows<Unit, 1>(n, units, a, panel, c, c_stride, into);
 }
 
 // Longer sums are cut, as the rounding errors of one long sum would outgrow those of torch's.
 constexpr int64_t kDepthOfSum = 64;
 
-// scores[n × NR] = strip · panel, over `depth` = head_dim.
-inline __attribute__((noinline)) void scores_product(int n, int64_t depth, const float* strip,
-                                                     const float* panel, float* scores) {
-  for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
-    const int64_t part = depth - k < kDepthOfSum ? depth - k : kDepthOfSum;
-    micro_rows<Float, NV>(n, part, Columns<kPanelRows>{strip + k * kPanelRows}, panel + k * NR,
-                          scores, kKeys, AddToIf{k > 0});
+// scores[n × NR] = strip · panel, over head_dim.
+template <class Unit>
+__attribute__((noinline)) void scores_product(int n, int64_t units, const float* strip,
+                                              const float* panel, float* scores) {
+  for (int64_t k = 0; k == 0 || k < units; k += kDepthOfSum) {
+    const int64_t part = units - k < kDepthOfSum ? units - k : kDepthOfSum;
+    micro_rows<Unit, NV>(n, part, Columns<kPanelRows>{strip + k * kPanelRows}, panel + k * NR,
+                         scores, kKeys, AddToIf{k > 0});
   }
 }
 
-// c[n × columns] = factor·c + scores[n × depth] · panel.
-inline __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t depth,
-                                                   const float* scores, const float* panel,
-                                                   float* c, int64_t c_stride,
-                                                   const float* factor) {
-  product(n, vectors, depth, Rows<kKeys>{scores}, panel, c, c_stride, AddToScaled{factor});
+// c[n × columns] = factor·c + weights[n × units] · panel.
+template <class Unit>
+__attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t units, const float* weights,
+                                            const float* panel, float* c, int64_t c_stride,
+                                            const float* factor) {
+  product<Unit>(n, vectors, units, Rows<kKeys>{weights}, panel, c, c_stride, AddToScaled{factor});
+}
+
+// Calls f.operator()<Unit>() with the unit that products of T are made in.
+template <class T, class F>
+FT_INLINE void with_unit(const F& f) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (bf16_dot_is_fast()) return f.template operator()<BfPair>();
+  }
+#endif
+  f.template operator()<Float>();
 }
 
 // ---- a block of query rows --------------------------------------------------------------------
@@ -157,8 +175,8 @@ struct Strips {
   int height(int64_t s) const { return static_cast<int>(begin(s + 1) - begin(s)); }
 };
 
-// A strip of rows as [dim][kPanelRows].
-template <class T>
+// A strip of rows as [units][kPanelRows].
+template <class Unit, class T>
 inline void pack_strip(const HeadsView& view, int64_t b, const Row* rows, int n, int64_t dim,
                        float* out) {
   for (int base = 0; base < kPanelRows; base += W) {
@@ -166,30 +184,32 @@ inline void pack_strip(const HeadsView& view, int64_t b, const Row* rows, int n,
     for (int i = 0; i < W; ++i) {
       from[i] = base + i < n ? at<T>(view, b, rows[base + i].head, rows[base + i].token) : nullptr;
     }
-    for (int64_t k = 0; k < dim; k += W) {
+    const int64_t units = units_of<Unit>(dim);
+    for (int64_t unit = 0; unit < units; unit += W) {
       vi r[W];
-      const int64_t have = dim - k;
-      for (int i = 0; i < W; ++i) { r[i] = from[i] ? load_units<Float>(from[i] + k, have) : vi{}; }
+      const int64_t k = unit * Unit::elements;
+      for (int i = 0; i < W; ++i) r[i] = from[i] ? load_units<Unit>(from[i] + k, dim - k) : vi{};
       transpose(r);
-      const int64_t count = min64(have, W);
-      for (int i = 0; i < count; ++i) store_units(out + (k + i) * kPanelRows + base, r[i]);
+      const int64_t count = min64(units - unit, W);
+      for (int i = 0; i < count; ++i) store_units(out + (unit + i) * kPanelRows + base, r[i]);
     }
   }
 }
 
-// Keys [j, j + n) as panels [dim][NR], for products over dim.
-template <class T>
+// Keys [j, j + n) as panels [units][NR], for products over dim.
+template <class Unit, class T>
 inline void pack_keys(const T* key, int64_t stride, int64_t n, int64_t dim, float* out) {
-  for (int64_t j = 0; j < n; j += NR, out += dim * NR) {
-    pack_panel_transposed<Float>(key + j * stride, stride, min64(NR, n - j), dim, out);
+  for (int64_t j = 0; j < n; j += NR, out += units_of<Unit>(dim) * NR) {
+    pack_panel_transposed<Unit>(key + j * stride, stride, min64(NR, n - j), dim, out);
   }
 }
 
-// The same rows as panels [n][NR] of NR columns each, `kKeys` rows apart, for products over rows.
-template <class T>
+// The same rows as panels [units of n][NR] of NR columns each, units of kKeys apart, for products
+// over rows.
+template <class Unit, class T>
 inline void pack_values(const T* value, int64_t stride, int64_t n, int64_t dim, float* out) {
-  for (int64_t e = 0; e < dim; e += NR, out += kKeys * NR) {
-    pack_panel<Float>(value + e, stride, dim - e, n, out);
+  for (int64_t e = 0; e < dim; e += NR, out += kKeys / Unit::elements * NR) {
+    pack_panel<Unit>(value + e, stride, dim - e, n, out);
   }
 }
 
@@ -325,7 +345,8 @@ FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top
   return before == -__builtin_inff() ? before : before - now;
 }
 
-// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`.
+// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`. To
+// the last bits of a float whatever the inputs are: lse is a float.
 FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
                            float alpha, float* total) {
   // Of a row that has seen −inf only, every exponential must come out 0.

@@ -28,6 +28,7 @@ constexpr int64_t kGradShort = W < 16 ? 0 : 512;  // backward: where registers h
 constexpr int kSums = 2;                          // forward: partial sums of a row
 constexpr int64_t kHead = 64;              // forward: columns whose mean the row is summed about
 constexpr float kFar = 4.f;                // … unless that lies further off than √kFar deviations
+constexpr int64_t kLongRowBytes = 8192;    // backward: of a row that is too long to go alone
 constexpr int64_t kStreamBytes = 512;      // a row that is worth a stream of its own
 constexpr int64_t kNormGrain = 32768;      // elements below which a second thread costs more
 constexpr int64_t kChunkElements = 32768;  // backward: elements that a chunk has at least …
@@ -313,7 +314,9 @@ void norm_backward(const RowNormBackwardParams& p) {
   }
   with_type(p.dtype, [&]<class T>() {
     const int64_t tensors = p.grad_summed == nullptr ? 3 : 4;
-    const bool alone = one_by_one<T>(rows, n, tensors);
+    // A row alone adds to the vectors of weight gradients, which a long row's turn out of L1.
+    const bool alone =
+        n * static_cast<int64_t>(sizeof(T)) <= kLongRowBytes && one_by_one<T>(rows, n, tensors);
     const bool past = alone && goes_past(static_cast<const T*>(p.d_residual), rows, n, tensors);
     parallel_for(chunks, kNormGrain / (chunk * n + 1) + 1, [&](int64_t begin, int64_t end) {
       const float* w = float_vector<T>(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -440,7 +439,9 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     made = record.Run(
         environment(),
-        command=shlex.join(["python", "-m", "fasttransformer.benchmarks.gpu", *sys.argv[1:]]),
+        command=record.command_line(
+            "python", "-m", "fasttransformer.benchmarks.gpu", *sys.argv[1:]
+        ),
         ceilings=ceilings(),
         peers=peers.available(),
     )

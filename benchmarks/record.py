@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -132,6 +133,27 @@ class Run:
         if "gpu" not in here:
             words += [here.get("cpu_isa", ""), f"{here.get('threads', '?')} threads"]
         return ", ".join([*filter(None, words), f"torch {here.get('torch', '?')}"])
+
+
+#: Options that say where results go, and what stands for that in a file.
+PLACES = {"--json": "FILE", "--report": "DIR"}
+
+
+def command_line(*words: str) -> str:
+    """A command as a file records it: where its results went is nobody else's business.
+
+    >>> command_line("fasttransformer", "bench", "--json", "/home/me/a.json")
+    'fasttransformer bench --json FILE'
+    """
+    said: list[str] = []
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if said and said[-1] in PLACES:
+            word = PLACES[said[-1]]
+        elif equals and option in PLACES:
+            word = f"{option}={PLACES[option]}"
+        said.append(word)
+    return shlex.join(said)
 
 
 def row_of(

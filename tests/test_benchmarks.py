@@ -133,7 +133,7 @@ def test_a_row_is_of_all_visits(monkeypatch):
     slowness = iter([1.0, 1.0, 2.0])
 
     def turns_of(timed, seconds, **options):
-        times = slowness.__next__()
+        times = next(slowness)
         return {name: clock.timing_of([times, times]) for name in timed}
 
     monkeypatch.setattr(cases_runner, "time_in_turns", turns_of)
@@ -284,6 +284,13 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     kept = record.load(file)
     assert not kept.complete and len(kept.rows) == 1
     assert "what was measured is kept" in capsys.readouterr().out
+
+
+def test_a_file_does_not_say_where_it_lay():
+    said = record.command_line("bench", "softmax", "--json", "/a/b.json", "--report=/c")
+    assert said == "bench softmax --json FILE --report=DIR"
+    for file in readme.RESULTS.glob("*.json"):
+        assert not re.search(r'["= ]/\w', file.read_text(encoding="utf-8")), file
 
 
 # ---- memory -------------------------------------------------------------------------------------

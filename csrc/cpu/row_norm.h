@@ -173,14 +173,13 @@ void norm_forward(const RowNormParams& p) {
         for (; r < end; ++r) norm_rows<T, Center, A, 1, true>(p, r, w, b, random);
         end_past();
       }
-      if (n <= kShort && !alone) {
-        for (; r + kShortRows <= end; r += kShortRows) {
+      const int64_t grouped = alone ? begin : end;  // the rows before it go several at a time
+      if (n <= kShort) {
+        for (; r + kShortRows <= grouped; r += kShortRows) {
           norm_rows<T, Center, A, kShortRows>(p, r, w, b, random);
         }
       }
-      if (!alone) {
-        for (; r + kRows <= end; r += kRows) norm_rows<T, Center, A, kRows>(p, r, w, b, random);
-      }
+      for (; r + kRows <= grouped; r += kRows) norm_rows<T, Center, A, kRows>(p, r, w, b, random);
       for (; r < end; ++r) norm_rows<T, Center, A, 1>(p, r, w, b, random);
     });
   });
@@ -345,15 +344,14 @@ void norm_backward(const RowNormBackwardParams& p) {
           if (past) {
             for (; r < stop; ++r) norm_grad_rows<T, Center, 1, true>(p, r, w, dw, db, random);
           }
-          if (n <= kGradShort && !alone) {
-            for (; r + kShortRows <= stop; r += kShortRows) {
+          const int64_t grouped = alone ? first : stop;
+          if (n <= kGradShort) {
+            for (; r + kShortRows <= grouped; r += kShortRows) {
               norm_grad_rows<T, Center, kShortRows>(p, r, w, dw, db, random);
             }
           }
-          if (!alone) {
-            for (; r + kRows <= stop; r += kRows) {
-              norm_grad_rows<T, Center, kRows>(p, r, w, dw, db, random);
-            }
+          for (; r + kRows <= grouped; r += kRows) {
+            norm_grad_rows<T, Center, kRows>(p, r, w, dw, db, random);
           }
           for (; r < stop; ++r) norm_grad_rows<T, Center, 1>(p, r, w, dw, db, random);
           if (sums != nullptr) move_sum(level, total, 2 * room);

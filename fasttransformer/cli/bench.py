@@ -10,7 +10,6 @@ import argparse
 import importlib
 import os
 import pkgutil
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     _writable(args)
     made = record.Run(
         environment(),
-        command=shlex.join(["fasttransformer", *sys.argv[1:]]),
+        command=record.command_line("fasttransformer", *sys.argv[1:]),
         warm_pages=keep_allocations(),
         ceilings=runner.machine_ceilings(),
         peers=runner.peers(),

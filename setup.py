@@ -33,7 +33,8 @@ X86_ISAS = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
                "-mprefer-vector-width=512"],
 }  # fmt: skip
-X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
+# Compilers use AMX only where it is written; the kernels ask whether the CPU has it.
+X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
 
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

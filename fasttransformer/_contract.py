@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import backends, use_backend
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@
 // along the weight's rows, bound by reading the weight, from some ten rows on by arithmetic.
 #include "cpu/gemm.h"
 
+#include "cpu/amx.h"
 #include "cpu/dot_product.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
@@ -72,8 +73,8 @@ void copy_a(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
 
 // The same of a transposed A: out[unit][kBlockRows].
 template <class Unit, class T>
-void copy_a_transposed(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
-                       float* out) {
+void copy_a_columns(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
+                    float* out) {
   for (int64_t j = 0; j < depth; j += Unit::elements, out += kBlockRows) {
     const T* base = static_cast<const T*>(a.data) + (k + j) * a.row_stride + row;
     for (int64_t i = 0; i < rows; i += W) {
@@ -85,6 +86,25 @@ void copy_a_transposed(const GemmA& a, int64_t row, int64_t rows, int64_t k, int
       } else {
         store(out + i, (vf)x, static_cast<int>(room));
       }
+    }
+  }
+}
+
+// The same of a transposed A, turned: rows as copy_a() makes them.
+template <class Unit, class T>
+void copy_a_turned(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
+                   float* out) {
+  for (int64_t i = 0; i < rows; i += W) {
+    for (int64_t j = 0; j < depth; j += W * Unit::elements) {
+      vi r[W];
+      for (int u = 0; u < W; ++u) {
+        const int64_t at = j + u * Unit::elements;
+        const T* base = static_cast<const T*>(a.data) + (k + at) * a.row_stride + row + i;
+        r[u] = at < depth ? load_unit_columns<Unit>(base, base + a.row_stride, at + 1 < depth, rows - i)
+                          : vi{};
+      }
+      transpose(r);
+      for (int u = 0; u < W; ++u) store_units(out + (i + u) * kRowUnits + j / Unit::elements, r[u]);
     }
   }
 }
@@ -107,13 +127,19 @@ struct Ahead {
 template <class Unit, int nv, class A>
 void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c, int64_t c_stride,
            bool accumulate, const Ahead& next, int64_t part, int64_t parts) {
-  const int64_t tiles = ceil_div(rows, MR);
-  for (int64_t t = 0, done = 0; t < tiles; ++t) {  // even heights: 16 rows are 8 + 8, not 14 + 2
-    const int64_t n = ceil_div(rows - done, tiles - t);
+  const int64_t tiles = ceil_div(rows, Unit::rows);
+  for (int64_t t = 0, done = 0; t < tiles; ++t) {
     next.fetch(part * tiles + t, parts * tiles);
-    micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
-                         c_stride, AddToIf{accumulate});
-    done += n;
+    if constexpr (Unit::step > 1) {
+      const int64_t n = min64(rows - done, Unit::rows);
+      multiply_tiles<nv>(n, units, a.below(done), panel, c + done * c_stride, c_stride, accumulate);
+      done += n;
+    } else {  // even heights: 16 rows are 8 + 8, not 14 + 2
+      const int64_t n = ceil_div(rows - done, tiles - t);
+      micro_rows<Unit, nv>(static_cast<int>(n), units, a.below(done), panel, c + done * c_stride,
+                           c_stride, AddToIf{accumulate});
+      done += n;
+    }
   }
 }
 
@@ -122,17 +148,21 @@ void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c
 constexpr int64_t kAliasBytes = 4096;
 
 // Whether A, of T, can be multiplied where it lies: stored as units already, in rows that spread
-// over L1.
+// over L1. Tiles are read whole.
 template <class Unit, class T>
-bool in_place(const Gemm& p) {
-  return sizeof(T) * Unit::elements == 4 && p.depth % Unit::elements == 0 && !p.a.transposed &&
-         p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
+bool in_place(const Gemm& p, int64_t rows) {
+  if (Unit::step > 1 && rows % kTileRows != 0) return false;
+  return sizeof(T) * Unit::elements == 4 && p.depth % (Unit::elements * Unit::step) == 0 &&
+         !p.a.transposed && p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
          p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
 
 // T: the type of B, TA: that of A.
 template <class Unit, class T, class TA = T>
 struct Engine {
+  // Rows of an A block. Whole register tiles of some 48 KB, which stay in L2.
+  static constexpr int64_t kMostRows = Unit::step > 1 ? 3 * Unit::rows : kBlockRows;
+
   const Gemm& p;
   int64_t units, panel_floats;
 
@@ -168,20 +198,23 @@ struct Engine {
     const int64_t blocks = ceil_div(units, kDepth);
     int64_t done = 0;
     for (int64_t s = 0; s < blocks; ++s) {
-      const int64_t n = ceil_div(units - done, blocks - s);
+      const int64_t n = ceil_div(ceil_div(units - done, blocks - s), Unit::step) * Unit::step;
       const int64_t k = done * Unit::elements, depth = min64(n * Unit::elements, p.depth - k);
       const float* panel = panels + done * NR;
       const Ahead next = s + 1 < blocks ? ahead(tile.row, tile.rows, k + depth, depth)
                                         : ahead(next_row, tile.rows, 0, depth);
-      if (in_place<Unit, TA>(p)) {
+      if (in_place<Unit, TA>(p, tile.rows)) {
         const int64_t stride = p.a.row_stride * static_cast<int64_t>(sizeof(TA));
         const char* rows = static_cast<const char*>(p.a.data) + tile.row * stride;
         multiply(InPlace{rows + done * 4, stride}, tile, panel, n, next, s > 0);
-      } else if (p.a.transposed) {
-        copy_a_transposed<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
+      } else if (!p.a.transposed) {
+        copy_a<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
+        multiply(Rows<kRowUnits>{a_block}, tile, panel, n, next, s > 0);
+      } else if constexpr (Unit::step == 1) {
+        copy_a_columns<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(Columns<kBlockRows>{a_block}, tile, panel, n, next, s > 0);
       } else {
-        copy_a<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
+        copy_a_turned<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(Rows<kRowUnits>{a_block}, tile, panel, n, next, s > 0);
       }
       done += n;
@@ -226,16 +259,19 @@ struct Engine {
 
   void tasks(const float* panels, int64_t column, int64_t columns, int threads) const {
     int64_t width = p.whole_rows ? columns : min64(columns, kTaskColumns);
-    int64_t height = min64(kBlockRows, kTileFloats / (ceil_div(width, NR) * NR));
-    height = height < MR ? MR : height / MR * MR;
+    constexpr int64_t low = Unit::rows;  // a register tile
+    int64_t height = min64(kMostRows, kTileFloats / (ceil_div(width, NR) * NR));
+    height = height < low ? low : height / low * low;
     // Enough tasks for the threads: first narrower, then lower; never below one register tile.
     const auto count = [&] { return ceil_div(p.rows, height) * ceil_div(columns, width); };
-    if (!p.fixed_tiles) {
+    if (p.fixed_tiles) {
+      height = kBlockRows;
+    } else {
       while (count() < 4 * threads && !p.whole_rows && width > 4 * NR) {
         width = ceil_div(ceil_div(width, 2), NR) * NR;
       }
-      while (count() < 3 * threads && height > MR) height -= MR;
-      height = ceil_div(ceil_div(p.rows, ceil_div(p.rows, height)), MR) * MR;  // even ones
+      while (count() < 3 * threads && height > low) height -= low;
+      height = ceil_div(ceil_div(p.rows, ceil_div(p.rows, height)), low) * low;  // even ones
     }
     const int64_t row_blocks = ceil_div(p.rows, height), column_blocks = ceil_div(columns, width);
     const int64_t total = row_blocks * column_blocks;
@@ -244,10 +280,11 @@ struct Engine {
     const int64_t workers = work < kSerialWork ? 1 : min64(threads, total);
     int64_t next = 0;
     parallel_for(workers, 1, [&](int64_t, int64_t) {
-      float* c =
-          static_cast<float*>(thread_scratch(Scratch::accumulate, sizeof(float) * height * stride));
+      float* c = static_cast<float*>(thread_scratch(
+          Scratch::accumulate, sizeof(float) * ceil_div(height, low) * low * stride));
       float* a = static_cast<float*>(
-          thread_scratch(Scratch::pack, sizeof(float) * (kBlockRows * kRowUnits + W)));
+          thread_scratch(Scratch::pack, sizeof(float) * (kMostRows * kRowUnits + W)));
+      [[maybe_unused]] const typename Unit::Registers registers;
       for (;;) {
         const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (t >= total) return;
@@ -474,7 +511,7 @@ void run(const Gemm& p) {
   switch (form_of<Unit, T>(p)) {
     case Form::packed: return Engine<Unit, T>{p, 0, 0}.run();
     case Form::exchanged: return run_exchanged<Unit, T>(p);
-    case Form::skinny: return run_skinny<Unit, T, kSkinnyRows>(p);
+    case Form::skinny: return run_skinny<typename Unit::Vectors, T, kSkinnyRows>(p);
   }
 }
 
@@ -486,7 +523,7 @@ bool can_own_whole_rows(const Gemm& p) {
 
 bool multiplies_pairs([[maybe_unused]] DType dtype) {
 #if defined(__AVX512BF16__)
-  return dtype == DType::bf16 && bf16_dot_is_fast();
+  return dtype == DType::bf16 && (has_amx() || bf16_dot_is_fast());
 #else
   return false;
 #endif
@@ -502,7 +539,8 @@ void gemm(const Gemm& p) {
     case DType::bf16:
       if (p.wide_a) return Engine<Float, bf16, float>{p, 0, 0}.run();
 #if defined(__AVX512BF16__)
-      if (multiplies_pairs(p.dtype)) return run<BfPair, bf16>(p);
+      if (has_amx()) return run<BfTile, bf16>(p);
+      if (bf16_dot_is_fast()) return run<BfPair, bf16>(p);
 #endif
       return run<Float, bf16>(p);
   }

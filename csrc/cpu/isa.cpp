@@ -4,10 +4,34 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#  include <cpuid.h>
+#endif
+#if defined(__linux__)
+#  include <sys/syscall.h>
+#  include <unistd.h>
+#endif
+
 namespace ft {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
+
+// Whether the CPU multiplies tiles of bf16, and the system lets this process use their registers:
+// Linux wants to be asked, once, since saving them takes 8 KB of every thread's state.
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -17,7 +41,9 @@ Isa detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return may_use_amx() ? Isa::amx : Isa::avx512_bf16;
+  }
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -25,7 +51,7 @@ Isa detect() {
 }
 
 bool parse(const char* name, Isa* out) {
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) {
       *out = static_cast<Isa>(i);
       return true;

@@ -1,11 +1,12 @@
 // Which instruction set the CPU kernels of this process use. Every file of csrc/cpu that holds
 // kernels is compiled once per set, into namespace ft::<set>; ft::name() picks by the CPU's own
-// features, or by the environment variable FASTTRANSFORMER_CPU_ISA (a lower set only).
+// features, or by the environment variable FASTTRANSFORMER_CPU_ISA (a lower set only). `amx` has no
+// files of its own: the kernels for avx512_bf16 that multiply matrices ask for it (cpu/amx.h).
 #pragma once
 
 namespace ft {
 
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
 Isa isa();
 const char* isa_name(Isa);
@@ -23,6 +24,7 @@ bool set_isa(const char* name);  // false: unknown, or this CPU lacks it
     namespace avx512_bf16 { void name(const Params&); }     \
     inline void name(const Params& p) {                     \
       switch (isa()) {                                      \
+        case Isa::amx:                                      \
         case Isa::avx512_bf16: return avx512_bf16::name(p); \
         case Isa::avx512: return avx512::name(p);           \
         case Isa::avx2: return avx2::name(p);               \

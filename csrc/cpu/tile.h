@@ -5,7 +5,7 @@
 //
 // Everything is counted in 32-bit units. A unit is one float (`Float`), or a pair of bf16 along the
 // summed dimension (`BfPair`, where the CPU has vdpbf16ps); packing and loops are the same for
-// both.
+// both. cpu/amx.h has a third, of whose pairs a product takes whole tiles.
 #pragma once
 #include "cpu/vec.h"
 
@@ -27,12 +27,18 @@ constexpr int kBlockRows = MR * (84 / MR);  // rows of an A block, some 48 KB: i
 
 struct Float {
   static constexpr int elements = 1;  // of the summed dimension per unit
+  static constexpr int step = 1;      // units that a product takes at once: depths are whole steps
+  static constexpr int rows = MR;     // of a register tile
+  using Vectors = Float;              // the unit where vectors are multiplied
+  struct Registers {};                // what a thread holds while it multiplies
   static FT_INLINE vf fma(vf a, vf b, vf c) { return FT_ISA::fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 struct BfPair {
-  static constexpr int elements = 2;
+  static constexpr int elements = 2, step = 1, rows = MR;
+  using Vectors = BfPair;
+  using Registers = Float::Registers;
   static FT_INLINE vf fma(vf a, vf b, vf c) {
     return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
@@ -134,9 +140,11 @@ FT_INLINE vi load_unit_columns(const T* row, [[maybe_unused]] const T* next,
 
 FT_INLINE void store_units(float* p, vi x) { store(p, (vf)x); }
 
+// In whole steps. Behind the last element are zeros.
 template <class Unit>
 FT_INLINE int64_t units_of(int64_t elements) {
-  return (elements + Unit::elements - 1) / Unit::elements;
+  constexpr int64_t step = int64_t{Unit::elements} * Unit::step;
+  return (elements + step - 1) / step * Unit::step;
 }
 
 // ---- packing ----------------------------------------------------------------------------------
@@ -181,6 +189,9 @@ inline void pack_panel(const T* b, int64_t row_stride, int64_t columns, int64_t 
                             : vi{};
       store_units(panel + v * W, x);
     }
+  }  if constexpr (Unit::step > 1) {
+    const int64_t rest = units_of<Unit>(depth) - (depth + Unit::elements - 1) / Unit::elements;
+    std::memset(panel, 0, sizeof(float) * NR * rest);
   }
 }
 
@@ -193,6 +204,8 @@ struct Rows {  // a[i * stride + k]
   const float* a;
   FT_INLINE vf at(int i, int64_t k) const { return splat(a[i * stride + k]); }
   FT_INLINE Rows below(int64_t rows) const { return {a + rows * stride}; }
+  FT_INLINE const char* data() const { return reinterpret_cast<const char*>(a); }
+  FT_INLINE int64_t bytes_between() const { return int64_t{stride} * sizeof(float); }
 };
 template <int stride>
 struct Columns {  // transposed: a[k * stride + i]
@@ -209,6 +222,8 @@ struct InPlace {  // the matrix itself, `stride` bytes from row to row
     return splat(x);
   }
   FT_INLINE InPlace below(int64_t rows) const { return {a + rows * stride, stride}; }
+  FT_INLINE const char* data() const { return a; }
+  FT_INLINE int64_t bytes_between() const { return stride; }
 };
 
 // What a row i of C becomes, of which `c` is a vector and x the product's.

@@ -17,12 +17,12 @@ double seconds() {
 // Best of several runs of the register tile on one small block that stays in L1.
 template <class Unit>
 double time_tile() {
-  alignas(64) static float a[MR * kRowUnits], panel[64 * NR], c[MR * NR];
+  constexpr int kStride = kDepth + 16;
+  alignas(64) static float a[MR * kStride], panel[64 * NR], c[MR * NR];
   double best = 1e9;
   for (int run = 0; run < 6; ++run) {
     const double start = seconds();
-    for (int i = 0; i < 20; ++i)
-      micro<Unit, MR, NV>(64, Rows<kRowUnits>{a}, panel, c, NR, StoreTo{});
+    for (int i = 0; i < 20; ++i) micro<Unit, MR, NV>(64, Rows<kStride>{a}, panel, c, NR, StoreTo{});
     const double took = seconds() - start;
     if (took < best) best = took;
   }

@@ -31,6 +31,8 @@ constexpr int kSkinnyRows = 16, kSkinnyDeepRows = 8;  // as many sums as registe
 #else
 constexpr int kSkinnyRows = 4, kSkinnyDeepRows = 4;
 #endif
+constexpr int kSkinnyTileRows =
+    4;  // with AMX the exchanged form is bound by the weight from few rows on
 constexpr int64_t kExchangedRows = 192;  // above, packing the weight is paid back (measured, Zen 4)
 
 constexpr int64_t kSerialWork = 262144;  // multiply-adds below which a second thread costs more
@@ -44,10 +46,14 @@ int64_t grain_of(const Gemm& p, int64_t least, int64_t work) {
   return p.one_thread ? INT64_MAX : ceil_div(least, work + 1);
 }
 
-// Rows [row, row + rows) and elements [k, k + depth) of A as units with row stride kRowUnits.
+// Row stride of an A block: rows fall into distinct L1 sets.
+template <class Unit>
+constexpr int kRowUnits = Unit::depth + 16;
+
+// Rows [row, row + rows) and elements [k, k + depth) of A as units with row stride kRowUnits<Unit>.
 template <class Unit, class T>
 void copy_a(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth, float* out) {
-  for (int64_t i = 0; i < rows; ++i, out += kRowUnits) {
+  for (int64_t i = 0; i < rows; ++i, out += kRowUnits<Unit>) {
     const int64_t at = row + i;
     const T* base = static_cast<const T*>(a.data) + at / a.inner_rows * a.outer_stride +
                     at % a.inner_rows * a.row_stride;
@@ -58,7 +64,7 @@ void copy_a(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
       continue;
     }
     // Heads: gather the run of elements first; a pair of bf16 may straddle two heads.
-    T gathered[kDepth * Unit::elements];
+    T gathered[Unit::depth * Unit::elements];
     for (int64_t j = 0; j < depth;) {
       const int64_t head = (k + j) / a.segment, offset = (k + j) % a.segment;
       const int64_t n = min64(depth - j, a.segment - offset);
@@ -100,11 +106,13 @@ void copy_a_turned(const GemmA& a, int64_t row, int64_t rows, int64_t k, int64_t
       for (int u = 0; u < W; ++u) {
         const int64_t at = j + u * Unit::elements;
         const T* base = static_cast<const T*>(a.data) + (k + at) * a.row_stride + row + i;
-        r[u] = at < depth ? load_unit_columns<Unit>(base, base + a.row_stride, at + 1 < depth, rows - i)
-                          : vi{};
+        r[u] = at < depth
+                   ? load_unit_columns<Unit>(base, base + a.row_stride, at + 1 < depth, rows - i)
+                   : vi{};
       }
       transpose(r);
-      for (int u = 0; u < W; ++u) store_units(out + (i + u) * kRowUnits + j / Unit::elements, r[u]);
+      for (int u = 0; u < W; ++u)
+        store_units(out + (i + u) * kRowUnits<Unit> + j / Unit::elements, r[u]);
     }
   }
 }
@@ -195,7 +203,7 @@ struct Engine {
   // One task: a tile of C over the whole summed dimension. `next_row`: where the thread's next
   // tile probably begins.
   void task(const float* panels, GemmTile tile, int64_t next_row, float* a_block) const {
-    const int64_t blocks = ceil_div(units, kDepth);
+    const int64_t blocks = ceil_div(units, Unit::depth);
     int64_t done = 0;
     for (int64_t s = 0; s < blocks; ++s) {
       const int64_t n = ceil_div(ceil_div(units - done, blocks - s), Unit::step) * Unit::step;
@@ -209,13 +217,13 @@ struct Engine {
         multiply(InPlace{rows + done * 4, stride}, tile, panel, n, next, s > 0);
       } else if (!p.a.transposed) {
         copy_a<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
-        multiply(Rows<kRowUnits>{a_block}, tile, panel, n, next, s > 0);
+        multiply(Rows<kRowUnits<Unit>>{a_block}, tile, panel, n, next, s > 0);
       } else if constexpr (Unit::step == 1) {
         copy_a_columns<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
         multiply(Columns<kBlockRows>{a_block}, tile, panel, n, next, s > 0);
       } else {
         copy_a_turned<Unit, TA>(p.a, tile.row, tile.rows, k, depth, a_block);
-        multiply(Rows<kRowUnits>{a_block}, tile, panel, n, next, s > 0);
+        multiply(Rows<kRowUnits<Unit>>{a_block}, tile, panel, n, next, s > 0);
       }
       done += n;
     }
@@ -283,7 +291,7 @@ struct Engine {
       float* c = static_cast<float*>(thread_scratch(
           Scratch::accumulate, sizeof(float) * ceil_div(height, low) * low * stride));
       float* a = static_cast<float*>(
-          thread_scratch(Scratch::pack, sizeof(float) * (kMostRows * kRowUnits + W)));
+          thread_scratch(Scratch::pack, sizeof(float) * (kMostRows * kRowUnits<Unit> + W)));
       [[maybe_unused]] const typename Unit::Registers registers;
       for (;;) {
         const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
@@ -502,7 +510,10 @@ template <class Unit, class T>
 Form form_of(const Gemm& p) {
   if (p.a.transposed || !p.b.transposed || p.whole_rows || p.fixed_tiles) return Form::packed;
   const int64_t input = p.rows * units_of<Unit>(p.depth) * static_cast<int64_t>(sizeof(float));
-  if (p.rows <= (input <= kSkinnyInput ? kSkinnyRows : kSkinnyDeepRows)) return Form::skinny;
+  const int64_t skinny = Unit::step > 1          ? kSkinnyTileRows
+                         : input <= kSkinnyInput ? kSkinnyRows
+                                                 : kSkinnyDeepRows;
+  if (p.rows <= skinny) return Form::skinny;
   return p.rows <= kExchangedRows && p.rows <= p.columns ? Form::exchanged : Form::packed;
 }
 

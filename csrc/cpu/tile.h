@@ -22,21 +22,21 @@ constexpr int MR = 6;  // 12 + 2 + 1 of 16
 // Units of the summed dimension in one A block: also the longest chain of float additions. Longer
 // ones are a percent or two faster and break the number contract (256: at 200 elements).
 constexpr int kDepth = 128;
-constexpr int kRowUnits = kDepth + 16;  // row stride of an A block: rows fall into distinct L1 sets
 constexpr int kBlockRows = MR * (84 / MR);  // rows of an A block, some 48 KB: it stays in L2
 
 struct Float {
   static constexpr int elements = 1;  // of the summed dimension per unit
   static constexpr int step = 1;      // units that a product takes at once: depths are whole steps
   static constexpr int rows = MR;     // of a register tile
-  using Vectors = Float;              // the unit where vectors are multiplied
-  struct Registers {};                // what a thread holds while it multiplies
+  static constexpr int depth = kDepth;
+  using Vectors = Float;  // the unit where vectors are multiplied
+  struct Registers {};    // what a thread holds while it multiplies
   static FT_INLINE vf fma(vf a, vf b, vf c) { return FT_ISA::fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 struct BfPair {
-  static constexpr int elements = 2, step = 1, rows = MR;
+  static constexpr int elements = 2, step = 1, rows = MR, depth = kDepth;
   using Vectors = BfPair;
   using Registers = Float::Registers;
   static FT_INLINE vf fma(vf a, vf b, vf c) {
@@ -189,7 +189,8 @@ inline void pack_panel(const T* b, int64_t row_stride, int64_t columns, int64_t 
                             : vi{};
       store_units(panel + v * W, x);
     }
-  }  if constexpr (Unit::step > 1) {
+  }
+  if constexpr (Unit::step > 1) {
     const int64_t rest = units_of<Unit>(depth) - (depth + Unit::elements - 1) / Unit::elements;
     std::memset(panel, 0, sizeof(float) * NR * rest);
   }

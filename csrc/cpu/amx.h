@@ -36,7 +36,7 @@ class TileRegisters {
 // As BfPair, of which a product takes whole tiles. Sums of bf16 products stay in registers for
 // longer: what C's way to L2 and back costs counts more here, and rounding to bf16 hides theirs.
 struct BfTile : BfPair {
-  static constexpr int step = kTileUnits, rows = 2 * kTileRows, depth = 512;
+  static constexpr int step = kTileUnits, rows = 2 * kTileRows, depth = 256;
   using Registers = TileRegisters;
 };
 

@@ -25,6 +25,7 @@ constexpr int64_t kPackBytes = int64_t{12}
                                << 20;        // packed B per chunk: stays in the last-level cache
 constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
 constexpr int64_t kTaskColumns = 1536;       // columns of a task that may split them
+constexpr int64_t kTileTaskColumns = 512;  // the same with AMX
 constexpr int64_t kWholeRowColumns = 4096;
 #if defined(__AVX512F__)
 constexpr int kSkinnyRows = 16, kSkinnyDeepRows = 8;  // as many sums as registers hold
@@ -153,7 +154,7 @@ void block(int64_t rows, int64_t units, const A& a, const float* panel, float* c
 
 // Rows whose distance is a multiple of this share the few lines of one L1 set and push each other
 // out.
-constexpr int64_t kAliasBytes = 4096;
+constexpr int64_t kAliasBytes = 4096, kTileAliasBytes = 1024;
 
 // Whether A, of T, can be multiplied where it lies: stored as units already, in rows that spread
 // over L1. Tiles are read whole.
@@ -162,14 +163,16 @@ bool in_place(const Gemm& p, int64_t rows) {
   if (Unit::step > 1 && rows % kTileRows != 0) return false;
   return sizeof(T) * Unit::elements == 4 && p.depth % (Unit::elements * Unit::step) == 0 &&
          !p.a.transposed && p.a.segment == INT64_MAX && p.a.inner_rows == INT64_MAX &&
-         p.a.row_stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
+         p.a.row_stride * static_cast<int64_t>(sizeof(T)) %
+                 (Unit::step > 1 ? kTileAliasBytes : kAliasBytes) !=
+             0;
 }
 
 // T: the type of B, TA: that of A.
 template <class Unit, class T, class TA = T>
 struct Engine {
   // Rows of an A block. Whole register tiles of some 48 KB, which stay in L2.
-  static constexpr int64_t kMostRows = Unit::step > 1 ? 3 * Unit::rows : kBlockRows;
+  static constexpr int64_t kMostRows = Unit::step > 1 ? Unit::rows : kBlockRows;
 
   const Gemm& p;
   int64_t units, panel_floats;
@@ -266,7 +269,7 @@ struct Engine {
   }
 
   void tasks(const float* panels, int64_t column, int64_t columns, int threads) const {
-    int64_t width = p.whole_rows ? columns : min64(columns, kTaskColumns);
+    int64_t width = p.whole_rows ? columns : min64(columns, Unit::step > 1 ? kTileTaskColumns : kTaskColumns);
     constexpr int64_t low = Unit::rows;  // a register tile
     int64_t height = min64(kMostRows, kTileFloats / (ceil_div(width, NR) * NR));
     height = height < low ? low : height / low * low;
@@ -296,10 +299,13 @@ struct Engine {
       for (;;) {
         const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (t >= total) return;
-        const int64_t row = t / column_blocks * height, j = t % column_blocks * width;
+        const int64_t row = (Unit::step > 1 ? t % row_blocks : t / column_blocks) * height;
+        const int64_t j = (Unit::step > 1 ? t / row_blocks : t % column_blocks) * width;
         const GemmTile tile = {
             c, stride, row, min64(height, p.rows - row), column + j, min64(width, columns - j)};
-        task(panels + j / NR * panel_floats, tile, (t + workers) / column_blocks * height, a);
+        const int64_t then = t + workers;
+        const int64_t next_row = Unit::step > 1 ? then % row_blocks : then / column_blocks;
+        task(panels + j / NR * panel_floats, tile, next_row * height, a);
       }
     });
   }

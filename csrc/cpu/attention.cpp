@@ -13,12 +13,12 @@
 namespace ft::FT_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBandStrips = 2;
-#else
-constexpr int kBandStrips = 4;
-#endif
-constexpr int kBandRows = kBandStrips * MR;
+template <class Unit>
+constexpr int kBandStrips = Unit::rows > MR ? 1
+                            : MR > 8        ? 2
+                                            : 4;
+template <class Unit>
+constexpr int kBandRows = kBandStrips<Unit> * Unit::rows;
 
 // Rows of a block share the packing of keys and values: the more the better, until packed queries
 // and sums leave L2.
@@ -27,7 +27,7 @@ constexpr int64_t kMostRows = 256;
 // Multiply-adds below which a second thread costs more than it gives (about 10 µs of work).
 constexpr int64_t kWorkPerThread = 400'000;
 
-constexpr float kOnes[14] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+constexpr float kOnes[14] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};  // for sums that go on
 static_assert(MR <= 14);
 
 struct Plan {
@@ -36,13 +36,14 @@ struct Plan {
   int64_t items;
 };
 
-Plan make_plan(const AttentionParams& p, int threads) {
+// `least` rows are worth a block.
+Plan make_plan(const AttentionParams& p, int threads, int64_t least) {
   const int64_t group = p.heads / p.kv_heads;
   int64_t most = kBlockFloats / (p.head_dim + p.value_dim + 1);
-  most = max64(4 * MR, min64(most, kMostRows));
+  most = max64(2 * least, min64(most, kMostRows));
   const int64_t groups = p.batch * p.kv_heads, total = groups * group * p.q_len;
-  // Enough items for the threads to share the work evenly, but not less than two strips each.
-  if (threads > 1) most = max64(2 * MR, min64(most, total / (4 * threads) + 1));
+  // Enough items for the threads to share the work evenly.
+  if (threads > 1) most = max64(least, min64(most, total / (4 * threads) + 1));
   Plan plan;
   plan.heads_per_block = max64(1, min64(group, most / max64(p.q_len, 1)));
   plan.blocks_per_head = (p.q_len + most - 1) / most;
@@ -58,19 +59,25 @@ struct Workspace {
   float *queries, *sums, *keys, *values, *scores, *top, *total, *alpha;
   Row* rows;
 
-  Workspace(const AttentionParams& p, int64_t most_rows) {
-    columns = round_up(p.value_dim, W);
-    const int64_t strips = (most_rows + MR - 1) / MR;
-    int64_t sizes[] = {strips * kPanelRows * p.head_dim,
-                       most_rows * columns,
-                       kKeys * p.head_dim,
+  // Products by tiles write whole strips.
+  template <class Unit>
+  static Workspace of(const AttentionParams& p, int64_t most_rows) {
+    constexpr int64_t band = kBandRows<Unit>;
+    Workspace w;
+    w.columns = round_up(p.value_dim, W);
+    const int64_t units = units_of<Unit>(p.head_dim);
+    const int64_t strips = (most_rows + Unit::rows - 1) / Unit::rows;
+    int64_t sizes[] = {strips * kStripRows<Unit> * units,
+                       strips * Unit::rows * w.columns,
+                       kKeys * units,
                        kKeys * round_up(p.value_dim, NR),
-                       int64_t{kBandRows} * kKeys,
+                       band * kKeys,
                        most_rows,
                        most_rows * W,
-                       kBandRows,
+                       band,
                        most_rows * static_cast<int64_t>(sizeof(Row) / sizeof(float))};
-    float** places[] = {&queries, &sums, &keys, &values, &scores, &top, &total, &alpha};
+    float** places[] = {&w.queries, &w.sums, &w.keys,  &w.values,
+                        &w.scores,  &w.top,  &w.total, &w.alpha};
     int64_t all = 0;
     for (int64_t& size : sizes) all += size = round_up(size, 16);
     float* next = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * all));
@@ -78,16 +85,18 @@ struct Workspace {
       *places[i] = next;
       next += sizes[i];
     }
-    rows = reinterpret_cast<Row*>(next);
+    w.rows = reinterpret_cast<Row*>(next);
+    return w;
   }
 };
 
 template <class Unit, class T>
 void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequence& seq, int64_t b,
-           int64_t g, const Strips& strips) {
+           int64_t g, const Strips<Unit>& strips) {
   const int64_t dim = p.head_dim, units = units_of<Unit>(dim), columns = w.columns;
   // Pairs are of bf16 numbers, whose results hide how long sums were rounded.
   constexpr int64_t chain = Unit::elements == 1 ? kChain : kKeys;
+  constexpr int band_strips = kBandStrips<Unit>, band_rows = kBandRows<Unit>;
   int64_t first = p.kv_len, last = 0;
   for (int64_t i = 0; i < strips.rows; ++i) {
     if (w.rows[i].first < w.rows[i].last) {
@@ -102,16 +111,16 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
   for (int64_t i = 0; i < strips.rows * columns; i += W) store(w.sums + i, zero());
   for (int64_t s = 0; s < strips.count; ++s) {
     pack_strip<Unit, T>(p.query, b, w.rows + strips.begin(s), strips.height(s), dim,
-                        w.queries + s * kPanelRows * units);
+                        w.queries + s * kStripRows<Unit> * units);
   }
   for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
     const int64_t n = min64(kKeys, last - j);
     pack_keys<Unit>(at<T>(p.key, b, g, seq.key_start + j), p.key.row, n, dim, w.keys);
     pack_values<Unit>(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim,
                       w.values);
-    for (int64_t band = 0; band < strips.count; band += kBandStrips) {
-      const int64_t band_end = min64(band + kBandStrips, strips.count);
-      Seen seen[kBandStrips];
+    for (int64_t band = 0; band < strips.count; band += band_strips) {
+      const int64_t band_end = min64(band + band_strips, strips.count);
+      Seen seen[band_strips];
       int64_t from = n, to = 0;
       for (int64_t s = band; s < band_end; ++s) {
         Seen& see = seen[s - band];
@@ -124,7 +133,7 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
       for (int64_t k = from; k < to; k += NR) {
         for (int64_t s = band; s < band_end; ++s) {
           if (k < seen[s - band].begin || k >= seen[s - band].end) continue;
-          scores_product<Unit>(strips.height(s), units, w.queries + s * kPanelRows * units,
+          scores_product<Unit>(strips.height(s), units, w.queries + s * kStripRows<Unit> * units,
                                w.keys + k * units, w.scores + (strips.begin(s) - row0) * kKeys + k);
         }
       }
@@ -141,8 +150,8 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
         if (!see.plain) finish_scores<T>(p, u, w.rows[i], j, see.begin, end, n, row);
         w.alpha[i - row0] = raise_top(row, see.begin, end, w.top + i);
       });
-      for (int64_t i = 0; i < kBandRows; i += W) {
-        const int have = static_cast<int>(min64(W, kBandRows - i));
+      for (int64_t i = 0; i < band_rows; i += W) {
+        const int have = static_cast<int>(min64(W, band_rows - i));
         store(w.alpha + i, exp2(load(w.alpha + i, have) * splat(u.exponent)), have);
       }
       each_row([&](int64_t i, float* row, const Seen& see, int64_t end) {
@@ -157,6 +166,7 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
           for (int64_t k = see.begin; k < end; k += W) {
             store(reinterpret_cast<T*>(row) + k, load(row + k));
           }
+          if (Unit::step > 1 && end % NR != 0) store(reinterpret_cast<T*>(row) + end, zero());
         }
       });
       for (int64_t e = 0; e < columns; e += NR) {
@@ -183,13 +193,14 @@ template <class Unit, class T>
 void run(const AttentionParams& p) {
   const int64_t work = p.rows() * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
   const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
-  const Plan plan = make_plan(p, static_cast<int>(threads));
+  const Plan plan = make_plan(p, static_cast<int>(threads), max64(2 * MR, Unit::rows));
   const Units u = units_of_case(p);
   const int64_t group = p.heads / p.kv_heads;
   int64_t next = 0;
   // Items are taken one by one, the longest first, as their lengths differ with a causal mask.
   parallel_for(threads, 1, [&](int64_t, int64_t) {
-    Workspace w(p, plan.heads_per_block * plan.rows);
+    Workspace w = Workspace::of<Unit>(p, plan.heads_per_block * plan.rows);
+    [[maybe_unused]] const typename Unit::Registers registers;
     for (;;) {
       const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (item >= plan.items) break;
@@ -208,7 +219,7 @@ void run(const AttentionParams& p) {
           w.rows[rows++] = make_row(p, seq, b, g * group + head + h, i);
         }
       }
-      block<Unit, T>(p, u, w, seq, b, g, Strips(rows));
+      block<Unit, T>(p, u, w, seq, b, g, Strips<Unit>(rows));
       write_rows<T>(p, u, seq, b, w.rows, rows, w.top, w.total, w.sums, w.columns);
     }
   });

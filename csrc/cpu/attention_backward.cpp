@@ -164,7 +164,7 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
           const Sequence& seq, int64_t b, int64_t h, int64_t at_head, int64_t row0, int64_t count,
           int64_t j, int64_t n) {
   for (int64_t i = 0; i < count; ++i) w.rows[i] = make_row(p, seq, b, h, row0 + i);
-  const Strips strips(count);
+  const Strips<Unit> strips(count);
   Seen seen[kBandStrips];
   int64_t from = n, to = 0;
   for (int64_t s = 0; s < strips.count; ++s) {
@@ -179,9 +179,9 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
   for (int64_t s = 0; s < strips.count; ++s) {
     const Row* rows = w.rows + strips.begin(s);
     pack_strip<Unit, T>(p.query, b, rows, strips.height(s), dim,
-                        w.query_strips + s * kPanelRows * units);
+                        w.query_strips + s * kStripRows<Unit> * units);
     pack_strip<Unit, T>(p.grad_out, b, rows, strips.height(s), value_dim,
-                        w.grad_strips + s * kPanelRows * value_units);
+                        w.grad_strips + s * kStripRows<Unit> * value_units);
   }
   const T* query = at<T>(p.query, b, h, seq.query_start + row0);
   for (int64_t e = 0; e < dim; e += NR) {
@@ -195,11 +195,11 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     for (int64_t s = 0; s < strips.count; ++s) {
       if (k < seen[s].begin || k >= seen[s].end) continue;
       const int64_t place = strips.begin(s) * kKeys + k;
-      scores_product<Unit>(strips.height(s), units, w.query_strips + s * kPanelRows * units,
+      scores_product<Unit>(strips.height(s), units, w.query_strips + s * kStripRows<Unit> * units,
                            w.keys + k * units, w.weights + place);
       scores_product<Unit>(strips.height(s), value_units,
-                           w.grad_strips + s * kPanelRows * value_units, w.values + k * value_units,
-                           w.d_scores + place);
+                           w.grad_strips + s * kStripRows<Unit> * value_units,
+                           w.values + k * value_units, w.d_scores + place);
     }
   }
   const int64_t lse_at = first_row_of(p, seq, b, h) + row0;
@@ -261,7 +261,7 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
       store(out + k, load(out + k, have) + ((sum[0] + sum[1]) + (sum[2] + sum[3])), have);
     }
   }
-  const Strips down(to - from);
+  const Strips<Float> down(to - from);
   for (int64_t e = 0; e < w.value_dim; e += NR) {
     const int vectors = w.value_dim - e > W ? NV : 1;
     for (int64_t s = 0; s < down.count; ++s) {
@@ -528,7 +528,7 @@ void run(const AttentionBackwardParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-  with_type(p.dtype, [&]<class T>() { with_unit<T>([&]<class Unit>() { run<Unit, T>(p); }); });
+  with_type(p.dtype, [&]<class T>() { with_vectors<T>([&]<class Unit>() { run<Unit, T>(p); }); });
 }
 
 }  // namespace ft::FT_ISA

@@ -3,6 +3,7 @@
 #pragma once
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/columns.h"
 #include "cpu/dot_product.h"
 #include "cpu/philox.h"
@@ -19,8 +20,12 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 // ---- products ---------------------------------------------------------------------------------
 
-// All is counted in units (tile.h): floats, or where forward multiplies bf16 as it is, pairs along
-// the summed dimension.
+// All is counted in units (tile.h): floats, or where bf16 is multiplied as it is, pairs along the
+// summed dimension, by vectors or by whole tiles (amx.h).
+
+// Rows of a packed strip. Vectors take it as [units][rows], tiles as [rows][units].
+template <class Unit>
+constexpr int kStripRows = Unit::step > 1 ? Unit::rows : kPanelRows;
 
 // c[n × columns] = into(a · panel) for panels [units][NR], of which one or two vectors are used.
 template <class Unit, class A, class Into>
@@ -37,6 +42,10 @@ constexpr int64_t kDepthOfSum = 64;
 template <class Unit>
 __attribute__((noinline)) void scores_product(int n, int64_t units, const float* strip,
                                               const float* panel, float* scores) {
+  if constexpr (Unit::step > 1) {
+    const InPlace rows = {reinterpret_cast<const char*>(strip), units * 4};
+    return multiply_tiles<NV>(n, units, rows, panel, scores, kKeys, false);
+  }
   for (int64_t k = 0; k == 0 || k < units; k += kDepthOfSum) {
     const int64_t part = units - k < kDepthOfSum ? units - k : kDepthOfSum;
     micro_rows<Unit, NV>(n, part, Columns<kPanelRows>{strip + k * kPanelRows}, panel + k * NR,
@@ -49,18 +58,38 @@ template <class Unit>
 __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t units, const float* weights,
                                             const float* panel, float* c, int64_t c_stride,
                                             const float* factor) {
+  if constexpr (Unit::step > 1) {
+    for (int i = 0; i < n; ++i) {
+      if (factor[i] == 1.f) continue;
+      float* row = c + i * c_stride;
+      for (int v = 0; v < vectors; ++v) store(row + v * W, load(row + v * W) * splat(factor[i]));
+    }
+    const Rows<kKeys> rows = {weights};
+    if (vectors == NV) return multiply_tiles<NV>(n, units, rows, panel, c, c_stride, true);
+    return multiply_tiles<1>(n, units, rows, panel, c, c_stride, true);
+  }
   product<Unit>(n, vectors, units, Rows<kKeys>{weights}, panel, c, c_stride, AddToScaled{factor});
 }
 
-// Calls f.operator()<Unit>() with the unit that products of T are made in.
+// Calls f.operator()<Unit>() with the unit that products of T are made in: by vectors …
 template <class T, class F>
-FT_INLINE void with_unit(const F& f) {
+FT_INLINE void with_vectors(const F& f) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bf16>) {
     if (bf16_dot_is_fast()) return f.template operator()<BfPair>();
   }
 #endif
   f.template operator()<Float>();
+}
+// … and by whatever the CPU has.
+template <class T, class F>
+FT_INLINE void with_unit(const F& f) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (has_amx()) return f.template operator()<BfTile>();
+  }
+#endif
+  with_vectors<T>(f);
 }
 
 // ---- a block of query rows --------------------------------------------------------------------
@@ -167,31 +196,39 @@ FT_INLINE const T* at(const HeadsView& v, int64_t b, int64_t h, int64_t row) {
   return static_cast<const T*>(v.data) + b * v.batch + h * v.head + row * v.row;
 }
 
-// The rows of a block cut into strips of nearly equal height, none above MR.
+// The rows of a block cut into strips: of nearly equal height, none above a register tile's, or for
+// tiles all but the last of whole ones.
+template <class Unit>
 struct Strips {
   int64_t rows, count;
-  explicit Strips(int64_t n) : rows(n), count((n + MR - 1) / MR) {}
-  int64_t begin(int64_t s) const { return rows * s / count; }
+  explicit Strips(int64_t n) : rows(n), count((n + Unit::rows - 1) / Unit::rows) {}
+  int64_t begin(int64_t s) const {
+    return Unit::step > 1 ? min64(s * Unit::rows, rows) : rows * s / count;
+  }
   int height(int64_t s) const { return static_cast<int>(begin(s + 1) - begin(s)); }
 };
 
-// A strip of rows as [units][kPanelRows].
+// A strip of rows, zeros behind the last.
 template <class Unit, class T>
 inline void pack_strip(const HeadsView& view, int64_t b, const Row* rows, int n, int64_t dim,
                        float* out) {
-  for (int base = 0; base < kPanelRows; base += W) {
+  const int64_t units = units_of<Unit>(dim);
+  for (int base = 0; base < kStripRows<Unit>; base += W) {
     const T* from[W];
     for (int i = 0; i < W; ++i) {
       from[i] = base + i < n ? at<T>(view, b, rows[base + i].head, rows[base + i].token) : nullptr;
     }
-    const int64_t units = units_of<Unit>(dim);
     for (int64_t unit = 0; unit < units; unit += W) {
       vi r[W];
       const int64_t k = unit * Unit::elements;
       for (int i = 0; i < W; ++i) r[i] = from[i] ? load_units<Unit>(from[i] + k, dim - k) : vi{};
-      transpose(r);
-      const int64_t count = min64(units - unit, W);
-      for (int i = 0; i < count; ++i) store_units(out + (unit + i) * kPanelRows + base, r[i]);
+      if constexpr (Unit::step > 1) {
+        for (int i = 0; i < W; ++i) store_units(out + (base + i) * units + unit, r[i]);
+      } else {
+        transpose(r);
+        const int64_t count = min64(units - unit, W);
+        for (int i = 0; i < count; ++i) store_units(out + (unit + i) * kPanelRows + base, r[i]);
+      }
     }
   }
 }

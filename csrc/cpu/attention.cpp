@@ -23,6 +23,7 @@ constexpr int kBandRows = kBandStrips<Unit> * Unit::rows;
 // Rows of a block share the packing of keys and values: the more the better, until packed queries
 // and sums leave L2.
 constexpr int64_t kBlockFloats = 40 * 1024;
+constexpr int64_t kTileBlockFloats = 128 * 1024;  // packing costs more of it beside faster products
 constexpr int64_t kMostRows = 256;
 // Multiply-adds below which a second thread costs more than it gives (about 10 µs of work).
 constexpr int64_t kWorkPerThread = 400'000;
@@ -36,10 +37,13 @@ struct Plan {
   int64_t items;
 };
 
-// `least` rows are worth a block.
-Plan make_plan(const AttentionParams& p, int threads, int64_t least) {
+template <class Unit>
+Plan make_plan(const AttentionParams& p, int threads) {
+  constexpr bool tiles = Unit::step > 1;
+  // Rows that are worth a block, and what its rows are a multiple of.
+  constexpr int64_t least = tiles ? Unit::rows : 2 * MR, whole = tiles ? Unit::rows : 1;
   const int64_t group = p.heads / p.kv_heads;
-  int64_t most = kBlockFloats / (p.head_dim + p.value_dim + 1);
+  int64_t most = (tiles ? kTileBlockFloats : kBlockFloats) / (p.head_dim + p.value_dim + 1);
   most = max64(2 * least, min64(most, kMostRows));
   const int64_t groups = p.batch * p.kv_heads, total = groups * group * p.q_len;
   // Enough items for the threads to share the work evenly.
@@ -47,7 +51,7 @@ Plan make_plan(const AttentionParams& p, int threads, int64_t least) {
   Plan plan;
   plan.heads_per_block = max64(1, min64(group, most / max64(p.q_len, 1)));
   plan.blocks_per_head = (p.q_len + most - 1) / most;
-  plan.rows = (p.q_len + plan.blocks_per_head - 1) / plan.blocks_per_head;
+  plan.rows = round_up((p.q_len + plan.blocks_per_head - 1) / plan.blocks_per_head, whole);
   plan.blocks = (group + plan.heads_per_block - 1) / plan.heads_per_block * plan.blocks_per_head;
   plan.items = groups * plan.blocks;
   return plan;
@@ -155,19 +159,27 @@ void block(const AttentionParams& p, const Units& u, Workspace& w, const Sequenc
         store(w.alpha + i, exp2(load(w.alpha + i, have) * splat(u.exponent)), have);
       }
       each_row([&](int64_t i, float* row, const Seen& see, int64_t end) {
-        weights_row(row, see.begin, end, u.exponent, w.top[i], w.alpha[i - row0], w.total + i * W);
+        // Pairs are made of numbers of T, in place.
+        using P = std::conditional_t<Unit::elements == 2, T, float>;
+        const auto weigh = [&]<class To>() __attribute__((always_inline)) {
+          weights_row<To>(row, see.begin, end, u.exponent, w.top[i], w.alpha[i - row0],
+                          w.total + i * W);
+        };
         if (p.dropout.on()) {
           const int64_t position =
               ((b * p.heads + w.rows[i].head) * p.q_len + w.rows[i].index) * p.kv_len + j +
               see.begin;
+          weigh.template operator()<float>();
           drop_row(p, position, see.begin, end, row);
-        }
-        if constexpr (Unit::elements == 2) {  // as the numbers of T that are multiplied, in place
-          for (int64_t k = see.begin; k < end; k += W) {
-            store(reinterpret_cast<T*>(row) + k, load(row + k));
+          if constexpr (!std::is_same_v<P, float>) {
+            for (int64_t k = see.begin; k < end; k += W) {
+              store(reinterpret_cast<P*>(row) + k, load(row + k));
+            }
           }
-          if (Unit::step > 1 && end % NR != 0) store(reinterpret_cast<T*>(row) + end, zero());
+        } else {
+          weigh.template operator()<P>();
         }
+        if (Unit::step > 1 && end % NR != 0) store(reinterpret_cast<P*>(row) + end, zero());
       });
       for (int64_t e = 0; e < columns; e += NR) {
         const int vectors = columns - e > W ? NV : 1;
@@ -193,7 +205,7 @@ template <class Unit, class T>
 void run(const AttentionParams& p) {
   const int64_t work = p.rows() * max64(p.kv_len, 1) * (p.head_dim + p.value_dim);
   const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
-  const Plan plan = make_plan(p, static_cast<int>(threads), max64(2 * MR, Unit::rows));
+  const Plan plan = make_plan<Unit>(p, static_cast<int>(threads));
   const Units u = units_of_case(p);
   const int64_t group = p.heads / p.kv_heads;
   int64_t next = 0;

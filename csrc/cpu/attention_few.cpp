@@ -279,7 +279,8 @@ void part_of(const AttentionParams& p, const Units& u, const Plan& plan, const S
     for (int64_t r = 0; r < count; r += W)
       store(alpha + r, exp2(load(alpha + r) * splat(u.exponent)));
     for (int64_t r = 0; r < count; ++r) {
-      weights_row(s + r * kKeys, from, whole, u.exponent, to.top[r], alpha[r], to.total + r * W);
+      weights_row<float>(s + r * kKeys, from, whole, u.exponent, to.top[r], alpha[r],
+                         to.total + r * W);
       if (p.dropout.on()) {
         const int64_t row = (b * p.heads + rows[r].head) * p.q_len + rows[r].index;
         drop_row(p, row * p.kv_len + j + from, from, whole, s + r * kKeys);

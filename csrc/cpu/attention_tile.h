@@ -382,8 +382,9 @@ FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top
   return before == -__builtin_inff() ? before : before - now;
 }
 
-// exp(score − top) in place, and their sum per lane added to `total`, which shrinks by `alpha`. To
+// exp(score − top) in place, as numbers of P from the row's beginning on, and their sum per lane added to `total`, which shrinks by `alpha`. To
 // the last bits of a float whatever the inputs are: lse is a float.
+template <class P>
 FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
                            float alpha, float* total) {
   // Of a row that has seen −inf only, every exponential must come out 0.
@@ -391,7 +392,7 @@ FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent,
   vf sum = zero();
   for (int64_t k = begin; k < end; k += W) {
     const vf e = exp2((load(s + k) - shift) * splat(exponent));
-    store(s + k, e);
+    store(reinterpret_cast<P*>(s) + k, e);
     sum += e;
   }
   store(total, fma(load(total), splat(alpha), sum));

@@ -1,9 +1,9 @@
 """The machine's own ceilings, which every benchmark is set against: what arithmetic and memory do
 at best with torch's current number of threads.
 
-On the CPU csrc/cpu/ceilings.cpp measures them: float FMA rate, bf16 dot-product rate where the CPU
-has the instruction, read and copy bandwidth at any buffer size (so in any cache). On a GPU a large
-bf16 matmul and a clone stand for them.
+On the CPU csrc/cpu/ceilings.cpp measures them: float FMA rate, rate of bf16 dot products or tiles
+(AMX) where the CPU has the instruction, read and copy bandwidth at any buffer size (so in any
+cache). On a GPU a large bf16 matmul and a clone stand for them.
 
     python -m fasttransformer.benchmarks.ceilings
 """
@@ -53,13 +53,14 @@ def fma_gflops() -> float:
 
 
 def dot_gflops() -> float:
-    """bf16 dot products, in GFLOP/s; 0 where the instruction set in use has none."""
+    """bf16 products summed in float, in GFLOP/s: dot products, or tiles where the instruction set in
+    use is AMX; 0 where it has neither."""
     return _ceiling("dot")
 
 
-def has_matrix_unit() -> bool:
-    """Whether the CPU multiplies bf16 tiles (AMX), which none of our kernels does."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+def dot_name() -> str:
+    """What :func:`dot_gflops` is the rate of."""
+    return "bf16 tiles (AMX)" if torch.ops.fasttransformer.cpu_isa() == "amx" else "bf16 dot"
 
 
 @cache
@@ -85,9 +86,9 @@ def copy_gbs(bytes: int) -> float:
 
 
 @cache
-def matmul_gflops(dtype: torch.dtype, device: str = "cpu") -> float:
-    """torch's product of large square matrices, in GFLOP/s."""
-    n = 1024 if device == "cpu" else 8192
+def matmul_gflops(dtype: torch.dtype, device: str) -> float:
+    """torch's product of large square matrices on a GPU, in GFLOP/s."""
+    n = 8192
     a = randn(n, n, dtype=dtype, device=device)
     took = time_in_turns({"matmul": lambda: a @ a}, SECONDS, device=device)["matmul"].low
     return 2 * n**3 / took / 1e9
@@ -104,8 +105,7 @@ def ceiling_of(case: Case) -> tuple[float, str] | None:
     """(ceiling in the case's unit, its name), or None where it can't be measured.
 
     A case bound by memory is set against copying as many bytes; one bound by arithmetic against
-    FMA, and in bf16 against the faster of FMA and bf16 dot products, or where the CPU multiplies
-    tiles (AMX) against torch's own product of large matrices.
+    FMA, and in bf16 against the faster of FMA and bf16 dot products or tiles.
     """
     if not available(case.device):
         return None
@@ -116,10 +116,8 @@ def ceiling_of(case: Case) -> tuple[float, str] | None:
     if case.memory_bound:
         return copy_gbs(case.bytes), "copy"
     fma, dot = fma_gflops(), dot_gflops()
-    if case.dtype == torch.bfloat16 and has_matrix_unit():
-        return max(dot, matmul_gflops(case.dtype)), "bf16 matmul"
     if case.dtype == torch.bfloat16 and dot > fma:
-        return dot, "bf16 dot"
+        return dot, dot_name()
     return fma, "FMA"
 
 
@@ -127,7 +125,7 @@ def table() -> list[tuple[str, str]]:
     """Every CPU ceiling as (name, value with unit)."""
     rows = [("float32 FMA", f"{fma_gflops():.0f} GFLOP/s")]
     dot = dot_gflops()
-    rows.append(("bf16 dot product", f"{dot:.0f} GFLOP/s" if dot else "none: widened to float32"))
+    rows.append((dot_name(), f"{dot:.0f} GFLOP/s" if dot else "none: widened to float32"))
     for kind, measure in (("read", read_gbs), ("copy", copy_gbs)):
         for bytes, label in SIZES.items():
             rows.append((f"{kind}, {label}", f"{measure(bytes):.0f} GB/s"))

@@ -64,9 +64,7 @@ def machine_ceilings() -> dict[str, tuple[float, str]]:
         return made
     made["float32 FMA"] = (ceilings.fma_gflops(), "GFLOP/s")
     if dot := ceilings.dot_gflops():
-        made["bf16 dot"] = (dot, "GFLOP/s")
-    if ceilings.has_matrix_unit():
-        made["bf16 matmul"] = (ceilings.matmul_gflops(torch.bfloat16), "GFLOP/s")
+        made[ceilings.dot_name()] = (dot, "GFLOP/s")
     for size in SIZES:
         label = ceilings.SIZES[size]
         made[f"read {label}"] = (ceilings.read_gbs(size), "GB/s")

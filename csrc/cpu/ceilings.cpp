@@ -1,5 +1,5 @@
 // The machine's own ceilings, so that a benchmark can say how far from the hardware it is: rate of
-// float fused multiply-adds, rate of bf16 dot products (vdpbf16ps), bandwidth of reading and of
+// float fused multiply-adds, rate of bf16 dot products (vdpbf16ps, or AMX's tiles), bandwidth of reading and of
 // copying a buffer of a given size. Every thread works through small pieces on data of its own and
 // counts those it ends in each millisecond; the best millisecond of all threads together is the
 // ceiling, because whatever disturbs a thread only makes it slower, and on a machine shared with
@@ -13,6 +13,7 @@
 #include <memory>
 #include <new>
 
+#include "cpu/amx.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -75,7 +76,28 @@ double fma_rate(double seconds) {
   });
 }
 
+#if defined(__AMX_BF16__)
+// Four sums, since a product of tiles takes 16 cycles and its latency is 52.
+double tile_rate(double seconds) {
+  constexpr double kProduct = 2.0 * kTileRows * W * 2 * kTileUnits;
+  return best_rate(4 * kProduct * kSteps, seconds, [](int64_t, int64_t) {
+    const TileRegisters registers;
+    _tile_zero(4);
+    _tile_zero(6);
+    for (int64_t i = 0; i < kSteps; ++i) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 4, 6);
+    }
+  });
+}
+#endif
+
 double dot_rate(double seconds) {
+#if defined(__AMX_BF16__)
+  if (has_amx()) return tile_rate(seconds);
+#endif
 #if defined(__AVX512BF16__)
   return best_rate(4.0 * W * kSums * kSteps, seconds, [](int64_t, int64_t) {
     __m512 sums[kSums];

@@ -292,10 +292,12 @@ struct Engine {
     const int64_t workers = work < kSerialWork ? 1 : min64(threads, total);
     int64_t next = 0;
     parallel_for(workers, 1, [&](int64_t, int64_t) {
-      float* c = static_cast<float*>(thread_scratch(
-          Scratch::accumulate, sizeof(float) * ceil_div(height, low) * low * stride));
-      float* a = static_cast<float*>(
-          thread_scratch(Scratch::pack, sizeof(float) * (kMostRows * kRowUnits<Unit> + W)));
+      const int64_t room = ceil_div(height, low) * low;  // products by tiles write whole ones
+      float* c =
+          static_cast<float*>(thread_scratch(Scratch::accumulate, sizeof(float) * room * stride));
+      float* a = static_cast<float*>(thread_scratch(
+          Scratch::pack,
+          sizeof(float) * ((room > kBlockRows ? room : kBlockRows) * kRowUnits<Unit> + W)));
       [[maybe_unused]] const typename Unit::Registers registers;
       for (;;) {
         const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);

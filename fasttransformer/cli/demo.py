@@ -143,7 +143,7 @@ class _Demo:
             return None
         fma, dot = ceilings.fma_gflops(), ceilings.dot_gflops()
         if dtype == torch.bfloat16 and dot > fma:
-            return dot, "bf16 dot product"
+            return dot, ceilings.dot_name()
         return fma, "float32 FMA"
 
     # ---- report ---------------------------------------------------------------------------------

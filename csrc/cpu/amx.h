@@ -83,8 +83,36 @@ FT_INLINE void tile_product(int64_t units, const char* a, int64_t a_stride, cons
 
 #else
 namespace ft::FT_ISA {
-constexpr int kTileRows = 16;
+constexpr int kTileRows = 16, kTileUnits = 16;
 #endif
+
+// `rows` rows of n columns of floats, turned, as bf16: out[column][unit], a unit being a pair of
+// rows, zeros behind the last, in whole tiles; n is a multiple of 16, `stride` and `out_stride` in
+// floats.
+inline void turn_to_pairs([[maybe_unused]] const float* x, [[maybe_unused]] int64_t stride,
+                          [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t n,
+                          [[maybe_unused]] float* out, [[maybe_unused]] int64_t out_stride) {
+#if defined(__AMX_BF16__)
+  const __m512i alternately = _mm512_set_epi16(  // of two vectors' 32 numbers
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+      3, 18, 2, 17, 1, 16, 0);
+  for (int64_t i = 0; i < rows; i += 2 * kTileUnits) {
+    for (int64_t j = 0; j < n; j += W) {
+      vi r[W];
+      for (int u = 0; u < W; ++u) {
+        const int64_t row = i + 2 * u;
+        const float* at = x + row * stride + j;
+        const vf even = row < rows ? load(at) : zero(),
+                 odd = row + 1 < rows ? load(at + stride) : zero();
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+        r[u] = (vi)_mm512_permutexvar_epi16(alternately, (__m512i)both);
+      }
+      transpose(r);
+      for (int u = 0; u < W; ++u) store_units(out + (j + u) * out_stride + i / 2, r[u]);
+    }
+  }
+#endif
+}
 
 // C[n × nv·16] = A · panel, or added to what is there, for n ≤ 32. Whole tiles of 16 rows are read
 // of A and written of C.
@@ -101,6 +129,14 @@ FT_INLINE void multiply_tiles([[maybe_unused]] int64_t n, [[maybe_unused]] int64
     tile_product<1, nv>(units, data, a.bytes_between(), panel, c, c_stride, accumulate);
   }
 #endif
+}
+
+// The same for some of a panel's columns.
+template <bool accumulate, class A>
+FT_INLINE void multiply_some(int64_t n, int64_t columns, int64_t units, const A& a,
+                             const float* panel, float* c, int64_t c_stride) {
+  if (columns > W) return multiply_tiles<NV>(n, units, a, panel, c, c_stride, accumulate);
+  multiply_tiles<1>(n, units, a, panel, c, c_stride, accumulate);
 }
 
 }  // namespace ft::FT_ISA

@@ -15,8 +15,12 @@
 namespace ft::FT_ISA {
 namespace {
 
-constexpr int kBandStrips = MR > 8 ? 4 : 8;
-constexpr int kBandRows = kBandStrips * MR;
+template <class Unit>
+constexpr int kBandStrips = Unit::rows > MR ? 2
+                            : MR > 8        ? 4
+                                            : 8;
+template <class Unit>
+constexpr int kBandRows = kBandStrips<Unit> * Unit::rows;
 constexpr int64_t kGrain = 16384;
 
 // c[n × columns] += scores[n × depth] · panel, and with the scores read transposed.
@@ -32,43 +36,52 @@ inline __attribute__((noinline)) void add_product_transposed(int n, int vectors,
   product<Float>(n, vectors, depth, Columns<kKeys>{scores}, panel, c, c_stride, AddTo{});
 }
 
+// `turned` holds P or dS with its rows across, `piece` a part of dQ: both for products by tiles.
 struct Workspace {
   int64_t dim, value_dim;  // rounded up to whole vectors
   float *keys, *keys_down, *values, *query_strips, *grad_strips, *query_down, *grad_down, *weights,
-      *d_scores, *d_key, *d_value, *derivative;
+      *d_scores, *turned, *piece, *d_key, *d_value, *derivative;
   Row* rows;
   uint32_t* words;
 
-  explicit Workspace(const AttentionBackwardParams& p) {
-    dim = round_up(p.head_dim, W);
-    value_dim = round_up(p.value_dim, W);
-    const int64_t strip = int64_t{kBandStrips} * kPanelRows, tile = int64_t{kBandRows} * kKeys;
-    int64_t sizes[] = {kKeys * p.head_dim,
+  template <class Unit>
+  static Workspace of(const AttentionBackwardParams& p) {
+    constexpr int64_t band = kBandRows<Unit>, strip = int64_t{kBandStrips<Unit>} * kStripRows<Unit>;
+    constexpr bool tiles = Unit::step > 1;
+    Workspace w;
+    w.dim = round_up(p.head_dim, W);
+    w.value_dim = round_up(p.value_dim, W);
+    const int64_t units = units_of<Unit>(p.head_dim), value_units = units_of<Unit>(p.value_dim);
+    int64_t sizes[] = {kKeys * units,
                        kKeys * round_up(p.head_dim, NR),
-                       kKeys * p.value_dim,
-                       strip * p.head_dim,
-                       strip * p.value_dim,
-                       kBandRows * round_up(p.head_dim, NR),
-                       kBandRows * round_up(p.value_dim, NR),
-                       tile,
-                       tile,
-                       kKeys * dim,
-                       kKeys * value_dim,
+                       kKeys * value_units,
+                       strip * units,
+                       strip * value_units,
+                       band * round_up(p.head_dim, NR),
+                       band * round_up(p.value_dim, NR),
+                       band * kKeys,
+                       band * kKeys,
+                       tiles ? kKeys * band / Unit::elements : 0,
+                       tiles ? Unit::rows * NR : 0,
+                       kKeys * w.dim,
+                       kKeys * w.value_dim,
                        kKeys,
-                       kBandRows * static_cast<int64_t>(sizeof(Row) / sizeof(float)),
+                       band * static_cast<int64_t>(sizeof(Row) / sizeof(float)),
                        random_words_room(kKeys)};
-    float** places[] = {&keys,        &keys_down,  &values,    &query_strips,
-                        &grad_strips, &query_down, &grad_down, &weights,
-                        &d_scores,    &d_key,      &d_value,   &derivative};
+    float** places[] = {&w.keys,       &w.keys_down, &w.values,  &w.query_strips, &w.grad_strips,
+                        &w.query_down, &w.grad_down, &w.weights, &w.d_scores,     &w.turned,
+                        &w.piece,      &w.d_key,     &w.d_value, &w.derivative};
+    constexpr int count = sizeof(places) / sizeof(places[0]);
     int64_t all = 0;
     for (int64_t& size : sizes) all += size = round_up(size, 16);
     float* next = static_cast<float*>(thread_scratch(Scratch::tile, sizeof(float) * all));
-    for (int i = 0; i < 12; ++i) {
+    for (int i = 0; i < count; ++i) {
       *places[i] = next;
       next += sizes[i];
     }
-    rows = reinterpret_cast<Row*>(next);
-    words = reinterpret_cast<uint32_t*>(next + sizes[12]);
+    w.rows = reinterpret_cast<Row*>(next);
+    w.words = reinterpret_cast<uint32_t*>(next + sizes[count]);
+    return w;
   }
 };
 
@@ -158,6 +171,88 @@ inline void add_bias_row(const Sums& sums, int64_t b, const Row& row, int64_t j,
   for (; k < end; ++k) to[k] += ds[k];
 }
 
+// The last three products of a band, from P in w.weights and dS in w.d_scores, of which keys
+// [from, to) are set: dV += PᵀdO, dK += dSᵀQ, dQ += dS·K.
+template <class Unit>
+void add_by_vectors(const Workspace& w, const Strips<Unit>& strips, const Seen* seen, int64_t from,
+                    int64_t to, float* d_query, int64_t columns) {
+  const Strips<Float> down(to - from);
+  const int64_t count = strips.rows;
+  for (int64_t e = 0; e < w.value_dim; e += NR) {
+    const int vectors = w.value_dim - e > W ? NV : 1;
+    for (int64_t s = 0; s < down.count; ++s) {
+      const int64_t k = from + down.begin(s);
+      add_product_transposed(down.height(s), vectors, count, w.weights + k,
+                             w.grad_down + e * kBandRows<Unit>, w.d_value + k * w.value_dim + e,
+                             w.value_dim);
+    }
+  }
+  for (int64_t e = 0; e < w.dim; e += NR) {
+    const int vectors = w.dim - e > W ? NV : 1;
+    for (int64_t s = 0; s < down.count; ++s) {
+      const int64_t k = from + down.begin(s);
+      add_product_transposed(down.height(s), vectors, count, w.d_scores + k,
+                             w.query_down + e * kBandRows<Unit>, w.d_key + k * w.dim + e, w.dim);
+    }
+    for (int64_t s = 0; s < strips.count; ++s) {
+      if (seen[s].end == 0) continue;
+      const int64_t i = strips.begin(s), k = seen[s].begin;
+      add_product(strips.height(s), vectors, seen[s].end - k, w.d_scores + i * kKeys + k,
+                  w.keys_down + e * kKeys + k * NR, d_query + i * columns + e, columns);
+    }
+  }
+}
+
+#if defined(__AMX_BF16__)
+// The same with P and dS rounded to bf16, as torch does. [from, to) is whole steps of pairs.
+template <class T>
+void add_by_tiles(const Workspace& w, const Strips<BfTile>& strips, const Seen* seen, int64_t from,
+                  int64_t to, float* d_query, int64_t columns) {
+  constexpr int64_t room = kBandRows<BfTile> / BfTile::elements;
+  const int64_t count = strips.rows, units = units_of<BfTile>(count);
+  // c[keys × columns] += (rows of `scores`)ᵀ · panels
+  const auto add_down = [&](const float* scores, const float* panels, float* c, int64_t c_columns) {
+    turn_to_pairs(scores + from, kKeys, count, to - from, w.turned, room);
+    for (int64_t e = 0; e < c_columns; e += NR) {
+      for (int64_t k = from; k < to; k += BfTile::rows) {
+        const Rows<room> rows = {w.turned + (k - from) * room};
+        multiply_some<true>(BfTile::rows, c_columns - e, units, rows, panels + e * room,
+                            c + k * c_columns + e, c_columns);
+      }
+    }
+  };
+  add_down(w.weights, w.grad_down, w.d_value, w.value_dim);
+  add_down(w.d_scores, w.query_down, w.d_key, w.dim);
+  for (int64_t s = 0; s < strips.count; ++s) {
+    if (seen[s].end == 0) continue;
+    const int64_t i = strips.begin(s), k = seen[s].begin, end = round_up(seen[s].end, NR);
+    const int n = strips.height(s);
+    for (int64_t r = i; r < i + n; ++r) {
+      float* row = w.d_scores + r * kKeys;
+      for (int64_t at = k; at < end; at += W) store(reinterpret_cast<T*>(row) + at, load(row + at));
+    }
+    const Rows<kKeys> rows = {w.d_scores + i * kKeys + k / 2};
+    for (int64_t e = 0; e < w.dim; e += NR) {
+      const float* panel = w.keys_down + e * (kKeys / 2) + k / 2 * NR;
+      float* c = d_query + i * columns + e;
+      if (n % kTileRows == 0) {
+        multiply_some<true>(n, w.dim - e, (end - k) / 2, rows, panel, c, columns);
+        continue;
+      }
+      // Rows behind the last are others' own.
+      multiply_some<false>(n, w.dim - e, (end - k) / 2, rows, panel, w.piece, NR);
+      const int64_t width = min64(NR, w.dim - e);
+      for (int r = 0; r < n; ++r) {
+        for (int64_t v = 0; v < width; v += W) {
+          float* at = c + r * columns + v;
+          store(at, load(at) + load(w.piece + r * NR + v));
+        }
+      }
+    }
+  }
+}
+#endif
+
 // One band of rows of one head against the tile of keys at j, of which `n` are packed.
 template <class Unit, class T>
 void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const Sums& sums,
@@ -165,7 +260,7 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
           int64_t j, int64_t n) {
   for (int64_t i = 0; i < count; ++i) w.rows[i] = make_row(p, seq, b, h, row0 + i);
   const Strips<Unit> strips(count);
-  Seen seen[kBandStrips];
+  Seen seen[kBandStrips<Unit>];
   int64_t from = n, to = 0;
   for (int64_t s = 0; s < strips.count; ++s) {
     seen[s] = seen_by(p, u, w.rows + strips.begin(s), strips.height(s), j, n);
@@ -174,7 +269,10 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     to = max64(to, seen[s].end);
   }
   if (to == 0) return;
-  const int64_t dim = p.head_dim, value_dim = p.value_dim, whole = round_up(to, W);
+  using Down =
+      std::conditional_t<(Unit::step > 1), Unit, Float>;  // of sums over rows, or over keys
+  const int64_t dim = p.head_dim, value_dim = p.value_dim,
+                whole = round_up(to, Unit::step > 1 ? NR : W);
   const int64_t units = units_of<Unit>(dim), value_units = units_of<Unit>(value_dim);
   for (int64_t s = 0; s < strips.count; ++s) {
     const Row* rows = w.rows + strips.begin(s);
@@ -183,13 +281,14 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     pack_strip<Unit, T>(p.grad_out, b, rows, strips.height(s), value_dim,
                         w.grad_strips + s * kStripRows<Unit> * value_units);
   }
+  const int64_t room = kBandRows<Unit> / Down::elements;
   const T* query = at<T>(p.query, b, h, seq.query_start + row0);
   for (int64_t e = 0; e < dim; e += NR) {
-    pack_panel<Float>(query + e, p.query.row, dim - e, count, w.query_down + e * kBandRows);
+    pack_panel<Down>(query + e, p.query.row, dim - e, count, w.query_down + e * room);
   }
   const T* grad = at<T>(p.grad_out, b, h, seq.query_start + row0);
   for (int64_t e = 0; e < value_dim; e += NR) {
-    pack_panel<Float>(grad + e, p.grad_out.row, value_dim - e, count, w.grad_down + e * kBandRows);
+    pack_panel<Down>(grad + e, p.grad_out.row, value_dim - e, count, w.grad_down + e * room);
   }
   for (int64_t k = from; k < to; k += NR) {
     for (int64_t s = 0; s < strips.count; ++s) {
@@ -261,31 +360,11 @@ void band(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
       store(out + k, load(out + k, have) + ((sum[0] + sum[1]) + (sum[2] + sum[3])), have);
     }
   }
-  const Strips<Float> down(to - from);
-  for (int64_t e = 0; e < w.value_dim; e += NR) {
-    const int vectors = w.value_dim - e > W ? NV : 1;
-    for (int64_t s = 0; s < down.count; ++s) {
-      const int64_t k = from + down.begin(s);
-      add_product_transposed(down.height(s), vectors, count, w.weights + k,
-                             w.grad_down + e * kBandRows, w.d_value + k * w.value_dim + e,
-                             w.value_dim);
-    }
-  }
-  for (int64_t e = 0; e < w.dim; e += NR) {
-    const int vectors = w.dim - e > W ? NV : 1;
-    for (int64_t s = 0; s < down.count; ++s) {
-      const int64_t k = from + down.begin(s);
-      add_product_transposed(down.height(s), vectors, count, w.d_scores + k,
-                             w.query_down + e * kBandRows, w.d_key + k * w.dim + e, w.dim);
-    }
-    for (int64_t s = 0; s < strips.count; ++s) {
-      if (seen[s].end == 0) continue;
-      const int64_t i = strips.begin(s), k = seen[s].begin;
-      add_product(strips.height(s), vectors, seen[s].end - k, w.d_scores + i * kKeys + k,
-                  w.keys_down + e * kKeys + k * NR,
-                  sums.d_query + (at_head * sums.head_rows + row0 + i) * sums.columns + e,
-                  sums.columns);
-    }
+  float* d_query = sums.d_query + (at_head * sums.head_rows + row0) * sums.columns;
+  if constexpr (Unit::step > 1) {
+    add_by_tiles<T>(w, strips, seen, from, whole, d_query, sums.columns);
+  } else {
+    add_by_vectors(w, strips, seen, from, to, d_query, sums.columns);
   }
 }
 
@@ -318,12 +397,13 @@ void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const 
     if (n > 0 && first < j + n) {
       const T* key = at<T>(p.key, b, g, seq.key_start + j);
       pack_keys<Unit>(key, p.key.row, n, p.head_dim, w.keys);
-      pack_values<Float>(key, p.key.row, n, p.head_dim, w.keys_down);
+      pack_values<std::conditional_t<(Unit::step > 1), Unit, Float>>(key, p.key.row, n, p.head_dim,
+                                                                     w.keys_down);
       pack_keys<Unit>(at<T>(p.value, b, g, seq.key_start + j), p.value.row, n, p.value_dim,
                       w.values);
       for (int64_t h = 0; h < group; ++h) {
-        for (int64_t i = 0; i < seq.queries; i += kBandRows) {
-          const int64_t count = min64(kBandRows, seq.queries - i);
+        for (int64_t i = 0; i < seq.queries; i += kBandRows<Unit>) {
+          const int64_t count = min64(kBandRows<Unit>, seq.queries - i);
           band<Unit, T>(p, u, w, sums, seq, b, g * group + h, h, i, count, j, n);
         }
       }
@@ -460,7 +540,8 @@ void run(const AttentionBackwardParams& p) {
   const int64_t work = p.rows() * p.kv_len * (p.head_dim + p.value_dim);
   const int64_t threads = work < 400'000 ? 1 : min64(num_threads(), items);
   parallel_for(threads, 1, [&](int64_t, int64_t) {
-    Workspace w(p);
+    Workspace w = Workspace::of<Unit>(p);
+    [[maybe_unused]] const typename Unit::Registers registers;
     Sums sums;
     sums.columns = columns;
     int64_t stride = 1;
@@ -528,7 +609,7 @@ void run(const AttentionBackwardParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-  with_type(p.dtype, [&]<class T>() { with_vectors<T>([&]<class Unit>() { run<Unit, T>(p); }); });
+  with_type(p.dtype, [&]<class T>() { with_unit<T>([&]<class Unit>() { run<Unit, T>(p); }); });
 }
 
 }  // namespace ft::FT_ISA

@@ -64,9 +64,7 @@ __attribute__((noinline)) void weighted_sum(int n, int vectors, int64_t units, c
       float* row = c + i * c_stride;
       for (int v = 0; v < vectors; ++v) store(row + v * W, load(row + v * W) * splat(factor[i]));
     }
-    const Rows<kKeys> rows = {weights};
-    if (vectors == NV) return multiply_tiles<NV>(n, units, rows, panel, c, c_stride, true);
-    return multiply_tiles<1>(n, units, rows, panel, c, c_stride, true);
+    return multiply_some<true>(n, vectors * W, units, Rows<kKeys>{weights}, panel, c, c_stride);
   }
   product<Unit>(n, vectors, units, Rows<kKeys>{weights}, panel, c, c_stride, AddToScaled{factor});
 }
@@ -382,8 +380,9 @@ FT_INLINE float raise_top(const float* s, int64_t begin, int64_t end, float* top
   return before == -__builtin_inff() ? before : before - now;
 }
 
-// exp(score − top) in place, as numbers of P from the row's beginning on, and their sum per lane added to `total`, which shrinks by `alpha`. To
-// the last bits of a float whatever the inputs are: lse is a float.
+// exp(score − top) in place, as numbers of P from the row's beginning on, and their sum per lane
+// added to `total`, which shrinks by `alpha`. To the last bits of a float whatever the inputs are:
+// lse is a float.
 template <class P>
 FT_INLINE void weights_row(float* s, int64_t begin, int64_t end, float exponent, float top,
                            float alpha, float* total) {

@@ -1,10 +1,11 @@
 // The machine's own ceilings, so that a benchmark can say how far from the hardware it is: rate of
-// float fused multiply-adds, rate of bf16 dot products (vdpbf16ps, or AMX's tiles), bandwidth of reading and of
-// copying a buffer of a given size. Every thread works through small pieces on data of its own and
-// counts those it ends in each millisecond; the best millisecond of all threads together is the
-// ceiling, because whatever disturbs a thread only makes it slower, and on a machine shared with
-// others a whole parallel region is seldom undisturbed. An FMA has a latency of 4 to 5 cycles and
-// two may start per cycle, so ten independent sums are needed; twelve fit AVX2's 16 registers.
+// float fused multiply-adds, rate of bf16 dot products (vdpbf16ps, or AMX's tiles), bandwidth of
+// reading and of copying a buffer of a given size. Every thread works through small pieces on data
+// of its own and counts those it ends in each millisecond; the best millisecond of all threads
+// together is the ceiling, because whatever disturbs a thread only makes it slower, and on a
+// machine shared with others a whole parallel region is seldom undisturbed. An FMA has a latency of
+// 4 to 5 cycles and two may start per cycle, so ten independent sums are needed; twelve fit AVX2's
+// 16 registers.
 #include "params/ceilings.h"
 
 #include <algorithm>

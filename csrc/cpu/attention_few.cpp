@@ -375,7 +375,9 @@ void run(const AttentionParams& p) {
 }  // namespace
 
 void attention_few(const AttentionParams& p) {
-  with_type(p.dtype, [&]<class T>() { with_unit<T>([&]<class Unit>() { run<Unit, T>(p); }); });
+  with_type(p.dtype, [&]<class T>() {
+    with_unit<T>([&]<class Unit>() { run<typename Unit::Vectors, T>(p); });
+  });
 }
 
 }  // namespace ft::FT_ISA

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from fasttransformer.benchmarks import ceilings
-from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case
+from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case, hand_back
 from fasttransformer.benchmarks.agreement import disagreements
 from fasttransformer.benchmarks.clock import Timing, joined, time_in_turns
 from fasttransformer.benchmarks.peers import available
@@ -45,6 +45,8 @@ class Measurement:
         self._visits.append(
             time_in_turns(timed, seconds, device=self.case.device, cold=self.case.cold, turns=2)
         )
+        del candidates, timed
+        hand_back()
 
     def row(self) -> Row:
         """The row of all visits so far."""

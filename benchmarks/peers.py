@@ -99,8 +99,10 @@ def attention(is_causal: bool, grouped: bool) -> dict[str, Callable[..., Tensor]
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` of a function, once per process; for each of its shapes and dtypes, where by
-    itself it would go on uncompiled after eight of them."""
+    """``torch.compile`` of a function, once per process.
+
+    For each of its shapes and dtypes: by itself it would go on uncompiled after eight of them.
+    """
     from torch._dynamo import config
 
     config.recompile_limit = 64

@@ -3,8 +3,6 @@ several visits."""
 
 from __future__ import annotations
 
-import torch
-
 from fasttransformer.benchmarks import ceilings
 from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case, hand_back
 from fasttransformer.benchmarks.agreement import disagreements

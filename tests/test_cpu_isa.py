@@ -1,4 +1,4 @@
-"""The instruction sets of the CPU kernels: which one runs, and that they leave the CPU as it was."""
+"""The CPU kernels' instruction sets: which one runs, and that none disturbs torch's."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fasttransformer as ft
-from contract import ISAS, running_on, runnable
+from contract import ISAS, runnable, running_on
 
 HERE = [name.removeprefix("cpu:") for name in runnable() if name.startswith("cpu:")]
 pytestmark = pytest.mark.skipif(not HERE, reason="the C++ library is not built")

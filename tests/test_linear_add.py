@@ -19,8 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu"]
 
 # (rows, in_features, out_features). Rows: the product's forms change after 4 and 192, tiles are 6
-# or 14 rows high and tasks up to 84, of AMX 16 and 32. Features: vectors are 4, 8 or 16 wide, 16-bit elements go in
-# pairs, a block is 512 deep, a task 512 wide.
+# or 14 rows high and tasks up to 84, of AMX 16 and 32. Features: vectors are 4, 8 or 16 wide,
+# 16-bit elements go in pairs, a block is 512 deep, a task 512 wide.
 SHAPES = [
     *[(rows, 31, 33) for rows in (0, 1, 2, 4, 5, 16, 17, 191, 192, 193, 300)],
     *[(rows, 1100, 30) for rows in (1, 3, 5, 17, 193)],

@@ -53,8 +53,10 @@ def fma_gflops() -> float:
 
 
 def dot_gflops() -> float:
-    """bf16 products summed in float, in GFLOP/s: dot products, or tiles where AMX is in use; 0 where
-    the instruction set has neither."""
+    """bf16 products summed in float, in GFLOP/s: dot products, or tiles where AMX is in use.
+
+    0 where the instruction set has neither.
+    """
     return _ceiling("dot")
 
 

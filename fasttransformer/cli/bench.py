@@ -242,7 +242,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
     parser.add_argument("--filter", metavar="TEXT", help="only the cases whose name has TEXT")
     parser.add_argument("--seconds", type=_positive, metavar="S",
-                        help=f"for each case (default 1, with --quick {QUICK_SECONDS})")  # fmt: skip
+                        help=f"for each case (default 1, --quick {QUICK_SECONDS})")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write every time and rate there")
     parser.add_argument("--report", metavar="DIR",
                         help="write a page with pictures and tables there")  # fmt: skip

@@ -25,7 +25,8 @@ constexpr int64_t kPackBytes = int64_t{12}
                                << 20;        // packed B per chunk: stays in the last-level cache
 constexpr int64_t kTileFloats = 128 * 1024;  // C tile per thread: stays in L2
 constexpr int64_t kTaskColumns = 1536;       // columns of a task that may split them
-constexpr int64_t kTileTaskColumns = 512;    // the same with AMX
+constexpr int64_t kTileTaskColumns = 512;    // the same with AMX,
+constexpr int64_t kTilePanelBytes = int64_t{3} << 19;  // whose panels stay in L2
 constexpr int64_t kWholeRowColumns = 4096;
 #if defined(__AVX512F__)
 constexpr int kSkinnyRows = 16, kSkinnyDeepRows = 8;  // as many sums as registers hold
@@ -269,8 +270,12 @@ struct Engine {
   }
 
   void tasks(const float* panels, int64_t column, int64_t columns, int threads) const {
-    int64_t width =
-        p.whole_rows ? columns : min64(columns, Unit::step > 1 ? kTileTaskColumns : kTaskColumns);
+    int64_t most = kTaskColumns;
+    if constexpr (Unit::step > 1) {
+      const int64_t fit = kTilePanelBytes / 4 / (units + 1) / NR * NR;
+      most = fit < 4 * NR ? 4 * NR : min64(fit, kTileTaskColumns);
+    }
+    int64_t width = p.whole_rows ? columns : min64(columns, most);
     constexpr int64_t low = Unit::rows;  // a register tile
     int64_t height = min64(kMostRows, kTileFloats / (ceil_div(width, NR) * NR));
     height = height < low ? low : height / low * low;

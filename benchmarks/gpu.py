@@ -445,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
         ceilings=ceilings(),
         peers=peers.available(),
     )
-    print("ceilings: " + ", ".join(f"{k} {v:.0f} {u}" for k, (v, u) in made.ceilings.items()))
+    print("ceilings: " + made.ceilings_in_words)
     made.complete = True
     for case in cases():
         if args.only and args.only not in case.id:

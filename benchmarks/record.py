@@ -134,6 +134,14 @@ class Run:
             words += [here.get("cpu_isa", ""), f"{here.get('threads', '?')} threads"]
         return ", ".join([*filter(None, words), f"torch {here.get('torch', '?')}"])
 
+    @property
+    def ceilings_in_words(self) -> str:
+        """The ceilings in a line."""
+        return ", ".join(
+            f"{name} {value:,.{1 if value < 10 else 0}f} {unit}"
+            for name, (value, unit) in self.ceilings.items()
+        )
+
 
 #: Options that say where results go, and what stands for that in a file.
 PLACES = {"--json": "FILE", "--report": "DIR"}

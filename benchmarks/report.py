@@ -76,7 +76,7 @@ def name_of(row: Row) -> str:
 def markdown(run: Run) -> str:
     """Every row as a line of a table per operation."""
     lines = [f"# {run.machine}, {run.date}", ""]
-    lines += [", ".join(f"{n} {v:.3g} {u}" for n, (v, u) in run.ceilings.items()), ""]
+    lines += [run.ceilings_in_words, ""]
     for op, rows in by_operation(run).items():
         peers = peers_of(rows)
         head = ["case", "ours", "of ceiling", *(f"× {peer}" for peer in peers)]
@@ -140,8 +140,7 @@ def html(run: Run, pictures: list[Path]) -> str:
     facts = [
         f"{run.machine}; {run.date}; <code>{escape(run.command)}</code>"
         + ("" if run.complete else "; <b>cut short</b>"),
-        "ceilings, measured in the same run: "
-        + ", ".join(f"{escape(n)} <b>{v:.3g}</b> {u}" for n, (v, u) in run.ceilings.items()),
+        f"ceilings, measured in the same run: {escape(run.ceilings_in_words)}",
         f"{here.get('threads')} threads on {here.get('affinity')} processors, load average at the "
         f"start {here.get('load')}; outputs on {'warm' if run.warm_pages else 'fresh'} pages",
     ]

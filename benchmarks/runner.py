@@ -76,10 +76,3 @@ def machine_ceilings() -> dict[str, tuple[float, str]]:
 def peers() -> dict[str, str | None]:
     """Each peer that this machine may have: None, or why it is not here."""
     return available()
-
-
-def described(made: dict[str, tuple[float, str]]) -> str:
-    """The ceilings in a line."""
-    return ", ".join(
-        f"{name} {value:.{1 if value < 10 else 0}f} {unit}" for name, (value, unit) in made.items()
-    )

@@ -87,7 +87,7 @@ def _head(run: record.Run) -> None:
     out = console()
     out.print(escape(run.machine))
     if run.ceilings:
-        out.print("ceilings: " + escape(runner.described(run.ceilings)))
+        out.print("ceilings: " + escape(run.ceilings_in_words))
     else:
         out.print(f"ceilings: not measured, {escape(str(backends()['cpu']))}")
     missing = [f"{name} ({why})" for name, why in run.peers.items() if why]
@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console().print("[yellow]cut short: what was measured is kept[/]")
     if made.rows:
+        made.ceilings = runner.machine_ceilings()  # the best of what cases asked for since
         _write(made, args)
     return 0 if made.complete else 130
 

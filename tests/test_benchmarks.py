@@ -4,6 +4,7 @@ the report, memory over length. Nothing here judges a time."""
 import importlib
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -46,6 +47,17 @@ def test_candidates_of_quick_cases_agree_with_the_reference(op):
         made = case.make()
         assert next(iter(made)) == OURS and REFERENCE in made
         assert OURS not in agreement.disagreements(case, made), case.id
+
+
+def test_pytest_finds_the_bench_files_of_the_folder():
+    """`pytest benchmarks/` by itself collects only what is called test_*.py."""
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/", "--collect-only", "-q",
+         "--ignore-glob=*/bench_[!r]*"],
+        cwd=readme.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    for op in ("rms_norm", "rotary_embedding"):
+        assert f"bench_{op}.py" in found.stdout, found.stdout + found.stderr
 
 
 def test_every_missing_peer_has_a_reason():

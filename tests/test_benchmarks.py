@@ -161,6 +161,29 @@ def test_a_row_is_of_all_visits(monkeypatch):
 # ---- the clock ----------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its memory")
+def test_freed_memory_goes_back_between_cases():
+    """A whole grid's freed blocks once filled 24 GB."""
+    code = """
+import torch
+from fasttransformer.benchmarks import _shared
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+_shared.keep_allocations()
+_shared.KEPT_BYTES = 0
+blocks = [torch.ones(1 << 20) for _ in range(100)]
+last = torch.ones(1 << 20)  # above them on the heap
+del blocks
+before = resident()
+_shared.hand_back()
+print(before - resident())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(found.stdout) > 200, found.stdout + found.stderr
+
+
 def test_ratios_are_taken_turn_by_turn():
     slow_machine = [1.0, 10.0, 1.0]
     ours = clock.timing_of(slow_machine)

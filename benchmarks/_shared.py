@@ -17,7 +17,6 @@ A bench file is a list of cases and one line for pytest:
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import platform
 import sys
@@ -184,23 +183,6 @@ def keep_allocations() -> bool:
         return bool(libc.mallopt(-4, 0)) and bool(libc.mallopt(-1, -1))
     except (OSError, AttributeError):
         return False
-
-
-#: Resident memory from which on freed memory is handed back between cases: freed blocks that later
-#: cases don't fit into would fill the machine otherwise (a whole grid once took 24 GB).
-KEPT_BYTES = 3 << 30
-
-
-def hand_back() -> None:
-    """Hands freed memory back to the system where the process holds much (Linux with glibc)."""
-    try:
-        with open("/proc/self/statm", encoding="utf-8") as file:
-            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident > KEPT_BYTES:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 # ---- surroundings -------------------------------------------------------------------------------

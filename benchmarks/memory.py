@@ -100,6 +100,20 @@ def resident(device: str) -> int:
     return status("VmRSS")
 
 
+#: Resident memory from which on freed memory is handed back between cases: freed blocks that later
+#: cases don't fit into would fill the machine otherwise (a whole grid once took 24 GB).
+KEPT_BYTES = 3 << 30
+
+
+def hand_back() -> None:
+    """Hands freed memory back to the system where the process holds much (Linux with glibc)."""
+    try:
+        if status("VmRSS") > KEPT_BYTES:
+            resident("cpu")
+    except (OSError, AttributeError):
+        pass
+
+
 def reset_peak() -> None:
     """From here on ``status("VmHWM")`` is the most that was resident (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

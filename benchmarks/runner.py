@@ -4,9 +4,10 @@ several visits."""
 from __future__ import annotations
 
 from fasttransformer.benchmarks import ceilings
-from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case, hand_back
+from fasttransformer.benchmarks._shared import OURS, REFERENCE, Case
 from fasttransformer.benchmarks.agreement import disagreements
 from fasttransformer.benchmarks.clock import Timing, joined, time_in_turns
+from fasttransformer.benchmarks.memory import hand_back
 from fasttransformer.benchmarks.peers import available
 from fasttransformer.benchmarks.record import Row, row_of
 

@@ -166,18 +166,18 @@ def test_freed_memory_goes_back_between_cases():
     """A whole grid's freed blocks once filled 24 GB."""
     code = """
 import torch
-from fasttransformer.benchmarks import _shared
+from fasttransformer.benchmarks import _shared, memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
 
 _shared.keep_allocations()
-_shared.KEPT_BYTES = 0
+memory.KEPT_BYTES = 0
 blocks = [torch.ones(1 << 20) for _ in range(100)]
 last = torch.ones(1 << 20)  # above them on the heap
 del blocks
 before = resident()
-_shared.hand_back()
+memory.hand_back()
 print(before - resident())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -153,34 +153,57 @@ def measure(op: str, name: str, device: str, quick: bool) -> Iterator[Memory]:
         yield Memory(op, name, length, last)
 
 
+def _lines(command: list[str]) -> list[Memory]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [Memory(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
 def measured(quick: bool, device: str = "cpu") -> list[Memory]:
     """:func:`measure` in a process of its own; nothing where the system can't tell."""
     command = [sys.executable, "-m", __spec__.name, "--device", device]
-    done = subprocess.run(
-        command + ["--quick"] * quick, capture_output=True, text=True, check=False
-    )
-    return [Memory(**json.loads(line)) for line in done.stdout.splitlines()]
+    return _lines(command + ["--quick"] * quick)
+
+
+def _fork(op: str, name: str, device: str, quick: bool) -> None:
+    """A candidate in a fork, which is fresh: this process has computed nothing and has no threads
+    yet."""
+    child = os.fork()
+    if child == 0:
+        for found in measure(op, name, device, quick):
+            print(json.dumps(asdict(found)), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _spawn(op: str, name: str, device: str, quick: bool) -> subprocess.Popen[bytes]:
+    """A candidate in a new interpreter. A fork can't use a GPU: importing the package asks CUDA
+    whether there is one, and CUDA that was started once can't be used in a child."""
+    command = [sys.executable, "-m", __spec__.name, "--device", device, "--candidate", op, name]
+    return subprocess.Popen(command + ["--quick"] * quick)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="up to 2048 tokens")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--candidate", nargs=2, metavar=("OP", "NAME"), help="this one, here")
     args = parser.parse_args(argv)
     if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         print("memory: peak memory can be read on Linux only", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    for op, (_, _, candidates) in OPERATIONS.items():
-        for name in candidates:
-            # No thread and no GPU context exists yet, so that a fork is a fresh process.
-            child = os.fork()
-            if child == 0:
-                for found in measure(op, name, args.device, args.quick):
-                    print(json.dumps(asdict(found)), flush=True)
-                os._exit(0)
-            os.waitpid(child, 0)
-    return 0
+    if args.candidate:
+        for found in measure(*args.candidate, args.device, args.quick):
+            print(json.dumps(asdict(found)), flush=True)
+        return 0
+    pairs = [(op, name) for op, (_, _, candidates) in OPERATIONS.items() for name in candidates]
+    if args.device == "cpu":
+        for op, name in pairs:
+            _fork(op, name, args.device, args.quick)
+        return 0
+    # All at once: each process's allocator counts its own memory, and a line is one write.
+    children = [_spawn(op, name, args.device, args.quick) for op, name in pairs]
+    return max(child.wait() for child in children)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .backends import backends, use_backend
 
+#: The CPU kernels' instruction sets, lowest first. ``runnable`` says which of them run here.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -186,15 +188,18 @@ def outputs_and_gradients(
 
 
 def runnable() -> list[str]:
-    """What can run here: "torch", "triton", "cuda", and "cpu:<instruction set>" of this CPU."""
+    """What can run here: "torch", "triton", "cuda", and "cpu:<set>" for each instruction set.
+
+    The sets are those that this CPU has and that ``FASTTRANSFORMER_CPU_ISA`` does not hide.
+    """
     available = backends()
     found = [name for name in ("torch", "triton", "cuda") if available[name] is None]
     if available["cpu"] is None:
-        best = torch.ops.fasttransformer.cpu_isa()
+        before = torch.ops.fasttransformer.cpu_isa()
         for isa in ISAS:
             if torch.ops.fasttransformer.set_cpu_isa(isa):
                 found.append(f"cpu:{isa}")
-        torch.ops.fasttransformer.set_cpu_isa(best)
+        torch.ops.fasttransformer.set_cpu_isa(before)
     return found
 
 
@@ -203,7 +208,8 @@ def running_on(name: str) -> Iterator[str]:
     """Forces a backend, and on the CPU an instruction set, within a ``with`` block.
 
     Raises:
-        ValueError: the CPU or the build lacks the instruction set, or there is no such backend.
+        ValueError: the CPU or the build lacks the instruction set, ``FASTTRANSFORMER_CPU_ISA``
+            hides it, or there is no such backend.
     """
     backend, _, isa = name.partition(":")
     if not isa:
@@ -212,7 +218,9 @@ def running_on(name: str) -> Iterator[str]:
         return
     before = torch.ops.fasttransformer.cpu_isa()
     if not torch.ops.fasttransformer.set_cpu_isa(isa):
-        raise ValueError(f"{name}: this CPU or this build has no {isa} kernels")
+        hidden = os.environ.get("FASTTRANSFORMER_CPU_ISA")
+        why = f", or FASTTRANSFORMER_CPU_ISA={hidden} hides them" if hidden else ""
+        raise ValueError(f"{name}: this CPU or this build has no {isa} kernels{why}")
     try:
         with use_backend(backend):
             yield backend

@@ -24,9 +24,14 @@ def check_sizes(norm: Norm, on: str, dtype: torch.dtype) -> None:
     for rows, features in sizes_of(on):
         # The gradient of an RMS norm over one feature has its own bound: check_one_feature.
         grads = features > 1 or norm.has_bias
-        inputs = norm.inputs((rows, features), 1, dtype)
         options = {} if norm.has_bias else {"eps": 1e-6}
-        check(norm.ours(**options), norm.reference(**options), inputs, grads=grads, on=on)
+
+        def draw(shape: tuple[int, int] = (rows, features)) -> list[Tensor]:
+            return norm.inputs(shape, 1, dtype)
+
+        check(
+            norm.ours(**options), norm.reference(**options), draw(), grads=grads, on=on, redraw=draw
+        )
 
 
 def check_one_feature(norm: Norm, on: str, dtype: torch.dtype) -> None:

@@ -1,41 +1,112 @@
-"""The CPU kernels' instruction sets: which one runs, and that none disturbs torch's."""
+"""The CPU kernels' instruction sets: which one runs, that none disturbs torch's, and that the tests
+pass on a CPU that has fewer."""
 
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import SETS, TORCH_ENVIRONMENT, refuse_absent_sets
 
 import fasttransformer as ft
-from contract import ISAS, runnable, running_on
+from contract import running_on
+from fasttransformer._contract import ISAS
 
-HERE = [name.removeprefix("cpu:") for name in runnable() if name.startswith("cpu:")]
-pytestmark = pytest.mark.skipif(not HERE, reason="the C++ library is not built")
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not SETS, reason="the C++ library is not built")
 
 
-@pytest.mark.parametrize("asked", ["portable", "amx", "mmx"])
-def test_environment_variable(asked):
-    """A lower set than the CPU's is taken, a higher one is the CPU's best, an unknown one too."""
-    code = "import torch, fasttransformer; print(torch.ops.fasttransformer.cpu_isa())"
+#: Prints, for each value of FASTTRANSFORMER_CPU_ISA, the set in use, whether the process has asked
+#: Linux for AMX's registers, and the sets that can be chosen. torch is imported once for all.
+PROBE = """
+import ctypes, os, platform, sys, torch
+library, *values = sys.argv[1:]
+for value in values:
+    if os.fork() == 0:
+        os.environ["FASTTRANSFORMER_CPU_ISA"] = value
+        torch.ops.load_library(library)
+        operators, permitted = torch.ops.fasttransformer, ctypes.c_uint64()
+        used = operators.cpu_isa()
+        if sys.platform == "linux" and platform.machine() == "x86_64":
+            ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(permitted))  # ARCH_GET_XCOMP_PERM
+        sets = "portable", "avx2", "avx512", "avx512_bf16", "amx"
+        print(used, permitted.value >> 18 & 1, *filter(operators.set_cpu_isa, sets), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def test_environment_variable_hides_the_sets_above_it():
+    """And Linux is asked for AMX's registers where amx can run alone. An unknown name changes
+    nothing but prints a warning."""
+    values = ["", "AVX2", *ISAS]
+    library = Path(ft.__file__).with_name("_cpu.abi3.so")
     found = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FASTTRANSFORMER_CPU_ISA": asked},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert found.stdout.strip() == (asked if asked in HERE else HERE[-1])
+        [sys.executable, "-c", PROBE, library, *values], capture_output=True, text=True, check=True
+    )
+    lines = [line.split() for line in found.stdout.splitlines()]
+    used, asked, *of_this_cpu = lines[0]
+    assert used == of_this_cpu[-1] and asked == str(int(used == "amx"))
+    assert lines[1] == lines[0]
+    assert found.stderr.count("FASTTRANSFORMER_CPU_ISA") == 1
+    assert "FASTTRANSFORMER_CPU_ISA=AVX2 is ignored, it is not one of portable avx2" in found.stderr
+    for i, line in enumerate(lines[2:]):
+        left = [name for name in ISAS[: i + 1] if name in of_this_cpu]
+        assert line == [left[-1], str(int(left[-1] == "amx")), *left]
 
 
-def test_what_the_cpu_lacks_is_refused():
+def test_absent_sets_are_refused():
     before = torch.ops.fasttransformer.cpu_isa()
-    for name in (*(name for name in ISAS if name not in HERE), "mmx", ""):
+    for name in (*(name for name in ISAS if name not in SETS), "mmx", "AVX2"):
         assert not torch.ops.fasttransformer.set_cpu_isa(name)
         assert torch.ops.fasttransformer.cpu_isa() == before
+        with pytest.raises(ValueError, match=f"no {name} kernels"), running_on(f"cpu:{name}"):
+            pass
 
 
-@pytest.mark.parametrize("isa", HERE)
+def test_a_test_that_names_an_absent_set_stops_the_run(monkeypatch):
+    def items(**parameters):
+        return [SimpleNamespace(nodeid="t.py::t", callspec=SimpleNamespace(params=parameters))]
+
+    monkeypatch.setattr("instruction_sets.SETS", ["portable", "avx2"])
+    refuse_absent_sets(items(on="cpu:avx2") + items(isa="portable", rows=3) + items(on="triton"))
+    refuse_absent_sets([SimpleNamespace(nodeid="t.py::no_parameters")])
+    for parameters in ({"on": "cpu:avx512"}, {"isa": "amx"}, {"any": "amx", "on": "cpu:avx2"}):
+        with pytest.raises(pytest.UsageError, match=r"t.py::t: .* names a.*can't run here"):
+            refuse_absent_sets(items(**parameters))
+
+
+#: conftest.py comes before fasttransformer, which it prepares for.
+PYTEST = """
+import sys, conftest, instruction_sets, pytest
+sys.exit(pytest.main(sys.argv[1:], plugins=[instruction_sets]))
+"""
+
+
+@pytest.mark.parametrize("best", SETS[:-1])
+def test_the_suite_on_a_lesser_cpu(best):
+    """Collects all tests as on a CPU whose best set is ``best``; runs those that depend on sets.
+
+    ``FASTTRANSFORMER_CPU_ISA=avx2 make test`` runs all of them.
+    """
+    itself = f"tests/{Path(__file__).name}::{test_the_suite_on_a_lesser_cpu.__name__}"
+    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    environment |= {"FASTTRANSFORMER_CPU_ISA": best, "PYTEST_ADDOPTS": ""}
+    options = ("-p", "no:xdist", "-p", "no:cacheprovider", "--assert=plain")
+    found = subprocess.run(
+        [sys.executable, "-c", PYTEST, ".", *options, f"--deselect={itself}"],
+        cwd=TESTS, env=environment | TORCH_ENVIRONMENT[best],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("isa", SETS)
 def test_products_in_turn_with_torch(isa):
     """Where bf16 goes through tile registers both configure them, on threads that both use."""
     x, w = torch.randn(300, 200).bfloat16(), torch.randn(90, 200).bfloat16()

@@ -3,9 +3,10 @@ comes out is what a call of few rows gives, to the bit, wherever a row depends o
 
 import pytest
 import torch
+from instruction_sets import SETS
 
 import fasttransformer as ft
-from contract import ISAS, running_on
+from contract import running_on
 from fasttransformer.backends import backends
 
 pytestmark = pytest.mark.skipif(backends()["cpu"] is not None, reason=str(backends()["cpu"]))
@@ -63,7 +64,7 @@ def test_rows_are_those_of_a_small_call(name, columns, dtype):
         assert_rows_alike(ROWS[name], x)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", SETS)
 def test_every_instruction_set(isa):
     with running_on(f"cpu:{isa}"):
         x = many_rows(768, torch.float32)

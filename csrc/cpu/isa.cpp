@@ -1,6 +1,7 @@
 #include "cpu/isa.h"
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -33,23 +34,6 @@ bool may_use_amx() {
 #endif
 }
 
-Isa detect() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-    return may_use_amx() ? Isa::amx : Isa::avx512_bf16;
-  }
-  if (avx512) return Isa::avx512;
-  if (avx2) return Isa::avx2;
-#endif
-  return Isa::portable;
-}
-
 bool parse(const char* name, Isa* out) {
   for (int i = 0; i < kCount; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) {
@@ -60,20 +44,46 @@ bool parse(const char* name, Isa* out) {
   return false;
 }
 
+// The highest set that FASTTRANSFORMER_CPU_ISA lets this process use. A name that no set has
+// changes nothing but prints a warning: a misspelt variable must not stop an import.
+Isa cap() {
+  Isa highest = Isa::amx;
+  const char* name = std::getenv("FASTTRANSFORMER_CPU_ISA");
+  if (name == nullptr || *name == '\0' || parse(name, &highest)) return highest;
+  std::fprintf(stderr, "fasttransformer: FASTTRANSFORMER_CPU_ISA=%s is ignored, it is not one of",
+               name);
+  for (const char* known : kNames) std::fprintf(stderr, " %s", known);
+  std::fputc('\n', stderr);
+  return highest;
+}
+
+// The highest set up to `highest` that this CPU has.
+Isa detect([[maybe_unused]] Isa highest) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (highest >= Isa::amx && avx512_bf16 && may_use_amx()) return Isa::amx;
+  if (highest >= Isa::avx512_bf16 && avx512_bf16) return Isa::avx512_bf16;
+  if (highest >= Isa::avx512 && avx512) return Isa::avx512;
+  if (highest >= Isa::avx2 && avx2) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
 std::atomic<Isa>& current() {
-  static std::atomic<Isa> value = [] {
-    Isa wanted = best_isa();
-    const char* env = std::getenv("FASTTRANSFORMER_CPU_ISA");
-    if (env != nullptr && parse(env, &wanted) && wanted > best_isa()) wanted = best_isa();
-    return wanted;
-  }();
+  static std::atomic<Isa> value = best_isa();
   return value;
 }
 
 }  // namespace
 
 Isa best_isa() {
-  static const Isa best = detect();
+  static const Isa best = detect(cap());
   return best;
 }
 

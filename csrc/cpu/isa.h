@@ -1,7 +1,8 @@
 // Which instruction set the CPU kernels of this process use. Every file of csrc/cpu that holds
 // kernels is compiled once per set, into namespace ft::<set>; ft::name() picks by the CPU's own
-// features, or by the environment variable FASTTRANSFORMER_CPU_ISA (a lower set only). `amx` has no
-// files of its own: the kernels for avx512_bf16 that multiply matrices ask for it (cpu/amx.h).
+// features. The environment variable FASTTRANSFORMER_CPU_ISA hides every set above the one it
+// names. `amx` has no files of its own: the kernels for avx512_bf16 that multiply matrices ask for
+// it (cpu/amx.h).
 #pragma once
 
 namespace ft {
@@ -10,8 +11,8 @@ enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
 Isa isa();
 const char* isa_name(Isa);
-Isa best_isa();                  // the highest set that this CPU and this build have
-bool set_isa(const char* name);  // false: unknown, or this CPU lacks it
+Isa best_isa();                  // the highest set that this CPU has and that isn't hidden
+bool set_isa(const char* name);  // false: unknown, hidden, or this CPU lacks it
 
 }  // namespace ft
 

@@ -33,14 +33,20 @@ TORCH_ENVIRONMENT = {
     "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
 }
 
-#: A test whose source has one of these words chooses a set by itself.
-WORDS = re.compile(rf"cpu_isa|\b(ISAS|SETS)\b|cpu:(\{{|{'|'.join(ISAS)})")
+#: A test whose source has one of these words chooses a set by itself. ("cpu:portable" is wherever
+#: there is a C++ library, and asks for that.)
+WORDS = re.compile(r"cpu_isa|\b(ISAS|SETS)\b|cpu:(\{|avx|amx)")
+
+
+def parameters_of(item: pytest.Item) -> dict[str, object]:
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None else callspec.params
 
 
 def named_sets(item: pytest.Item) -> dict[str, str]:
     """The instruction sets that a test's parameters name: {parameter: set}."""
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    names = {k: v.removeprefix("cpu:") for k, v in parameters.items() if isinstance(v, str)}
+    given = parameters_of(item).items()
+    names = {k: v.removeprefix("cpu:") for k, v in given if isinstance(v, str)}
     return {parameter: name for parameter, name in names.items() if name in ISAS}
 
 
@@ -69,16 +75,20 @@ def chooses_sets(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the tests that choose sets. Of those that run on each backend, ``on``, one case on the
-    best set is left, and one of each file whatever its source says."""
+    """Leaves one case of each test that chooses sets and one of each file, on the best set."""
     refuse_absent_sets(items)
     kept, dropped, seen = [], [], set()
     for item in items:
-        keep = chooses_sets(item)
-        if "on" in getattr(getattr(item, "callspec", None), "params", {}):
-            group = (item.path, item.function) if keep else item.path
-            keep = named_sets(item).get("on") == SETS[-1] and group not in seen
-            seen.update([group, item.path] if keep else [])
-        (kept if keep else dropped).append(item)
+        names, chooses = named_sets(item), chooses_sets(item)
+        group = item.nodeid.partition("[")[0] if chooses else item.path
+        if names:
+            keep = SETS[-1] in names.values()
+        else:
+            keep = chooses and "on" not in parameters_of(item)
+        if keep and group not in seen:
+            seen |= {group, item.path}
+            kept.append(item)
+        else:
+            dropped.append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)

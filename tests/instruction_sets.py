@@ -7,6 +7,7 @@ runs under every value of FASTTRANSFORMER_CPU_ISA below the CPU's own set.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 
@@ -50,20 +51,24 @@ def named_sets(item: pytest.Item) -> dict[str, str]:
     return {parameter: name for parameter, name in names.items() if name in ISAS}
 
 
-def refuse_absent_sets(items: list[pytest.Item]) -> None:
-    """Stops the run if a test is parametrized over an instruction set that can't run here.
+def asking_for_absent_sets(items: list[pytest.Item]) -> dict[pytest.Item, str]:
+    """The tests that are parametrized over an instruction set that can't run here, and what to say.
 
     On a machine that has every set such a test passes, and on the others it fails. A test of what
     happens where a set is absent loops over ``ISAS`` instead.
     """
-    found = [
-        f"{item.nodeid}: {parameter} names {name}, which can't run here"
+    return {
+        item: f"{item.nodeid}: {parameter} names {name}, which can't run here"
         for item in items
         for parameter, name in named_sets(item).items()
         if name not in SETS
-    ]
-    if found:
-        raise pytest.UsageError("\n".join(found))
+    }
+
+
+def refuse_absent_sets(items: list[pytest.Item]) -> None:
+    """Makes an error of each test in :func:`asking_for_absent_sets`."""
+    for item, why in asking_for_absent_sets(items).items():
+        item.setup = functools.partial(pytest.fail, why, pytrace=False)
 
 
 def chooses_sets(item: pytest.Item) -> bool:
@@ -76,7 +81,9 @@ def chooses_sets(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves one case of each test that chooses sets and one of each file, on the best set."""
-    refuse_absent_sets(items)
+    absent = asking_for_absent_sets(items)
+    if absent:
+        raise pytest.UsageError("\n".join(absent.values()))
     kept, dropped, seen = [], [], set()
     for item in items:
         names, chooses = named_sets(item), chooses_sets(item)

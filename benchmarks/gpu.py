@@ -1,409 +1,170 @@
-"""Every kernel on an NVIDIA GPU beside its peers and the card's own ceilings; JSON out.
+"""Every kernel on an NVIDIA GPU next to its peers and the card's own ceilings; JSON out.
 
-    python -m fasttransformer.benchmarks.gpu --json results.json [--only attention] [--seconds 300]
+    python -m fasttransformer.benchmarks.gpu --json results.json [--selection short] [--seconds 150]
 
 Ceilings are measured first, in the same run: a copy (bytes read and written), a read, a bf16 matrix
 product, and what a call costs at least. A case is timed by Triton's ``do_bench`` (events, L2
-flushed between calls). Peers that are installed join: torch eager and compiled, each of torch's
-SDPA backends by force, FlexAttention, flash-attn, xformers, quack and Liger. A candidate whose
-result is not ours is recorded as wrong, one that fails with its error. The file has the schema of
-record.py. ``benchmarks/gpu_run.sh`` calls this after it has built and tested the package.
+flushed between calls). Peers that are installed join: torch eager and compiled, torch's SDPA
+backends by force, FlexAttention, flash-attn, xformers, quack and Liger. A candidate whose result is
+not ours is recorded as wrong, one that fails with its error. The cases and their order are in
+gpu_cases.py, the file's schema in record.py; it is written after every case.
+
+The measuring runs in a child process. One whose CUDA context was broken by a candidate, or that
+makes no progress for ``--each`` seconds, is replaced by a new one, which goes on with the next
+candidate; the one that did it is recorded as failing. ``benchmarks/gpu_run.sh`` calls this.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
+import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import fasttransformer as ft
 from fasttransformer.benchmarks import memory, peers, record, report
-from fasttransformer.benchmarks._shared import (
-    OURS,
-    Candidate,
-    Case,
-    backward_of,
-    environment,
-)
+from fasttransformer.benchmarks._shared import OURS, Candidate, Case, environment
 from fasttransformer.benchmarks.agreement import difference
 from fasttransformer.benchmarks.clock import Timing, timing_of
+from fasttransformer.benchmarks.gpu_cases import (
+    CARD,
+    REHEARSAL,
+    SELECTIONS,
+    TRITON,
+    UNLIKE,
+    Scale,
+    plan,
+)
 
-BF16 = torch.bfloat16
-COLUMNS = (1024, 4096, 16384, 65536, 262144)
-ELEMENTS = 1 << 28  # 512 MiB of 16-bit numbers: ten times an L2
-TRITON = f"{OURS} triton"
-#: Candidates that are no peers: a floor, or the same numbers in another order.
-UNLIKE = ("matmul alone", "torch one by one")
-COMPILED = False  # --compile: torch.compile is a peer of operations that have one torch candidate
-
-
-def randn(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_(grad)
-
-
-def both(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Ours on the CUDA and on the Triton backend."""
-    return {
-        OURS: lambda *inputs: function(*inputs, backend="cuda"),
-        TRITON: lambda *inputs: function(*inputs, backend="triton"),
-    }
-
-
-def peer(module: str, name: str) -> Callable[..., Any] | None:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return None
-
-
-# ---- cases --------------------------------------------------------------------------------------
-
-
-def forward_and_backward(
-    op: str,
-    name: str,
-    functions: dict[str, Callable[..., Any]],
-    inputs: Callable[[], list[Tensor]],
-    *,
-    forward: dict[str, int],
-    backward: dict[str, int],
-    dtype: torch.dtype = BF16,
-    along: tuple[str, float] | None = None,
-    compared: bool = True,
-) -> Iterator[Case]:
-    """The two cases of an operation; a candidate makes its inputs when it is timed."""
-    if COMPILED and "torch" in functions:
-        functions = functions | {"torch.compile": torch.compile(functions["torch"], dynamic=False)}
-
-    def make(run: Callable[..., Candidate]) -> Callable[[], dict[str, Candidate]]:
-        return lambda: {
-            who: (lambda function=function: run(function, *inputs()))
-            for who, function in functions.items()
-        }
-
-    def once(function: Callable[..., Any], *tensors: Tensor) -> Candidate:
-        detached = [t.detach() for t in tensors]
-        return lambda: function(*detached)
-
-    where: dict[str, Any] = {"device": "cuda", "along": along, "compared": compared}
-    yield Case(op, name, dtype, make(once), **where, **forward)
-    yield Case(f"{op} backward", name, dtype, make(backward_of), **where, **backward)
-
-
-def row_cases() -> Iterator[Case]:
-    """softmax, norms and cross entropy: bound by memory."""
-    for columns in COLUMNS:
-        rows = ELEMENTS // columns
-        size = rows * columns * 2
-        name = f"{rows}×{columns}"
-
-        def x(rows: int = rows, columns: int = columns) -> Tensor:
-            return randn(rows, columns, grad=True)
-
-        def vectors(count: int, columns: int = columns) -> list[Tensor]:
-            return [randn(columns, grad=True) for _ in range(count)]
-
-        functions = both(ft.softmax)
-        functions["torch"] = lambda x: torch.softmax(x, -1)
-        if (quack := peer("quack", "softmax")) is not None:
-            functions["quack"] = quack
-        yield from forward_and_backward(
-            "softmax", name, functions, lambda: [x()],
-            forward={"bytes": 2 * size}, backward={"bytes": 3 * size})  # fmt: skip
-
-        functions = both(lambda x, w, b, **kw: ft.layer_norm(x, x.shape[-1:], w, b, **kw))
-        functions["torch"] = lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b)
-        yield from forward_and_backward(
-            "layer_norm", name, functions, lambda: [x(), *vectors(2)],
-            forward={"bytes": 2 * size}, backward={"bytes": 3 * size})  # fmt: skip
-
-        functions = both(lambda x, w, **kw: ft.rms_norm(x, x.shape[-1:], w, 1e-6, **kw))
-        functions["torch"] = lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6)
-        if (quack := peer("quack", "rmsnorm")) is not None:
-            functions["quack"] = quack
-        if (liger := peer("liger_kernel.transformers.functional", "liger_rms_norm")) is not None:
-            functions["liger"] = lambda x, w: liger(x, w, 1e-6)
-        yield from forward_and_backward(
-            "rms_norm", name, functions, lambda: [x(), *vectors(1)],
-            forward={"bytes": 2 * size}, backward={"bytes": 3 * size})  # fmt: skip
-
-        for op, norm in (("add_layer_norm", F.layer_norm), ("add_rms_norm", F.rms_norm)):
-            ours = getattr(ft, op)
-
-            def torchs(x: Tensor, y: Tensor, w: Tensor, norm: Any = norm) -> tuple:
-                total = x + y
-                return norm(total, total.shape[-1:], w), total
-
-            functions = both(lambda x, y, w, ours=ours, **kw: ours(x, y, x.shape[-1:], w, **kw))
-            functions |= {"torch": torchs}
-            yield from forward_and_backward(
-                op, name, functions, lambda: [x(), x(), *vectors(1)],
-                forward={"bytes": 4 * size}, backward={"bytes": 4 * size})  # fmt: skip
-
-        def classes(rows: int = rows, columns: int = columns) -> Tensor:
-            return torch.randint(columns, (rows,), device="cuda")
-
-        functions = {
-            OURS: lambda x, t: ft.cross_entropy(x, t, backend="cuda"),
-            "torch": F.cross_entropy,
-        }
-        if (quack := peer("quack", "cross_entropy")) is not None:
-            functions["quack"] = quack
-        yield from forward_and_backward(
-            "cross_entropy", name, functions, lambda: [x(), classes()],
-            forward={"bytes": size}, backward={"bytes": 2 * size})  # fmt: skip
-
-
-def _others(causal: bool) -> dict[str, Callable[..., Tensor]]:
-    """flash-attn (its third version before its second), xformers, and with --compile
-    FlexAttention: of (batch, heads, length, head_dim) that lie as (batch, length, heads, head_dim).
-    """
-
-    def transposed(function: Callable[..., Any]) -> Callable[..., Tensor]:
-        def call(*inputs: Tensor) -> Tensor:
-            out = function(*(x.transpose(1, 2) for x in inputs))
-            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-        return call
-
-    found: dict[str, Callable[..., Tensor]] = {}
-    for module in ("flash_attn_interface", "flash_attn"):
-        if "flash-attn" not in found and (flash := peer(module, "flash_attn_func")) is not None:
-            found["flash-attn"] = transposed(lambda q, k, v, f=flash: f(q, k, v, causal=causal))
-    xformers = peer("xformers.ops", "memory_efficient_attention")
-    lower = peer("xformers.ops", "LowerTriangularMask")
-    if xformers is not None and lower is not None:
-        mask = lower() if causal else None
-        found["xformers"] = transposed(lambda q, k, v: xformers(q, k, v, attn_bias=mask))
-    if COMPILED:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        call = peers.compiled(flex_attention)
-
-        def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return call(q, k, v, block_mask=_lower_blocks(q.shape[2]) if causal else None)
-
-        @functools.cache
-        def _lower_blocks(length: int) -> Any:
-            return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length)
-
-        found["FlexAttention"] = flex
-    return found
-
-
-def attention_cases() -> Iterator[Case]:
-    """FlashAttention-3's grid: 16k tokens, hidden size 2048."""
-    from torch.nn.attention import SDPBackend
-
-    for head_dim in (64, 128, 256):
-        for length in (512, 1024, 4096, 16384):
-            for causal in (False, True):
-                heads, batch = 2048 // head_dim, 16384 // length
-                functions = both(
-                    lambda q, k, v, causal=causal, **kw: ft.attention(
-                        q, k, v, is_causal=causal, **kw
-                    )
-                )
-                for backend in (
-                    SDPBackend.CUDNN_ATTENTION,
-                    SDPBackend.FLASH_ATTENTION,
-                    SDPBackend.EFFICIENT_ATTENTION,
-                ):
-                    functions[f"torch {backend.name.partition('_')[0].lower()}"] = (
-                        peers.with_backend(
-                            backend,
-                            functools.partial(F.scaled_dot_product_attention, is_causal=causal),
-                        )
-                    )
-                functions |= _others(causal)
-                flops = 4 * batch * heads * length * length * head_dim // (2 if causal else 1)
-                shape = (batch, length, heads, head_dim)
-                size = 4 * 2 * 16384 * 2048
-                yield from forward_and_backward(
-                    "attention",
-                    f"{batch}×{heads}×{length}×{head_dim}" + (" causal" if causal else ""),
-                    functions,
-                    lambda shape=shape: [randn(*shape, grad=True).transpose(1, 2) for _ in "qkv"],
-                    forward={"flops": flops, "bytes": size},
-                    backward={"flops": flops * 5 // 2, "bytes": 2 * size},
-                    along=(f"head size {head_dim}" + ", causal" * causal, length),
-                )
-    # Decode: one query, 32 heads on 8, 16k keys.
-    keys = (8, 8, 16384, 128)
-    functions = both(ft.attention)
-    functions["torch"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    def decode(function: Callable[..., Any]) -> Candidate:
-        inputs = randn(8, 32, 1, 128), randn(*keys), randn(*keys)
-        return lambda: function(*inputs)
-
-    def make() -> dict[str, Candidate]:
-        return {
-            who: (lambda function=function: decode(function)) for who, function in functions.items()
-        }
-
-    size = 2 * 8 * 8 * 16384 * 128 * 2
-    yield Case("attention", "decode 8×32/8×1×16384×128", BF16, make, bytes=size, device="cuda")
-
-
-def packed_cases() -> Iterator[Case]:
-    """16k tokens in sequences of 64 … 2,048, and parts of attention merged."""
-    lengths = [64, 2048, 128, 1024, 256, 512, 96, 1536, 320, 768] * 2
-    heads, head_dim, longest = 16, 128, max(lengths)
-
-    def inputs() -> list[Tensor]:
-        bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-        return [*(randn(sum(lengths), heads, head_dim, grad=True) for _ in "qkv"), bounds]
-
-    flash = peer("flash_attn", "flash_attn_varlen_func")
-    for causal in (False, True):
-
-        def ours(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, c: bool = causal) -> Tensor:
-            lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-            options: dict[str, Any] = {"is_causal": c, "backend": "cuda"}
-            return ft.attention_varlen(q, k, v, bounds, bounds, **lengths, **options)
-
-        def one_by_one(q: Tensor, k: Tensor, v: Tensor, _: Tensor, c: bool = causal) -> Tensor:
-            outs = [
-                F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in parts), is_causal=c)
-                for parts in zip(*(x.split(lengths) for x in (q, k, v)))
-            ]
-            return torch.cat(outs, 1)
-
-        functions: dict[str, Callable[..., Any]] = {OURS: ours, "torch one by one": one_by_one}
-        if flash is not None:
-            functions["flash-attn"] = lambda q, k, v, bounds, c=causal: flash(
-                q, k, v, bounds, bounds, longest, longest, causal=c
-            )
-        flops = 4 * sum(n * n for n in lengths) * heads * head_dim // (2 if causal else 1)
-        yield from forward_and_backward(
-            "attention_varlen", f"{len(lengths)} of 64…2048" + (" causal" if causal else ""),
-            functions, inputs,
-            forward={"flops": flops}, backward={"flops": flops * 5 // 2})  # fmt: skip
-
-    shape = (4, 8, 32, 2048, 128)
-    size = 2 * shape[0] * shape[1] * shape[2] * shape[3] * shape[4]
-
-    def merge_torch(outs: Tensor, lses: Tensor) -> Tensor:
-        weights = torch.softmax(lses, 0).unsqueeze(-1)
-        return (weights * outs).sum(0).to(outs.dtype)
-
-    yield from forward_and_backward(
-        "merge_attention", "×".join(map(str, shape)),
-        {OURS: lambda o, l: ft.merge_attention(o, l, backend="cuda")[0], "torch": merge_torch},
-        lambda: [randn(*shape, grad=True), randn(*shape[:-1], dtype=torch.float32, grad=True)],
-        forward={"bytes": size * 5 // 4}, backward={"bytes": size * 9 // 4})  # fmt: skip
-
-
-def linear_cases() -> Iterator[Case]:
-    for rows, features in ((16, 4096), (4096, 1024), (8192, 4096), (16384, 8192)):
-        flops = 2 * rows * features * features
-        name = f"{rows}×{features}×{features}"
-
-        def inputs(rows: int = rows, features: int = features) -> list[Tensor]:
-            return [randn(rows, features, grad=True), randn(features, features, grad=True),
-                    randn(features, grad=True), randn(rows, features, grad=True)]  # fmt: skip
-
-        functions = both(ft.linear_add)
-        functions["torch"] = lambda x, w, b, r: F.linear(x, w, b) + r
-        functions["matmul alone"] = lambda x, w, b, r: F.linear(x, w)
-        yield from forward_and_backward(
-            "linear_add", name, functions, inputs,
-            forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
-
-        functions = both(lambda *t, **kw: ft.linear_add(*t, dropout_p=0.1, **kw))
-        functions["torch"] = lambda x, w, b, r: F.dropout(F.linear(x, w, b), 0.1) + r
-        yield from forward_and_backward(
-            "linear_add", f"{name} dropout 0.1", functions, inputs, compared=False,
-            forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
-
-        functions = both(lambda x, w, b, r, **kw: ft.linear_add_layer_norm(x, w, b, r, b, b, **kw))
-        functions["torch"] = lambda x, w, b, r: F.layer_norm(F.linear(x, w, b) + r, b.shape, b, b)
-        functions["matmul alone"] = lambda x, w, b, r: F.linear(x, w)
-        yield from forward_and_backward(
-            "linear_add_layer_norm", name, functions, inputs,
-            forward={"flops": flops}, backward={"flops": 2 * flops})  # fmt: skip
-
-
-def cases() -> Iterator[Case]:
-    yield from row_cases()
-    yield from attention_cases()
-    yield from packed_cases()
-    yield from linear_cases()
-
+#: Milliseconds of calls that a candidate is timed for.
+TIMED = 40
+START = 90.0  # seconds that a child may take until its first candidate: imports, ceilings
+BROKEN = 75  # a child's exit status when its CUDA context is of no more use
 
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def measure(function: Candidate, milliseconds: int = 60) -> Timing:
+def measure(function: Candidate, device: str = "cuda", milliseconds: float = 60) -> Timing:
+    if device == "cpu":  # a rehearsal: the times are of no interest
+        seconds: list[float] = []
+        while sum(seconds) < milliseconds / 1e3:
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+        return timing_of(seconds)
     from triton.testing import do_bench
 
     times = do_bench(function, warmup=10, rep=milliseconds, return_mode="all")
     return timing_of([t / 1e3 for t in times])
 
 
-def ceilings() -> dict[str, tuple[float, str]]:
+def ceilings(scale: Scale) -> dict[str, tuple[float, str]]:
     """name → (value, unit): the best of five medians."""
-    source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8).random_()
+    real = scale.device != "cpu"
+    source = torch.empty(1 << 30 if real else 1 << 20, device=scale.device, dtype=torch.uint8)
+    source.random_()
     target = torch.empty_like(source)
-    a, b = randn(8192, 8192), randn(8192, 8192)
-    product = 2 * 8192**3
+    side = 8192 if real else 128
+    a, b = scale.randn(side, side), scale.randn(side, side)
 
     def best(function: Candidate, work: float) -> float:
-        return max(work / measure(function).median for _ in range(5)) / 1e9
+        milliseconds = 60 if real else 1
+        times = (measure(function, scale.device, milliseconds).median for _ in range(5))
+        return work / min(times) / 1e9
 
     return {
         "copy": (best(lambda: target.copy_(source), 2 * source.numel()), "GB/s"),
         "read": (best(lambda: source.view(torch.int64).sum(), source.numel()), "GB/s"),
-        "matmul bf16": (best(lambda: a @ b, product), "GFLOP/s"),
-        "operator call": (call_microseconds(), "µs"),
+        "matmul bf16": (best(lambda: a @ b, 2 * side**3), "GFLOP/s"),
+        "operator call": (call_microseconds(scale.device), "µs"),
     }
 
 
-def call_microseconds() -> float:
+def call_microseconds(device: str) -> float:
     """Of the processor's time: an operator on one element, launched and not waited for."""
-    x, calls = torch.ones(1, device="cuda"), 1000
+    x, calls = torch.ones(1, device=device), 1000
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    took = 0.0
     for _ in range(2):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         for _ in range(calls):
             torch.neg(x)
         took = time.perf_counter() - start
-    torch.cuda.synchronize()
+    wait()
     return took / calls * 1e6
 
 
-def row(case: Case, limits: dict[str, tuple[float, str]]) -> record.Row:
-    """Measures a case's candidates one after the other, each on inputs of its own from one seed."""
+class Broken(Exception):
+    """The CUDA context is of no more use: ``candidate`` did it, as ``reason`` says."""
+
+    def __init__(self, candidate: str, reason: str) -> None:
+        super().__init__(reason)
+        self.candidate, self.reason = candidate, reason
+
+
+def _clean_up(device: str) -> None:
+    """Frees memory; raises where the context is broken."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def row(
+    case: Case,
+    limits: dict[str, tuple[float, str]],
+    *,
+    milliseconds: float = 60,
+    known: dict[str, str] | None = None,
+    begin: Any = lambda name: None,
+) -> record.Row:
+    """Measures a case's candidates one after the other, each on inputs of its own from one seed.
+
+    ``known`` holds candidates that an earlier process failed on, and how; ``begin(name)`` is called
+    when one begins.
+
+    Raises:
+        Broken: the process can't go on.
+    """
     times: dict[str, Timing] = {}
-    wrong: dict[str, str] = {}
+    wrong: dict[str, str] = dict(known or {})
     wanted: object = None
     for name, make in case.make().items():
+        if name in wrong:
+            continue
+        begin(name)
+        problem = ""
         try:
             torch.manual_seed(0)
             candidate: Any = make()
             result = candidate()
             if name == OURS:
                 wanted = result
-            elif wanted is not None and name not in UNLIKE:
-                how = difference(result, wanted, case.dtype)
-                if how is not None:
-                    wrong[name] = how
-                    continue
+            elif wanted is not None and case.compared and name not in UNLIKE:
+                problem = difference(result, wanted, case.dtype) or ""
             del result
-            times[name] = measure(candidate)
+            if not problem:
+                times[name] = measure(candidate, case.device, milliseconds)
+            del candidate
         except Exception as error:  # a peer's failure is a result; ours too, and it is printed
-            wrong[name] = f"fails: {type(error).__name__}: {error}"[:300]
-        torch.cuda.empty_cache()
+            problem = f"fails: {type(error).__name__}: {error}"[:300]
+        if problem:
+            wrong[name] = problem
+        try:
+            _clean_up(case.device)
+        except RuntimeError as error:
+            raise Broken(name, problem or f"fails: {error}"[:300]) from error
     which = "copy" if case.memory_bound else "matmul bf16"
     return record.row_of(case, times, wrong, (which, limits[which][0]))
 
@@ -411,59 +172,247 @@ def row(case: Case, limits: dict[str, tuple[float, str]]) -> record.Row:
 def show(found: record.Row) -> None:
     cells = []
     for name, figures in found.candidates.items():
-        text = figures.wrong or ""
+        text = (figures.wrong or "")[:100]
         if figures.rate is not None and found.ceiling is not None:
             text = f"{figures.rate:.0f} ({figures.rate / found.ceiling[1]:.0%})"
         cells.append(f"{name} {text}")
     print(f"{found.op} {found.case} [{found.unit}]: " + ", ".join(cells), flush=True)
 
 
+# ---- the child: measures ------------------------------------------------------------------------
+
+
+class Progress:
+    """What a child leaves for its parent next to the results: the candidate that runs now, and the
+    candidates that can't be measured."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+        self.now = results.with_name(results.name + ".now")
+        self.failed = results.with_name(results.name + ".failed")
+
+    def begin(self, case: str, candidate: str) -> None:
+        self.now.write_text(json.dumps([case, candidate]), encoding="utf-8")
+
+    def end(self) -> None:
+        """A case is over: what follows until the next may be slow, like an import."""
+        self.now.unlink(missing_ok=True)
+
+    def running(self) -> tuple[str, str] | None:
+        try:
+            case, candidate = json.loads(self.now.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return case, candidate
+
+    def idle_seconds(self, since: float) -> float:
+        """Since a candidate began or a case ended; ``since`` where none has."""
+        for path in (self.now, self.results):
+            try:
+                since = max(since, path.stat().st_mtime)
+            except OSError:
+                pass
+        return time.time() - since
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """case → candidate → how."""
+        try:
+            return json.loads(self.failed.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def fail(self, case: str, candidate: str, how: str) -> None:
+        made = self.failures()
+        made.setdefault(case, {})[candidate] = how
+        self.failed.write_text(json.dumps(made), encoding="utf-8")
+        self.now.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        self.now.unlink(missing_ok=True)
+        self.failed.unlink(missing_ok=True)
+
+
+def chosen(args: argparse.Namespace) -> Iterator[Case]:
+    for index, case in enumerate(SELECTIONS[args.selection](scale_of(args))):
+        if args.rehearse and index == 1:
+            case = _with_a_hang(case)
+        if not args.only or args.only in case.id:
+            yield case
+
+
+def _with_a_hang(case: Case) -> Case:
+    """In a rehearsal one candidate never ends, so that its limit is seen to work."""
+
+    def hang() -> Candidate:
+        time.sleep(3600)
+        raise AssertionError("slept for an hour")
+
+    return replace(case, make=lambda: {**case.make(), "one that hangs": hang})
+
+
+def scale_of(args: argparse.Namespace) -> Scale:
+    return replace(REHEARSAL if args.rehearse else CARD, compiled=args.compile)
+
+
+def measure_all(args: argparse.Namespace) -> int:
+    """The child: goes on where the file ends, which it writes after every case."""
+    scale = scale_of(args)
+    made = record.load(args.json) if args.json.exists() else None
+    if made is None:
+        words = sys.argv[1 : sys.argv.index("--child")]
+        command = ["python", "-m", "fasttransformer.benchmarks.gpu", *words]
+        made = record.Run(
+            environment(), command=record.command_line(*command), ceilings=ceilings(scale),
+            peers=peers.available(),
+        )  # fmt: skip
+        print("ceilings: " + made.ceilings_in_words, flush=True)
+    progress = Progress(args.json)
+    done = {found.id for found in made.rows}
+    made.complete = False
+    for case in chosen(args):
+        if case.id in done:
+            continue
+        if time.time() > args.until:
+            print(f"stopped before {case.id}: the time was over", flush=True)
+            record.save(made, args.json)
+            return 0
+        try:
+            found = row(
+                case, made.ceilings, milliseconds=1 if args.rehearse else TIMED,
+                known=progress.failures().get(case.id),
+                begin=lambda name, case=case: progress.begin(case.id, name),
+            )  # fmt: skip
+        except Broken as error:
+            print(f"{case.id}: {error.candidate} broke the CUDA context: {error}", flush=True)
+            progress.fail(case.id, error.candidate, error.reason)
+            return BROKEN
+        progress.end()
+        made.rows.append(found)
+        record.save(made, args.json)
+        show(found)
+    made.complete = True
+    record.save(made, args.json)
+    return 0
+
+
+def warm_up(args: argparse.Namespace) -> int:
+    """Calls our Triton candidates once, this process's share of them, so that they are compiled.
+
+    Several processes at once compile what one would for minutes, one after the other; the results
+    lie in Triton's cache. Lengths between the longest and the next share its kernels.
+    """
+    number, count = map(int, args.warm.split("/"))
+    scale = scale_of(args)
+    scale = replace(scale, lengths=scale.lengths[:2])
+    cases = [case for case in chosen_at(args, scale) if TRITON in case.make()]
+    for case in cases[number::count]:
+        began = time.monotonic()
+        try:
+            call: Any = case.make()[TRITON]()
+            call()
+            _clean_up(case.device)
+            print(f"{case.id}: {time.monotonic() - began:.1f} s", flush=True)
+        except Exception as error:  # the benchmark itself will record it
+            print(f"{case.id}: {type(error).__name__}: {error}"[:300], flush=True)
+    return 0
+
+
+def chosen_at(args: argparse.Namespace, scale: Scale) -> Iterator[Case]:
+    return (c for c in SELECTIONS[args.selection](scale) if not args.only or args.only in c.id)
+
+
+# ---- the parent: watches ------------------------------------------------------------------------
+
+
+def watch(args: argparse.Namespace, argv: list[str]) -> int:
+    """Starts children until one ends well. Each failure costs one candidate, so this ends."""
+    end = time.time() + args.seconds
+    progress = Progress(args.json)
+    progress.clear()
+    args.json.unlink(missing_ok=True)
+    while True:
+        command = [sys.executable, "-m", __spec__.name, *argv, "--child"]
+        command += ["--json", str(args.json), "--until", str(end)]
+        began = time.time()
+        child = subprocess.Popen(command)
+        hung = False
+        try:
+            while child.poll() is None:
+                limit = args.each if progress.running() else max(START, args.each)
+                if progress.idle_seconds(began) > limit:
+                    hung = True
+                    child.kill()
+                    child.wait()
+                time.sleep(0.1)
+        except BaseException:
+            child.kill()
+            raise
+        if child.returncode == 0:
+            progress.clear()
+            return 0
+        running = progress.running()
+        if running is None and child.returncode != BROKEN:
+            print(f"gpu: ended with {child.returncode} before it measured anything",
+                  file=sys.stderr)  # fmt: skip
+            return 1
+        if running is not None:
+            how = (
+                f"no end after {args.each:.0f} s"
+                if hung
+                else f"the process ended: {child.returncode}"
+            )
+            print(f"{running[0]}: {running[1]}: {how}", flush=True)
+            progress.fail(*running, f"fails: {how}")
+        if time.time() > end:
+            return 0
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after every case")
     parser.add_argument("--report", type=Path, metavar="DIR", help="page, pictures and tables")
+    parser.add_argument("--selection", choices=tuple(SELECTIONS), default="full")
     parser.add_argument("--only", metavar="TEXT", help="cases whose name has TEXT")
     parser.add_argument("--compile", action="store_true", help="torch.compile is a peer as well")
     parser.add_argument("--seconds", type=float, default=300.0, help="stop beginning cases then")
+    parser.add_argument("--each", type=float, default=20.0, help="seconds a candidate may take")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument(
+        "--estimate", action="store_true", help="say how long it will take and stop"
+    )
+    parser.add_argument("--warm", metavar="I/N", help="only compile the I-th of N parts for Triton")
+    parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, with a hang")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    global COMPILED
-    COMPILED = args.compile
     if args.list:
-        for case in cases():
+        for case in chosen(args):
             print(case.id)
         return 0
-    if not torch.cuda.is_available():
+    if args.estimate:
+        print(plan(chosen(args), TIMED / 1e3))
+        return 0
+    if not args.rehearse and not torch.cuda.is_available():
         print("gpu: torch sees no NVIDIA GPU here", file=sys.stderr)
         return 2
-    start = time.monotonic()
-    made = record.Run(
-        environment(),
-        command=record.command_line(
-            "python", "-m", "fasttransformer.benchmarks.gpu", *sys.argv[1:]
-        ),
-        ceilings=ceilings(),
-        peers=peers.available(),
-    )
-    print("ceilings: " + made.ceilings_in_words)
-    made.complete = True
-    for case in cases():
-        if args.only and args.only not in case.id:
-            continue
-        if time.monotonic() - start > args.seconds:
-            print(f"stopped before {case.id}: {args.seconds:.0f} s were over")
-            made.complete = False
-            break
-        made.rows.append(row(case, made.ceilings))
-        show(made.rows[-1])
-        if args.json:
-            record.save(made, args.json)
-    if args.report:
-        made.memory = memory.measured(False, "cuda")
-        report.write(made, args.report)
-    if args.json:
-        record.save(made, args.json)
-    return 0
+    if args.warm:
+        return warm_up(args)
+    if args.child:
+        return measure_all(args)
+    kept = args.json or Path(f".gpu-{os.getpid()}.json")
+    try:
+        args.json, wanted = kept, args.json
+        status = watch(args, argv)
+        if args.report and status == 0:
+            made = record.load(kept)
+            made.memory = memory.measured(False, scale_of(args).device)
+            report.write(made, args.report)
+            record.save(made, kept)
+    finally:
+        if wanted is None:
+            kept.unlink(missing_ok=True)
+    return status
 
 
 if __name__ == "__main__":

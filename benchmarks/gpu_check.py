@@ -21,6 +21,7 @@ from dataclasses import asdict
 
 import torch
 
+from fasttransformer.backends import backends
 from fasttransformer.cli.cases import CHECKS
 from fasttransformer.cli.check import check
 
@@ -61,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in CHECKS if case.op == args.op]
     if not cases:
         parser.error(f"{args.op!r} is not one of {', '.join(operations())}")
+    reason = backends().get(args.backend)
+    if reason is not None:  # every case would be skipped, which is no result
+        say({"unavailable": reason})
+        return 3
     findings = 0
     for index, case in enumerate(cases[args.first :], args.first):
         say({"started": case.name})

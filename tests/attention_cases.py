@@ -10,8 +10,6 @@ from contract import backends_of, check
 from fasttransformer import reference
 
 BACKENDS = backends_of("attention")
-if "cpu:avx512_bf16" in BACKENDS:  # it shares every line of this kernel with avx512
-    BACKENDS.remove("cpu:avx512")
 KERNELS = [name for name in BACKENDS if name != "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 slow_interpreter = {"triton"} & {name for name in BACKENDS if not torch.cuda.is_available()}

@@ -6,10 +6,14 @@
 torch.Size([1, 2, 5, 5])
 """
 
-from . import nn, ops
-from .backends import backends, explain, use_backend
-from .ops import *  # noqa: F403
-from .swap import restore, swap
+from . import _checkout
+
+_checkout.install()
+
+from . import nn, ops  # noqa: E402
+from .backends import backends, explain, use_backend  # noqa: E402
+from .ops import *  # noqa: E402, F403
+from .swap import restore, swap  # noqa: E402
 
 __all__ = ["backends", "explain", "nn", "restore", "swap", "use_backend", *ops.__all__]
 __version__ = "0.1.0"

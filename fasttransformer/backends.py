@@ -12,27 +12,30 @@ text that a user can act on: it is what :func:`explain` prints and what a forced
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import importlib
-import mmap
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from . import _libraries
+from ._libraries import interpreted
+
 NAMES = ("cuda", "triton", "cpu", "torch")
 F32_AND_16_BIT = (torch.float32, torch.float16, torch.bfloat16)
 
-#: The order in which backends are tried, by device type.
+#: The order in which backends are tried, by device type: the first that can do a case runs it.
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch"),
     "cuda": ("cuda", "triton", "torch"),  # ROCm's device is called cuda too; it has no CUDA library
     "xpu": ("triton", "torch"),
+}
+#: What :func:`explain` adds where an order is a prediction and not a measurement.
+UNMEASURED: Mapping[str, str] = {
+    "cuda": "that cuda comes before triton is a prediction: neither has been timed on a GPU. On "
+    "Hopper the Triton kernels compile to wgmma and the CUDA kernels to mma.sync, so triton may be "
+    'the faster one for attention; try both with backend="cuda" and backend="triton"',
 }
 
 
@@ -178,7 +181,8 @@ ALIASES = {"log_softmax": "softmax", "scaled_dot_product_attention": "attention"
 
 # ---- libraries ----------------------------------------------------------------------------------
 
-_NAMESPACES = {
+#: The ``torch.ops`` namespace of each backend's operators.
+NAMESPACES = {
     "cpu": "fasttransformer",
     "cuda": "fasttransformer",
     "triton": "fasttransformer_triton",
@@ -187,106 +191,37 @@ _NAMESPACES = {
 _unavailable: dict[str, str] = {}
 
 
-def _library(name: str) -> Path:
-    return Path(__file__).with_name(f"_{name}.abi3.so")
-
-
-def _load_cpu() -> str | None:
-    path = _library("cpu")
-    if not path.exists():
-        return "the C++ library was not built (install with a C++ compiler and without FASTTRANSFORMER_NO_BUILD)"  # noqa: E501
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"the C++ library does not load: {error.__cause__ or error}"
-    return None
-
-
-def _load_cuda() -> str | None:
-    path = _library("cuda")
-    if torch.version.hip is not None:
-        return "this torch is built for ROCm"
-    if not path.exists():
-        return "the CUDA library was not built (needs nvcc and a CUDA build of torch; see `fasttransformer info`)"  # noqa: E501
-    if "cpu" in _unavailable:
-        return f"it needs the C++ library's schemas: {_unavailable['cpu']}"
-    if not torch.cuda.is_available():
-        return "no CUDA device is available"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"the CUDA library does not load: {error.__cause__ or error}"
-    return None
-
-
-@functools.cache
-def _gpu_problem() -> str | None:
-    """Why the CUDA library can't run on a GPU that is here. Asked before the first call on one and
-    not at import, since the question starts CUDA, after which a process can't fork."""
-    problem_of = ctypes.CDLL(str(_library("cuda"))).ft_cuda_problem
-    problem_of.restype = ctypes.c_char_p
-    for device in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(device)
-        gpu = f"GPU {device} ({torch.cuda.get_device_name(device)})"
-        if major < 8:
-            return f"{gpu} is of compute capability {major}.{minor}; the CUDA kernels need 8.0 or later"  # noqa: E501
-        problem = problem_of(major, minor).decode()
-        if problem:
-            return f"{gpu}: {problem}"
-    return None
-
-
-def cuda_library() -> dict[str, Any] | None:
-    """What the CUDA library on disk was built for, whether or not it can be loaded here."""
-    path = _library("cuda")
-    if not path.exists():
-        return None
-    marker = rb"fasttransformer CUDA library: archs ([^;]*); nvcc ([^;]*);"
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = re.search(marker, content)
-        archs, nvcc = (group.decode() for group in found.groups()) if found else ("unknown",) * 2
-    return {"archs": archs, "nvcc": nvcc, "bytes": path.stat().st_size}
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-#: GPU backends that are made to run on CPU tensors beside Triton's interpreter, for tests.
-EMULATED: set[str] = set()
-
-
-def _load_triton() -> str | None:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton is not installed ({error})"
-    if not interpreted() and not (torch.cuda.is_available() or torch.xpu.is_available()):
-        return "no GPU is available (TRITON_INTERPRET=1 runs the kernels on the CPU)"
-    importlib.import_module("fasttransformer.kernels")
-    return None
-
-
 def _bind() -> None:
     """Loads what there is and puts each kernel's operators into the table."""
-    for name, load in (("cpu", _load_cpu), ("cuda", _load_cuda), ("triton", _load_triton)):
+    for name, load in (
+        ("cpu", _libraries.load_cpu),
+        ("cuda", lambda: _libraries.load_cuda(_unavailable.get("cpu"))),
+        ("triton", _libraries.load_triton),
+    ):
         problem = load()
         if problem is not None:
             _unavailable[name] = problem
-    for op, row in (*TABLE.items(), *STEPS.items()):
-        for backend, kernel in row.items():
+    for row in _rows():
+        for backend, kernel in row[1].items():
             if backend == "torch" or backend in _unavailable:
                 continue
-            for part, name in (("forward", op), ("backward", f"{op}_backward")):
-                overload = _operator(backend, name)
-                if overload is not None:
-                    object.__setattr__(kernel, part, overload)
+            found = {
+                part: overload
+                for part, name in (("forward", row[0]), ("backward", f"{row[0]}_backward"))
+                if (overload := _operator(backend, name)) is not None
+            }
+            row[1][backend] = replace(kernel, **found)
+
+
+def _rows() -> list[tuple[str, dict[str, Kernel]]]:
+    """(operation, its row) of the operations and steps that have kernels of their own."""
+    table = (*TABLE.items(), *STEPS.items())
+    return [(op, row) for op, row in table if op not in COMPOSED]
 
 
 def _operator(backend: str, name: str) -> Any:
     """The operator, or None if the loaded library does not implement it for the backend."""
-    namespace = _NAMESPACES[backend]
+    namespace = NAMESPACES[backend]
     if backend == "cpu" or (backend == "triton" and interpreted()):
         key = "CPU"
     else:
@@ -306,6 +241,64 @@ def operator_namespaces() -> list[str]:
     if "triton" not in _unavailable:
         found.append("fasttransformer_triton")
     return found
+
+
+# ---- other kernels in the table's place ---------------------------------------------------------
+
+#: backend → the types of device on whose tensors it runs by other means than a device of its own.
+_emulated: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def override(
+    backend: str, kernels: Mapping[str, Kernel], *, device_type: str | None = None
+) -> Iterator[None]:
+    """Puts other kernels of one backend into the table, within a ``with`` block.
+
+    For tests and for trying out a kernel: ``kernels`` maps operations (and steps) to the kernels
+    that stand in the place of the table's; :func:`dataclasses.replace` makes one from the table's
+    own. An operation that is composed of another has that one's row. With ``device_type`` the
+    backend counts as available for tensors of that type of device, whether or not its library is
+    loaded, and the kernels given must be able to run on them. Like :func:`use_backend`, it holds
+    for every thread of the process.
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name, or a name is no operation with a row of its
+            own.
+
+    >>> from dataclasses import replace
+    >>> import torch, fasttransformer as ft
+    >>> from fasttransformer.backends import TABLE, override
+    >>> slow = replace(TABLE["softmax"]["cpu"], limits={"columns": 1}, dtypes=())
+    >>> with override("cpu", {"softmax": slow}):
+    ...     ft.explain("softmax", torch.zeros(2, 3)).backend
+    'torch'
+    """
+    _check_name(backend)
+    rows = dict(_rows())
+    for op in kernels:
+        if op not in rows:
+            raise ValueError(f"override: {op!r} has no row; it is one of {', '.join(rows)}")
+    before = {op: rows[op].get(backend) for op in kernels}
+    emulated = _emulated.get(backend)
+    for op, kernel in kernels.items():
+        rows[op][backend] = kernel
+    if device_type is not None:
+        _emulated[backend] = device_type
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        for op, kernel in before.items():
+            if kernel is None:
+                del rows[op][backend]
+            else:
+                rows[op][backend] = kernel
+        if emulated is None:
+            _emulated.pop(backend, None)
+        else:
+            _emulated[backend] = emulated
+        _chosen.clear()
 
 
 # ---- choosing -----------------------------------------------------------------------------------
@@ -353,13 +346,15 @@ def forced_backend() -> str | None:
 def _device_reason(backend: str, device_type: str) -> str | None:
     if backend == "torch":
         return None
+    if _emulated.get(backend) == device_type:
+        return None
     if backend in _unavailable:
         return _unavailable[backend]
-    if device_type == "cpu" and (backend in EMULATED or (backend == "triton" and interpreted())):
+    if device_type == "cpu" and backend == "triton" and interpreted():
         return None
     if backend not in ORDER.get(device_type, ()):
         return f"it does not run on {device_type} tensors"
-    return _gpu_problem() if backend == "cuda" else None
+    return _libraries.gpu_problem() if backend == "cuda" else None
 
 
 #: (op, device type, dtype, options, sizes, forced) → kernel. Metadata repeats from call to call,
@@ -431,8 +426,10 @@ def considered(
 
 def unavailable(name: str) -> str | None:
     """Why a backend can't run in this process, or None."""
-    if name == "cuda" and name not in _unavailable and name not in EMULATED:
-        return _gpu_problem()
+    if name in _emulated:
+        return None
+    if name == "cuda" and name not in _unavailable:
+        return _libraries.gpu_problem()
     return _unavailable.get(name)
 
 
@@ -448,17 +445,44 @@ def backends() -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found: the backend that runs and why the ones before it don't."""
+    """What :func:`explain` found: the backend that runs and why the ones before it don't.
+
+    ``note`` says what the reader should know of the choice itself, if anything.
+    """
 
     op: str
     case: str
     backend: str
     rejected: tuple[tuple[str, str], ...]
+    note: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.op}({self.case}) runs on: {self.backend}"]
         lines += [f"  {name}: no, {reason}" for name, reason in self.rejected]
+        lines += [f"  note: {self.note}"] if self.note else []
         return "\n".join(lines)
+
+
+def decision(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    options: frozenset[str] = frozenset(),
+    sizes: tuple[tuple[str, int], ...] = (),
+    forced: str | None = None,
+    case: str = "",
+) -> Explanation:
+    """What :func:`choose` decides for the same arguments, explained."""
+    rejected: list[tuple[str, str]] = []
+    fits: list[str] = []
+    for name, _, reason in considered(op, device_type, dtype, options, sizes, forced):
+        if reason is None:
+            fits.append(name)
+        elif not fits:
+            rejected.append((name, reason))
+    unmeasured = forced is None and {"cuda", "triton"} <= {*fits}
+    note = UNMEASURED.get(device_type, "") if unmeasured else ""
+    return Explanation(op, case, fits[0] if fits else "none", tuple(rejected), note)
 
 
 class _Probe(Exception):  # not an error: how explain() leaves an operation's front
@@ -504,12 +528,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     finally:
         _probing = False
     words = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
-    rejected: list[tuple[str, str]] = []
-    for name, _, reason in considered(*case):
-        if reason is None:
-            return Explanation(op, ", ".join(words), name, tuple(rejected))
-        rejected.append((name, reason))
-    return Explanation(op, ", ".join(words), "none", tuple(rejected))
+    return decision(*case, case=", ".join(words))
 
 
 _bind()

@@ -1,3 +1,4 @@
+import json
 import os
 
 import torch
@@ -6,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import launches
 import pytest
 
 # pytest-xdist runs a worker per core: a pool of threads in each would only make them wait for one
@@ -41,6 +43,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full-size", action="store_true", help="run cases past 2^31 elements at their full size"
     )
+    parser.addoption(
+        "--card", metavar="NAME", help="simt has this card's limits: sm_80, sm_86 or sm_90"
+    )
+    parser.addoption(
+        "--results", metavar="FILE", help="write a line of JSON for each test as it ends"
+    )
 
 
 @pytest.fixture
@@ -54,6 +62,18 @@ def pytest_configure(config):
     """Builds simt before xdist's workers want it."""
     import simt
 
+    config.addinivalue_line("markers", "gpu: runs a kernel on the GPU where there is one")
+    config.addinivalue_line(
+        "markers", "launches_nothing(why): is on a backend and launches no kernel there"
+    )
+    card = config.getoption("--card")
+    if card is not None:
+        if card not in simt.CARDS:
+            raise pytest.UsageError(f"--card: {card!r} is not one of {', '.join(simt.CARDS)}")
+        simt.put_by_default(simt.CARDS[card])
+    path = config.getoption("--results")
+    if path is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Results(path))
     if "PYTEST_XDIST_WORKER" not in os.environ and not simt.missing():
         try:
             simt.build()
@@ -61,7 +81,57 @@ def pytest_configure(config):
             pytest.exit(f"csrc/simt does not build:\n{error}", returncode=1)
 
 
+class Results:
+    """One line of JSON for each test, written as it ends: a time limit loses nothing."""
+
+    def __init__(self, path):
+        self.file = open(path, "w", encoding="utf-8")  # open as long as pytest runs
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.passed:
+            return
+        said = "" if report.longrepr is None else str(report.longrepr)
+        line = {"test": report.nodeid, "outcome": report.outcome, "when": report.when,
+                "seconds": round(report.duration, 3), "said": said[-2000:]}  # fmt: skip
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+
+#: Files whose tests call simt's or Triton's operators by their namespace, without a parameter `on`.
+LAUNCHING = {"test_simt": "simt", "test_triton": "triton"}
+
+
+def named_backend(item):
+    """(what a test says that it runs on, the operation if it says one), or (None, None)."""
+    callspec = getattr(item, "callspec", None)
+    for value in callspec.params.values() if callspec is not None else ():
+        if getattr(value, "op", None) is not None and value in launches.COUNTED:
+            return str(value), value.op
+    for prefix, backend in LAUNCHING.items():
+        if item.path.name.startswith(prefix):
+            return backend, None
+    return None, None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a test on simt, cuda or triton in which no kernel of its operation was launched."""
+    on, op = named_backend(item)
+    if on is None:
+        return (yield)
+    with launches.recorded() as launched:
+        result = yield
+    if item.get_closest_marker("launches_nothing") is not None:
+        launched.require_none(on)
+    else:
+        launched.require_any(on, op)
+    return result
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if named_backend(item)[0] in ("cuda", "triton"):
+            item.add_marker(pytest.mark.gpu)
     if config.getoption("--all-interpreted") or os.environ.get("TRITON_INTERPRET") != "1":
         return
     cases = {}

@@ -14,6 +14,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import card
+import launches
 import simt
 import torch
 from torch import Tensor
@@ -31,11 +33,12 @@ from fasttransformer._contract import (
     runnable,
 )
 from fasttransformer._contract import running_on as running_on_device
-from fasttransformer.backends import TABLE
+from fasttransformer.backends import NAMESPACES, TABLE
 
 __all__ = [
     "ISAS",
     "RUNNABLE",
+    "On",
     "assert_close",
     "assert_fair",
     "backends_of",
@@ -50,24 +53,54 @@ __all__ = [
 RUNNABLE = [*runnable(), *([] if simt.missing() else ["simt"])]
 
 
+class On(str):
+    """An entry of :data:`RUNNABLE` on which a test runs an operation.
+
+    On what launches kernels (``launches.COUNTED``) the test is held to it: :func:`running_on` and
+    :func:`check` fail where no kernel of ``op`` was launched.
+    """
+
+    op: str | None = None
+
+    def __new__(cls, name: str, op: str | None = None) -> On:
+        self = super().__new__(cls, name)
+        self.op = op if op is not None else getattr(name, "op", None)
+        return self
+
+    def __reduce__(self) -> tuple:
+        return On, (str(self), self.op)
+
+
 def backends_of(op: str) -> list[str]:
     """The entries of :data:`RUNNABLE` that have a kernel for ``op``."""
     row = TABLE[op]
     kernels = {name for name, kernel in row.items() if name == "torch" or kernel.forward}
     if "cuda" in row:
         kernels.add("simt")
-    return [name for name in RUNNABLE if name.split(":")[0] in kernels]
+    return [On(name, op) for name in RUNNABLE if name.split(":")[0] in kernels]
 
 
 @contextlib.contextmanager
-def running_on(name: str) -> Iterator[str]:
-    """Forces an entry of :data:`RUNNABLE`; gives the name of its backend."""
-    if name == "simt":
-        with simt.running():
-            yield "cuda"
-        return
-    with running_on_device(name) as backend:
-        yield backend
+def running_on(name: str, *, launches_nothing: bool = False) -> Iterator[str]:
+    """Forces an entry of :data:`RUNNABLE`; gives the name of its backend.
+
+    A kernel of the operation that ``name`` was made for (:class:`On`), or of any where it names
+    none, must be launched within; none where the test says so.
+    """
+    with launches.recorded() as launched:
+        if name == "simt":
+            with simt.running():
+                yield "cuda"
+        elif name in ("cuda", "triton") and device_of(name) != "cpu":
+            with card.running(name, NAMESPACES[name], device_of(name)):
+                yield name
+        else:
+            with running_on_device(name) as backend:
+                yield backend
+    if launches_nothing:
+        launched.require_none(name)
+    else:
+        launched.require_any(name, getattr(name, "op", None))
 
 
 def assert_close(out: Tensor, ref64: Tensor, peer: Tensor, what: str = "out") -> None:
@@ -115,8 +148,12 @@ def check(
     run = functools.partial(outputs_and_gradients, grads=grads)
 
     def compared(given: Sequence[Tensor | None]) -> dict[str, Comparison]:
-        with running_on(on):
+        nothing = not any(x.numel() for x in given if x is not None)
+        with launches.recorded() as launched, running_on(on, launches_nothing=nothing):
             ours = run(function, given, device=device_of(on))
+        if not nothing:
+            gradients = any(x is not None for x in ours[1])
+            launched.require(on, getattr(on, "op", None), backward=gradients)
         return compare_runs(ours, run(reference, given, dtype=torch.float64), run(peer, given))
 
     first = compared(inputs)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import functools
-import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -19,10 +20,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cuda_objects
+import launches
 import torch
 
-# The module: `fasttransformer.backends` is a function of that name.
-backends = importlib.import_module("fasttransformer.backends")
+from fasttransformer.backends import COMPOSED, STEPS, TABLE, backends, override, use_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -37,16 +39,35 @@ FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ftls-model=initi
 if " fma " in Path("/proc/cpuinfo").read_text():
     FLAGS += ["-mfma", "-mavx2"]  # a·b + c is rounded once, as nvcc compiles it
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
-GRID, SHARED = 2147483647, 99 * 1024  # an sm_86's shared memory, the least of sm_80 and later
-MULTIPROCESSORS = 108  # an A100's
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What limits a launch: whose code runs (tests/cuda_resources.json has its registers and static
+    shared memory), bytes of shared memory that a block can have, multiprocessors, blocks."""
+
+    arch: str
+    shared: int
+    multiprocessors: int
+    grid: int = 2147483647
+
+
+CARDS = {
+    "sm_80": Card("sm_80", 163 * 1024, 108),  # A100
+    "sm_86": Card("sm_80", 99 * 1024, 84),  # A40, RTX 3090; it runs the code for sm_80
+    "sm_90": Card("sm_90a", 227 * 1024, 132),  # H100, H200
+}
+#: The least shared memory of sm_80 and later, an A100's multiprocessors; ``--card`` has others.
+DEFAULT_CARD = Card("sm_80", 99 * 1024, 108)
+GRID = DEFAULT_CARD.grid
 
 
 def missing() -> str | None:
     """Why the simt library can't be built here, or None."""
     if shutil.which(CXX) is None:
         return f"no C++ compiler ({CXX})"
-    if "cpu" in backends._unavailable:
-        return f"it needs the operators' schemas: {backends._unavailable['cpu']}"
+    if backends()["cpu"] is not None:
+        return f"it needs the operators' schemas: {backends()['cpu']}"
     return None
 
 
@@ -85,22 +106,107 @@ def build(name: str = "simt", kernels: tuple[Path, ...] = ()) -> Path:
     return library
 
 
+def opened(path: Path) -> ctypes.CDLL:
+    """A library that :func:`build` made, with its launches counted."""
+    library = ctypes.CDLL(str(path))
+    launches.watch(str(path))
+    return library
+
+
 @functools.cache
-def load() -> ctypes.CDLL:
-    """Builds and loads the library; its operators are torch.ops.fasttransformer_simt."""
+def _library() -> ctypes.CDLL:
     path = build()
     definitions = torch.library.Library("fasttransformer_simt", "DEF")
-    load.definitions = definitions  # type: ignore[attr-defined]  # alive as long as the operators
+    _library.definitions = definitions  # type: ignore[attr-defined]  # alive as long as the operators
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, op = name.partition("::")
         if namespace == "fasttransformer":
             schema = str(getattr(torch.ops.fasttransformer, op).default._schema)
             definitions.define(schema.removeprefix("fasttransformer::"))
     torch.ops.load_library(path)
-    library = ctypes.CDLL(str(path))
+    library = opened(path)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     library.ft_simt_set_workers(max(1, (os.cpu_count() or 1) // workers))
     return library
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Builds and loads the library; its operators are torch.ops.fasttransformer_simt."""
+    library = _library()
+    put(_Current.card)
+    return library
+
+
+@functools.cache
+def kernels() -> dict[str, int]:
+    """Each kernel's name in tests/cuda_resources.json → where it lies in the library."""
+    listing = subprocess.run(["nm", "--defined-only", str(build())], capture_output=True, text=True)
+    assert listing.returncode == 0, listing.stderr
+    at = {}
+    for line in listing.stdout.splitlines():
+        offset, kind, symbol = line.split()
+        if kind in "tTwW":
+            at[symbol] = int(offset, 16)
+    names = cuda_objects.kernel_names([symbol for symbol in at if symbol.startswith("_ZN2ft4cuda")])
+    known = {name for name in json.loads(cuda_objects.TABLE.read_text())["sm_80"]}
+    return {name: at[symbol] for symbol, name in names.items() if name in known}
+
+
+class _Current:
+    """The card that stands in the library now."""
+
+    card: Card = DEFAULT_CARD
+    arch: str | None = None
+
+
+def put(card: Card) -> Card:
+    """Makes simt stand for a card; gives the one before."""
+    library, before = _library(), _Current.card
+    if card.arch != _Current.arch:
+        table = json.loads(cuda_objects.TABLE.read_text())[card.arch]
+        for name, offset in kernels().items():
+            use = table[name]
+            library.ft_simt_set_resources(
+                ctypes.c_int64(offset),
+                ctypes.c_int64(use["shared"]),
+                use["registers"],
+                use["threads"],
+            )
+        _Current.arch = card.arch
+    library.ft_simt_set_limits(
+        ctypes.c_int64(card.grid), ctypes.c_int64(card.shared), ctypes.c_int(card.multiprocessors)
+    )
+    _Current.card = card
+    return before
+
+
+def put_by_default(card: Card) -> None:
+    """The card of every test that asks for no other."""
+    _Current.card = card
+
+
+@contextlib.contextmanager
+def limits(card: Card | None = None, **changes: int) -> Iterator[None]:
+    """Another card, or the one that stands with some of its limits (``grid``, ``shared``,
+    ``multiprocessors``) changed."""
+    load()
+    before = put(dataclasses.replace(card or _Current.card, **changes))
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextlib.contextmanager
+def launch_only() -> Iterator[None]:
+    """Launches are held to the card's limits and not carried out: for tests of very many sizes."""
+    library = load()
+    library.ft_simt_set_launch_only(1)
+    try:
+        yield
+    finally:
+        library.ft_simt_set_launch_only(0)
 
 
 def operator(name: str) -> object | None:
@@ -114,51 +220,14 @@ def operator(name: str) -> object | None:
 
 
 @contextlib.contextmanager
-def limits(
-    *, grid: int = GRID, shared: int = SHARED, multiprocessors: int = MULTIPROCESSORS
-) -> Iterator[None]:
-    """Limits the blocks of a launch and the bytes of shared memory of a block, and says how many
-    multiprocessors a kernel's rules shall reckon with."""
-    library = load()
-
-    def set_limits(grid: int, shared: int, multiprocessors: int) -> None:
-        library.ft_simt_set_limits(
-            ctypes.c_int64(grid), ctypes.c_int64(shared), ctypes.c_int(multiprocessors)
-        )
-
-    set_limits(grid, shared, multiprocessors)
-    try:
-        yield
-    finally:
-        set_limits(GRID, SHARED, MULTIPROCESSORS)
-
-
-@contextlib.contextmanager
 def running() -> Iterator[None]:
     """Within it, the backend "cuda" is forced, runs on CPU tensors, and is simt."""
     load()
-    table = (*backends.TABLE.items(), *backends.STEPS.items())
-    rows = [(op, row["cuda"]) for op, row in table if "cuda" in row]
-    before = [(kernel, kernel.forward, kernel.backward) for _, kernel in rows]
-    reason = backends._unavailable.pop("cuda", None)
-    for op, kernel in rows:
-        op = backends.COMPOSED.get(op, op)
-        if op == "attention":
-            object.__setattr__(kernel, "forward", torch.ops.fasttransformer.attention.default)
-            object.__setattr__(kernel, "backward", operator("attention_backward"))
-            continue
-        object.__setattr__(kernel, "forward", operator(op))
-        object.__setattr__(kernel, "backward", operator(f"{op}_backward"))
-    backends.EMULATED.add("cuda")
-    backends._chosen.clear()
-    try:
-        with backends.use_backend("cuda"):
-            yield
-    finally:
-        for kernel, forward, backward in before:
-            object.__setattr__(kernel, "forward", forward)
-            object.__setattr__(kernel, "backward", backward)
-        if reason is not None:
-            backends._unavailable["cuda"] = reason
-        backends.EMULATED.discard("cuda")
-        backends._chosen.clear()
+    rows = {op: row["cuda"] for op, row in (*TABLE.items(), *STEPS.items()) if "cuda" in row}
+    emulated = {
+        op: dataclasses.replace(kernel, forward=operator(op), backward=operator(f"{op}_backward"))
+        for op, kernel in rows.items()
+        if op not in COMPOSED
+    }
+    with override("cuda", emulated, device_type="cpu"), use_backend("cuda"):
+        yield

@@ -1,4 +1,6 @@
 // Kernels with one planted bug each, and one without: what simt must report. See test_simt.py.
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <exception>
 
@@ -8,6 +10,8 @@
 #include "cuda/device/mma.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/vector.h"
+
+extern "C" void ft_simt_set_resources(int64_t, int64_t, int, int);
 
 namespace ft::cuda {
 namespace {
@@ -265,8 +269,72 @@ constexpr Case kCases[] = {{"sound", sound},
                            {"mma_left", mma_left},
                            {"load_between", load_between}};
 
+// ---- launches that a card refuses ---------------------------------------------------------------
+
+FT_GLOBAL void with_static_array(const Args a) {
+  FT_SHARED_ARRAY(float, row, 64);
+  shared_store(row + threadIdx.x, load_scalar(a.in + threadIdx.x));
+  store_scalar(a.out + threadIdx.x, shared_load(row + threadIdx.x));
+}
+
+constexpr int64_t kWithoutAsking = 48 * 1024;
+const void* const kStatic = reinterpret_cast<const void*>(with_static_array);
+
+void start_with(int block, int64_t shared, const Args& args) {
+  start("with_static_array", with_static_array, 1, block, shared, nullptr, args);
+}
+
+// Each leaves `launch` out, which would see to it.
+void refused(const std::string& name, const Args& args) {
+  const char* const kernel = "with_static_array";
+  if (name == "limit_not_raised") start_with(64, kWithoutAsking, args);
+  if (name == "limit_raised") {
+    set_dynamic_limit(kernel, kStatic, kWithoutAsking + 1024);
+    start_with(64, kWithoutAsking, args);
+  }
+  if (name == "limit_raised_in_launch") {
+    launch(kernel, with_static_array, 1, 64, kWithoutAsking, nullptr, args);
+  }
+  if (name == "limit_changed") {
+    set_dynamic_limit(kernel, kStatic, kWithoutAsking + 1024);
+    set_dynamic_limit(kernel, kStatic, kWithoutAsking + 2048);
+  }
+  if (name == "limit_too_high") {
+    set_dynamic_limit(kernel, kStatic, max_shared_memory(kernel) - 255);
+  }
+  if (name == "too_much_in_launch") {
+    launch(kernel, with_static_array, 1, 64, max_shared_memory(kernel), nullptr, args);
+  }
+  if (name == "block_too_large") start_with(128, 0, args);
+  if (name == "grid_too_large") {
+    start(kernel, with_static_array, max_grid() + 1, 64, 0, nullptr, args);
+  }
+}
+
 }  // namespace
 }  // namespace ft::cuda
+
+// A launch by `name`, of a kernel that the compiler gave so many static bytes (−1: nobody knows),
+// registers and threads of a block; what was reported goes to `message`.
+extern "C" __attribute__((visibility("default"))) void ft_simt_refused(const char* name,
+                                                                       int64_t static_shared,
+                                                                       int registers, int threads,
+                                                                       const float* in, float* out,
+                                                                       char* message) {
+  using namespace ft;
+  message[0] = 0;
+  Dl_info found{};
+  dladdr(cuda::kStatic, &found);
+  const int64_t offset =
+      static_cast<const char*>(cuda::kStatic) - static_cast<const char*>(found.dli_fbase);
+  if (static_shared >= 0) ft_simt_set_resources(offset, static_shared, registers, threads);
+  simt::allow(in, 64 * 4, false);
+  simt::allow(out, 64 * 4, true);
+  const simt::AllowedUntilHere ends_here;
+  try {
+    cuda::refused(name, {in, out});
+  } catch (const std::exception& error) { std::snprintf(message, 512, "%s", error.what()); }
+}
 
 // Runs a case on two blocks of 64 threads; what was reported goes to `message`.
 extern "C" __attribute__((visibility("default"))) int ft_simt_bug(const char* name, const float* in,

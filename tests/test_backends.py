@@ -1,11 +1,27 @@
 """The table's rules about gradients: no row promises a backward that its backend does not have."""
 
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 import fasttransformer as ft
 from fasttransformer import reference
-from fasttransformer.backends import COMPOSED, TABLE, _chosen
+from fasttransformer.backends import (
+    COMPOSED,
+    STEPS,
+    TABLE,
+    UNMEASURED,
+    choose,
+    decision,
+    override,
+    unavailable,
+)
 
 if ft.backends()["cpu"] is not None:
     pytest.skip("the C++ library is not built", allow_module_level=True)
@@ -30,18 +46,13 @@ def inputs_of(op):
 @pytest.fixture
 def without_backward():
     """Takes an operation's backward operator from the CPU row, as in an older library."""
-    taken = []
+    with contextlib.ExitStack() as overridden:
 
-    def take(op):
-        kernel = TABLE[op]["cpu"]
-        taken.append((kernel, kernel.backward))
-        object.__setattr__(kernel, "backward", None)
-        _chosen.clear()
+        def take(op):
+            kernel = replace(TABLE[op]["cpu"], backward=None)
+            overridden.enter_context(override("cpu", {op: kernel}))
 
-    yield take
-    _chosen.clear()
-    for kernel, backward in taken:
-        object.__setattr__(kernel, "backward", backward)
+        yield take
 
 
 @pytest.mark.parametrize("op", [op for op in TABLE if op not in COMPOSED])
@@ -78,3 +89,105 @@ def test_a_kernel_whose_own_backward_is_not_there(without_backward):
     assert ft.explain("softmax", x.detach()).backend == "cpu"
     assert "does not implement its backward" in str(ft.explain("softmax", x))
     assert torch.autograd.grad(ft.softmax(x).square().sum(), x)[0].isfinite().all()
+
+
+# ---- other kernels in the table's place ---------------------------------------------------------
+
+
+def test_override_puts_a_kernel_in_and_takes_it_out():
+    calls = []
+
+    def forward(x, *options):
+        calls.append(options)
+        return x * 0
+
+    before, x = TABLE["softmax"]["cpu"], torch.randn(3, 4)
+    want = ft.softmax(x)  # the choice for these arguments is known from here on
+    with override("cpu", {"softmax": replace(before, forward=forward)}):
+        assert not ft.softmax(x).any() and len(calls) == 1
+        assert torch.equal(ft.softmax(x, backend="torch"), torch.softmax(x, -1))
+    assert TABLE["softmax"]["cpu"] is before
+    assert torch.equal(ft.softmax(x), want) and len(calls) == 1
+
+
+def test_override_makes_a_backend_available_on_a_type_of_device():
+    kernel = replace(TABLE["softmax"]["cpu"], backend="cuda")
+    x = torch.randn(3, 4)
+    before = ft.backends()["cuda"]
+    with override("cuda", {"softmax": kernel}, device_type="cpu"):
+        assert unavailable("cuda") is None and ft.backends()["cuda"] is None
+        assert choose("softmax", "cpu", x.dtype, backend="cuda") is kernel
+        assert torch.equal(ft.softmax(x, backend="cuda"), ft.softmax(x))
+        with override("cuda", {"softmax": replace(kernel, dtypes=())}):
+            with pytest.raises(RuntimeError, match="dtype float32"):
+                ft.softmax(x, backend="cuda")
+        assert choose("softmax", "cpu", x.dtype, backend="cuda") is kernel
+        assert choose("softmax", "cpu", x.dtype).backend == "cpu"  # the order stays what it is
+    assert ft.backends()["cuda"] == before
+
+
+def test_override_of_what_has_no_row():
+    row = TABLE["merge_attention"]
+    assert "triton" not in row
+    with override("triton", {"merge_attention": replace(row["cpu"], backend="triton")}):
+        assert "triton" in row
+    assert "triton" not in row
+    step = STEPS["activation"]["cpu"]
+    with override("cpu", {"activation": replace(step, forward=None)}):
+        assert STEPS["activation"]["cpu"].forward is None
+    assert STEPS["activation"]["cpu"] is step
+    for op in (*COMPOSED, "nonsense"):
+        with pytest.raises(ValueError, match=f"override: '{op}' has no row"):
+            with override("cpu", {op: step}):
+                pass
+    with pytest.raises(ValueError, match="'gpu' is not one of"):
+        with override("gpu", {}):
+            pass
+
+
+def test_explain_says_that_cuda_before_triton_was_not_measured():
+    cuda = replace(TABLE["attention"]["cpu"], backend="cuda")
+    triton = replace(cuda, backend="triton")
+    case = ("attention", "cuda", torch.bfloat16)
+    with override("cuda", {"attention": cuda}, device_type="cuda"):
+        with override("triton", {"attention": triton}, device_type="cuda"):
+            found = decision(*case)
+            assert found.backend == "cuda" and found.note == UNMEASURED["cuda"]
+            assert str(found).endswith(f"note: {found.note}") and "prediction" in found.note
+            assert decision(*case, forced="cuda").note == ""
+            assert decision(*case, forced="triton").backend == "triton"
+    assert ft.explain("softmax", torch.zeros(2, 3)).note == ""
+
+
+@pytest.mark.parametrize("broken", ["triton", "fasttransformer.kernels"])
+def test_a_part_that_can_not_be_imported_is_a_reason(broken):
+    """The package imports, and says what is missing."""
+    code = f"""
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == {broken!r}:
+            raise ImportError("made to fail")
+sys.meta_path.insert(0, Broken())
+import fasttransformer as ft, torch
+assert "made to fail" in ft.backends()["triton"], ft.backends()
+assert ft.softmax(torch.zeros(2, 2)).sum() == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_checkout_that_is_only_on_the_path(tmp_path):
+    """No install maps kernels/ and benchmarks/ into the package; the package does."""
+    root = Path(__file__).resolve().parent.parent
+    code = f"""
+import sys
+sys.path += {[p for p in sys.path if "site-packages" in p]!r}
+import fasttransformer, fasttransformer.kernels.softmax, fasttransformer.benchmarks.record
+print(fasttransformer.kernels.__file__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == root / "kernels/__init__.py"

@@ -128,7 +128,7 @@ def test_log_softmax_gradient_of_left_out_entries_is_zero():
 
 @pytest.fixture(scope="module")
 def planted():
-    library = ctypes.CDLL(str(simt.build("bugs", (simt.ROOT / "tests/simt_bugs.cpp",))))
+    library = simt.opened(simt.build("bugs", (simt.ROOT / "tests/simt_bugs.cpp",)))
 
     def run(name: str) -> tuple[torch.Tensor, str]:
         memory = torch.full((64 + 64 + 64,), 7.0)  # rooms on both sides of the output
@@ -206,7 +206,7 @@ def test_simt_reports_a_planted_bug(planted, bug, reported):
 
 @pytest.fixture(scope="module")
 def product():
-    library = ctypes.CDLL(str(simt.build("matrix", (simt.ROOT / "tests/simt_matrix.cpp",))))
+    library = simt.opened(simt.build("matrix", (simt.ROOT / "tests/simt_matrix.cpp",)))
 
     def run(a, b, a_transposed=False, b_transposed=False, squared=False):
         m, k = a.shape[::-1] if a_transposed else a.shape

@@ -304,7 +304,7 @@ void forward(const char* name, const RowNormParams& params, void* stream) {
     const int64_t chunks = row_chunks(params.features, kLanes<T>);
     const Plan plan = choose(kForward, chunks);
     if (plan.held == 0) {
-      a.cached = cached_chunks(name, chunks, 1);
+      a.cached = cached_chunks(name, forward_wide<T, kRms, kAdd>, chunks, 1);
       return launch(name, forward_wide<T, kRms, kAdd>, grid_for(params.rows, 1), kWideBlock,
                     a.cached * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }

@@ -447,14 +447,15 @@ void backward(const char* name, const RowNormBackwardParams& params, void* strea
       const int arrays = params.grad_summed == nullptr ? 2 : 3;
       a.stage_chunks = arrays * plan.plan.held * plan.block;
       const int64_t stage = kChunk * a.stage_chunks;
-      const int stages = 2 * stage <= max_shared_memory(name) - 1024 ? 2 : 1;
+      const auto kernel =
+          plan.plan.held == 2 ? backward_held<T, kRms, 2> : backward_held<T, kRms, 4>;
+      const int stages = 2 * stage <= dynamic_shared_room(name, kernel) ? 2 : 1;
       a.row_step = plan.partials * (plan.block / plan.plan.group);
       if (stages == 2) a.ahead = a.row_step;
-      return launch(name,
-                    plan.plan.held == 2 ? backward_held<T, kRms, 2> : backward_held<T, kRms, 4>,
-                    grid_for(plan.partials, 1), plan.block, stages * stage, stream, a);
+      return launch(name, kernel, grid_for(plan.partials, 1), plan.block, stages * stage, stream,
+                    a);
     }
-    a.cached = cached_chunks(name, plan.plan.chunks, 2);
+    a.cached = cached_chunks(name, backward_wide<T, kRms>, plan.plan.chunks, 2);
     launch(name, backward_wide<T, kRms>, grid_for(params.rows, 1), kBackwardBlock,
            a.cached * 2 * kChunk, stream, a);
     if (plan.vectors == 0) return;

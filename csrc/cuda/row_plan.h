@@ -26,10 +26,11 @@ inline int64_t row_chunks(int64_t features, int lanes) {
   return (features + lanes - 1) / lanes + (features % lanes != 0 ? 1 : 0);
 }
 
-// Chunks of each of `arrays` that a block's shared memory holds, `chunks` at most.
-inline int64_t cached_chunks(const char* name, int64_t chunks, int arrays) {
-  const int64_t room = max_shared_memory(name) - 1024;  // the reductions' scratch
-  const int64_t fits = room / (arrays * static_cast<int64_t>(sizeof(Chunk)));
+// Chunks of each of `arrays` that a block's dynamic shared memory holds, `chunks` at most.
+template <class Args>
+int64_t cached_chunks(const char* name, void (*kernel)(Args), int64_t chunks, int arrays) {
+  const int64_t fits =
+      dynamic_shared_room(name, kernel) / (arrays * static_cast<int64_t>(sizeof(Chunk)));
   return chunks < fits ? chunks : fits;
 }
 

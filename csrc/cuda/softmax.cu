@@ -433,7 +433,7 @@ void softmax(const SoftmaxParams& params, void* stream) {
     const Plan plan = choose(kForward, chunks);
     a.group = plan.group;
     if (plan.held == 0) {
-      a.cached = cached_chunks("softmax", chunks, 1);
+      a.cached = cached_chunks("softmax", softmax_wide<T>, chunks, 1);
       return launch("softmax", softmax_wide<T>, grid_for(params.rows, 1), kWideBlock,
                     a.cached * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }
@@ -452,7 +452,7 @@ void softmax_backward(const SoftmaxBackwardParams& params, void* stream) {
     const Plan plan = choose(kBackward, chunks);
     a.group = plan.group;
     if (plan.held == 0) {
-      a.cached = cached_chunks("softmax_backward", chunks, 2);
+      a.cached = cached_chunks("softmax_backward", softmax_backward_wide<T>, chunks, 2);
       return launch("softmax_backward", softmax_backward_wide<T>, grid_for(params.rows, 1),
                     kWideBlock, a.cached * 2 * static_cast<int64_t>(sizeof(Chunk)), stream, a);
     }

@@ -45,8 +45,8 @@ struct Barrier {
 class Block {
  public:
   Block();
-  void start(const std::string& kernel, const std::function<void()>& body, int size, int64_t shared,
-             const Place& where);
+  void start(const std::string& kernel, const std::function<void()>& body, int size,
+             int64_t dynamic_bytes, int64_t static_bytes, const Place& where);
   void run();  // to the end of all threads
 
   int size() const { return size_; }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "simt/block.h"
+#include "simt/card.h"
 
 namespace ft::simt {
 
@@ -33,10 +34,11 @@ struct Range {
     return rest + bytes <= element;
   }
 };
-std::vector<Range> ranges;
-int64_t grid_limit = 2147483647, shared_limit = 99 * 1024;
-int multiprocessor_count = 108;  // an A100's
-int worker_limit = 0;            // 0: as many as there are cores
+// What a host thread's call may touch, and what the launch may that this thread carries out. A
+// pointer each, as such storage is dear in a library.
+thread_local std::unique_ptr<std::vector<Range>> allowed;
+thread_local const std::vector<Range>* watched = nullptr;
+int worker_limit = 0;  // 0: as many as there are cores
 bool counting = false;
 Traffic traffic;
 
@@ -91,14 +93,14 @@ void fiber_main() {
 }
 
 void Block::start(const std::string& kernel, const std::function<void()>& body, int size,
-                  int64_t dynamic_bytes, const Place& where) {
+                  int64_t dynamic_bytes, int64_t static_bytes, const Place& where) {
   kernel_ = kernel;
   body_ = &body;
   size_ = left_ = size;
   place = where;
   reverse_ = where.block.x % 2 != 0;
   error_ = nullptr;
-  shared.start(size, dynamic_bytes);
+  shared.start(size, dynamic_bytes, static_bytes);
   for (Barrier& b : barriers_) b = Barrier{};
   for (int w = 0; w < size / kLanes; ++w) warps_[static_cast<size_t>(w)] = Warp{};
   for (int i = 0; i < size; ++i) {
@@ -288,36 +290,31 @@ void add(Traffic& sum, const Traffic& more) {
 
 // ---- launching ----------------------------------------------------------------------------------
 
-void launch(const std::string& name, int64_t grid, int size, int64_t shared,
+void launch(const std::string& name, const void* function, int64_t grid, int size, int64_t shared,
             const std::function<void()>& kernel) {
+  check_launch(name, function, grid, size, shared);
+  if (launch_only()) return;
+  // What a kernel declares is no less than what the compiler keeps of it, if that is known.
+  const int64_t room =
+      resources_of(function).known ? INT64_MAX : shared_limit_of(function) - shared;
   Place where{{0, 0, 0},
               {0, 0, 0},
               {static_cast<unsigned>(size), 1, 1},
               {static_cast<unsigned>(grid), 1, 1}};
-  const std::string start = "simt: kernel " + name + ": ";
-  if (grid < 1 || grid > grid_limit) {
-    throw std::runtime_error(start + "grid of " + std::to_string(grid) + " blocks");
-  }
-  if (size < 1 || size > kMaxThreads || size % kLanes != 0) {
-    throw std::runtime_error(start + "block of " + std::to_string(size) +
-                             " threads (whole warps, at most 1024)");
-  }
-  if (shared > shared_limit) {
-    throw std::runtime_error(start + std::to_string(shared) + " bytes of shared memory, of " +
-                             std::to_string(shared_limit));
-  }
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;  // of the first block that has one, whichever thread ran it
   int64_t where_error = grid;
+  const std::vector<Range>* const these = allowed.get();
   const auto work = [&] {
+    watched = these;
     Block& b = block();
     for (int64_t i = next++; i < grid; i = next++) {
       where.block.x = 0;
       Place here = where;
       here.block.x = static_cast<unsigned>(i);
       try {
-        b.start(name, kernel, size, shared, here);
+        b.start(name, kernel, size, shared, room, here);
         if (counting) b.traffic.start(size);
         b.run();
         if (counting) {
@@ -343,10 +340,6 @@ void launch(const std::string& name, int64_t grid, int size, int64_t shared,
   for (std::thread& t : others) t.join();
   if (error) std::rethrow_exception(error);
 }
-
-int64_t max_grid() { return grid_limit; }
-int64_t max_shared_memory() { return shared_limit; }
-int multiprocessors() { return multiprocessor_count; }
 
 // ---- what kernels call --------------------------------------------------------------------------
 
@@ -383,21 +376,24 @@ void allow(const Elements& e, bool writable) {
     }
     within += (r.sizes[d] - 1) * r.strides[d];
   }
-  ranges.push_back(r);
+  if (!allowed) allowed = std::make_unique<std::vector<Range>>();
+  allowed->push_back(r);
 }
 
 void allow(const void* begin, int64_t bytes, bool writable) {
   allow(Elements{begin, 1, 1, {bytes}, {1}}, writable);
 }
 
-AllowedUntilHere::~AllowedUntilHere() { ranges.clear(); }
+AllowedUntilHere::~AllowedUntilHere() {
+  if (allowed) allowed->clear();
+}
 
 namespace {
 void check_range(const void* p, int64_t bytes, bool write, const char* kind) {
-  if (ranges.empty()) return;
+  if (watched == nullptr || watched->empty()) return;
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   bool readable = false;
-  for (const Range& r : ranges) {
+  for (const Range& r : *watched) {
     if (!r.holds(at, bytes)) continue;
     if (!write || r.writable) return;
     readable = true;
@@ -503,13 +499,6 @@ void copy_async_wait(int groups_left) { block().shared.wait(block().now(), group
 
 }  // namespace ft::simt
 
-extern "C" __attribute__((visibility("default"))) void ft_simt_set_limits(int64_t grid,
-                                                                          int64_t shared_memory,
-                                                                          int multiprocessors) {
-  ft::simt::grid_limit = grid;
-  ft::simt::shared_limit = shared_memory;
-  ft::simt::multiprocessor_count = multiprocessors;
-}
 extern "C" __attribute__((visibility("default"))) void ft_simt_set_workers(int workers) {
   ft::simt::worker_limit = workers;
 }

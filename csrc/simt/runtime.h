@@ -4,6 +4,7 @@
 //   global memory   an access outside the call's tensors, a store to an input, a misaligned access
 //   shared memory   an access outside the block's arrays, a read of what nobody wrote, a read of a
 //                   cp.async destination before its wait, a race between two barriers (shared.cpp)
+//   the card        a launch that a card of the limits set would refuse (card.h)
 //   synchronization a barrier, shuffle or mma that a thread has left for good or meets elsewhere, a
 //                   deadlock, with who waits for what
 // Odd blocks run their warps and lanes in reverse order, so that what depends on the order shows.
@@ -32,13 +33,19 @@ extern thread_local Place place;  // of the CUDA thread that this CPU thread run
 
 [[noreturn]] void report(const std::string& what);
 
-// Runs `kernel` for every block of the grid.
-void launch(const std::string& name, int64_t grid, int block, int64_t shared,
+// Runs `kernel`, which stands for the device function at `function`, for every block of the grid.
+void launch(const std::string& name, const void* function, int64_t grid, int block, int64_t shared,
             const std::function<void()>& kernel);
 
+// ---- the card (card.h) --------------------------------------------------------------------------
+
 int64_t max_grid();           // small when a test says so, that kernels' loops over rows run
-int64_t max_shared_memory();  // likewise, that rows don't fit
+int64_t max_shared_memory();  // of a block; likewise, that rows don't fit
 int multiprocessors();        // likewise, that a rule takes either side
+int device();                 // another number for each card that a test sets
+
+int64_t static_shared_memory(const void* function);
+void set_dynamic_limit(const char* name, const void* function, int64_t bytes);
 
 // ---- global memory ------------------------------------------------------------------------------
 

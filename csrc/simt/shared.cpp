@@ -25,7 +25,8 @@ Shared::Shared()
   base_ = reinterpret_cast<char*>((at + 1023) / 1024 * 1024);
 }
 
-void Shared::start(int threads, int64_t dynamic_bytes) {
+void Shared::start(int threads, int64_t dynamic_bytes, int64_t static_bytes) {
+  static_left_ = static_bytes;
   if (++block_ == 0) {  // the number has come round: no cell may look as if it were of this block
     std::fill(cells_.begin(), cells_.end(), Cell{});
     block_ = 1;
@@ -49,6 +50,11 @@ void Shared::start(int threads, int64_t dynamic_bytes) {
 void* Shared::named(const void* key, const char* name, int64_t bytes) {
   for (const Array& a : arrays_) {
     if (a.key == key) return base_ + a.begin;
+  }
+  static_left_ -= bytes;
+  if (static_left_ < 0) {
+    report("shared array " + std::string(name) + " of " + std::to_string(bytes) +
+           " bytes: " + std::to_string(-static_left_) + " more than the kernel may have");
   }
   const int64_t begin = (end_ + kGap + 127) / 128 * 128;
   if (begin + bytes > kCapacity) report("shared array " + std::string(name) + " does not fit");

@@ -44,7 +44,8 @@ struct Copy {
 class Shared {
  public:
   Shared();
-  void start(int threads, int64_t dynamic_bytes);  // a new block begins
+  // A new block begins, whose arrays may take `static_bytes`.
+  void start(int threads, int64_t dynamic_bytes, int64_t static_bytes);
   void* named(const void* key, const char* name, int64_t bytes);
   void* dynamic() { return base_; }
   void read(int thread, const void* at, int64_t bytes);
@@ -78,6 +79,7 @@ class Shared {
   std::vector<std::vector<Copy>> copies_;  // by thread, in order of issue
   std::vector<int64_t> groups_;            // by thread: commits so far
   int64_t end_ = 0;                        // of what has been given out
+  int64_t static_left_ = 0;                // bytes that arrays may yet take
   uint32_t block_ = 0;
 };
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import NAMES, TABLE, backends, cuda_library
+from .._libraries import cuda_library
+from ..backends import NAMES, TABLE, backends
 from ..benchmarks._shared import cpu_name
 from ._output import command, console, escape, print_json, table
 

@@ -380,8 +380,8 @@ void launch_walk(BackwardArgs args, void* stream) {
   const AttentionBackwardParams& p = args.p;
   const char* const name = S::kOwnsQueries ? "attention_backward_dq" : "attention_backward_dkdv";
   const int64_t length = S::kOwnsQueries ? p.q_len : p.kv_len;
-  // But for votes, kept items and, where there are any, row sums.
-  const int64_t most = max_shared_memory(name) - (S::kOwnsQueries && !kPlain ? 2560 : 1024);
+  const auto kernel = attention_backward_walk<T, kHead, kWalk, kPlain>;
+  const int64_t most = dynamic_shared_room(name, kernel);
   const auto bytes = [](int warps, int stages) {
     return warps * S::kWarpBytes + stages * S::kStageBytes;
   };
@@ -406,8 +406,7 @@ void launch_walk(BackwardArgs args, void* stream) {
   if (args.items > kMostItems) {
     throw std::invalid_argument("fasttransformer: attention takes up to 2^31 tiles of rows");
   }
-  launch(name, attention_backward_walk<T, kHead, kWalk, kPlain>, grid_for(args.items, 1),
-         warps * kWarp, bytes(warps, stages), stream, args);
+  launch(name, kernel, grid_for(args.items, 1), warps * kWarp, bytes(warps, stages), stream, args);
 }
 
 template <class T, Walk kWalk>

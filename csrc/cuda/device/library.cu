@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 
+#include "cuda/device/launch_counts.h"
 #include "cuda/device/platform.h"
 
 #if !defined(FT_CUDA_ARCHS)
@@ -77,3 +78,5 @@ FT_EXPORT const char* ft_cuda_problem(int major, int minor) {
 }
 
 FT_EXPORT const char* ft_cuda_marker() { return ft::cuda::kMarker; }
+
+FT_EXPORT_LAUNCH_COUNTS

@@ -25,7 +25,6 @@ constexpr int kMostSplits = 64;
 constexpr int64_t kSmallShared = 100 * 1024;
 constexpr int64_t kPlainDepth = 64;
 constexpr int kSkinnyRows = 16;
-constexpr int64_t kReserved = 1024;  // bytes of shared memory that each block costs beside its own
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,7 +32,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int stages_for(const TileSpec& t, int64_t shared) {
   const int64_t stage = int64_t{t.m + t.n} * t.depth;
   for (int blocks = t.blocks; blocks > 0; --blocks) {
-    const int64_t room = (shared + kReserved) / blocks - kReserved;
+    // An SM has what a block can have and the system's share of one block.
+    const int64_t on_sm = (shared + kSystemShared) / blocks;
+    const int64_t room = (on_sm < shared ? on_sm : shared) - kSystemShared - kItemBytes;
     const int64_t fit = room / stage < t.stages ? room / stage : t.stages;
     if (fit >= 3 || (blocks == 1 && fit == 2)) return static_cast<int>(fit);
   }

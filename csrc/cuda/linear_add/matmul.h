@@ -89,6 +89,9 @@ struct ProductPlan {
   int64_t strips(int64_t n) const { return (n + strip - 1) / strip; }
 };
 
+// Bytes of the product kernel's shared memory that are not the launch's: its work item.
+constexpr int64_t kItemBytes = 48;
+
 // For C (m × n) with a sum over k; `norm` says that C's rows are normed.
 ProductPlan plan_product(const char* name, DType dtype, Form form, int64_t m, int64_t n, int64_t k,
                          bool norm);

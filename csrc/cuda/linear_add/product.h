@@ -51,6 +51,7 @@ struct WorkItem {
   int64_t m, n, k, k_end;  // corner of the tile, range of K
   int split;
 };
+static_assert(sizeof(WorkItem) <= kItemBytes);  // the plan leaves as much free
 
 template <class S>
 FT_DEVICE WorkItem work_item(const MatmulArgs& a, int64_t index) {

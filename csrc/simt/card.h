@@ -1,0 +1,31 @@
+// The card that simt stands for: what it refuses of a launch, as the CUDA runtime would. A test
+// sets a card's limits and tells what nvcc made of each kernel (registers, static shared memory,
+// threads of its launch bounds: tests/cuda_resources.json). Of a kernel that nothing was told of,
+// static shared memory is what the arrays declare that a block has met.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace ft::simt {
+
+constexpr int64_t kRegistersOfBlock = 65536;  // of every card from sm_80 to sm_100
+constexpr int64_t kWithoutAsking = 48 * 1024;
+
+struct KernelResources {
+  int64_t static_shared = 0;
+  int registers = 0, threads = 1024;  // of a thread; of a block at most
+  bool known = false;
+};
+KernelResources resources_of(const void* kernel);
+
+// Bytes of shared memory, static and dynamic, that a block of the kernel may have as things stand.
+int64_t shared_limit_of(const void* kernel);
+
+// Throws what cudaLaunchKernel would return.
+void check_launch(const std::string& name, const void* kernel, int64_t grid, int block,
+                  int64_t dynamic_bytes);
+
+// Whether launches are checked and not carried out, for tests of many sizes.
+bool launch_only();
+
+}  // namespace ft::simt

@@ -289,11 +289,11 @@ def override(
     try:
         yield
     finally:
-        for op, kernel in before.items():
-            if kernel is None:
+        for op, own in before.items():
+            if own is None:
                 del rows[op][backend]
             else:
-                rows[op][backend] = kernel
+                rows[op][backend] = own
         if emulated is None:
             _emulated.pop(backend, None)
         else:
@@ -470,6 +470,7 @@ def decision(
     options: frozenset[str] = frozenset(),
     sizes: tuple[tuple[str, int], ...] = (),
     forced: str | None = None,
+    *,
     case: str = "",
 ) -> Explanation:
     """What :func:`choose` decides for the same arguments, explained."""
@@ -528,7 +529,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     finally:
         _probing = False
     words = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
-    return decision(*case, case=", ".join(words))
+    return replace(decision(*case, case=", ".join(words)), op=op)
 
 
 _bind()

@@ -58,10 +58,14 @@ def bridge(operator: Any, device: str) -> Callable[..., Any]:
     return call
 
 
+def bridged_namespace(backend: str, namespace: str) -> str:
+    return f"{namespace}_card_{backend}"
+
+
 @functools.cache
 def operators(backend: str, namespace: str, device: str) -> torch.library.Library:
-    """Defines the bridged operators of a namespace as ``fasttransformer_card_<backend>``."""
-    library = torch.library.Library(f"fasttransformer_card_{backend}", "DEF")
+    """Defines the bridged operators of a namespace, in one of their own."""
+    library = torch.library.Library(bridged_namespace(backend, namespace), "DEF")
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         space, _, op = name.partition("::")
         if space != namespace or "." in op:
@@ -75,11 +79,20 @@ def operators(backend: str, namespace: str, device: str) -> torch.library.Librar
     return library
 
 
+#: ``--rehearse-card``: what runs in simt goes by way of this module, as it would on a GPU.
+REHEARSED = False
+
+
+def rehearsed() -> contextlib.AbstractContextManager[None]:
+    """:func:`running` with simt's operators in a GPU's place; within ``simt.running()``."""
+    return running("cuda", "fasttransformer_simt", "cpu")
+
+
 @contextlib.contextmanager
 def running(backend: str, namespace: str, device: str) -> Iterator[None]:
     """Within it ``backend`` is forced, and runs on CPU tensors by way of ``device``."""
     operators(backend, namespace, device)
-    space = getattr(torch.ops, f"fasttransformer_card_{backend}")
+    space = getattr(torch.ops, bridged_namespace(backend, namespace))
 
     def bridged(kernel: Any) -> Any:
         parts = {

@@ -81,26 +81,29 @@ def backends_of(op: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def running_on(name: str, *, launches_nothing: bool = False) -> Iterator[str]:
+def running_on(name: str, *, launched: bool | None = True) -> Iterator[str]:
     """Forces an entry of :data:`RUNNABLE`; gives the name of its backend.
 
     A kernel of the operation that ``name`` was made for (:class:`On`), or of any where it names
-    none, must be launched within; none where the test says so.
+    none, must be launched within. ``launched=False``: none may be (an error comes before, there is
+    nothing to compute); None: tensors are empty, for which some kernels run and some don't.
     """
-    with launches.recorded() as launched:
+    with launches.recorded() as found:
         if name == "simt":
             with simt.running():
-                yield "cuda"
+                with card.rehearsed() if card.REHEARSED else contextlib.nullcontext():
+                    yield "cuda"
         elif name in ("cuda", "triton") and device_of(name) != "cpu":
             with card.running(name, NAMESPACES[name], device_of(name)):
                 yield name
         else:
             with running_on_device(name) as backend:
                 yield backend
-    if launches_nothing:
-        launched.require_none(name)
-    else:
-        launched.require_any(name, getattr(name, "op", None))
+    launches.judged()
+    if launched is False:
+        found.require_none(name)
+    elif launched:
+        found.require_any(name, getattr(name, "op", None))
 
 
 def assert_close(out: Tensor, ref64: Tensor, peer: Tensor, what: str = "out") -> None:
@@ -148,10 +151,9 @@ def check(
     run = functools.partial(outputs_and_gradients, grads=grads)
 
     def compared(given: Sequence[Tensor | None]) -> dict[str, Comparison]:
-        nothing = not any(x.numel() for x in given if x is not None)
-        with launches.recorded() as launched, running_on(on, launches_nothing=nothing):
+        with launches.recorded() as launched, running_on(on, launched=None):
             ours = run(function, given, device=device_of(on))
-        if not nothing:
+        if all(x.numel() for x in (*given, *ours[0]) if x is not None):
             gradients = any(x is not None for x in ours[1])
             launched.require(on, getattr(on, "op", None), backward=gradients)
         return compare_runs(ours, run(reference, given, dtype=torch.float64), run(peer, given))

@@ -30,12 +30,13 @@ SAME_KERNELS = {
 }
 #: Operations whose gradient another's backward kernels compute, in the CUDA source.
 SAME_BACKWARD = {"add_layer_norm": "layer_norm", "add_rms_norm": "rms_norm"}
-#: Operations whose gradient is their own kernel, turned back.
-TURNED_BACK = {"rotary_embedding"}
-OPERATIONS = sorted({*TABLE, *STEPS} - {*SAME_KERNELS}, key=len, reverse=True)
+#: Operations without backward kernels: one turns its own back, one makes gradients with the loss.
+NO_BACKWARD = {"rotary_embedding", "linear_cross_entropy"}
+OPERATIONS = sorted({*TABLE, *STEPS}, key=len, reverse=True)
 
 _counts: collections.Counter[str] = collections.Counter()
 _libraries: dict[str, Callable[[], str]] = {}
+_recording: list[Launches] = []
 
 
 def watch(path: str) -> None:
@@ -84,7 +85,7 @@ def _operator_that_launches() -> str:
     while frame is not None:
         name = frame.f_code.co_name
         if frame.f_globals.get("__name__", "").startswith("fasttransformer.kernels."):
-            if _owner(name) is not None or name.removesuffix("_backward") in SAME_KERNELS:
+            if name.removesuffix("_backward") in OPERATIONS:
                 found = name
         frame = frame.f_back  # type: ignore[assignment]
     return found
@@ -124,10 +125,7 @@ def of_operation(names: collections.Counter[str], ops: set[str], backward: bool)
     found = {}
     for name, count in names.items():
         owner = _owner(name)
-        if owner is None:  # an operator that has another's kernels
-            owner = name.removesuffix("_backward")
-        is_backward = name[len(owner) :].startswith("_backward")
-        if owner in ops and is_backward == backward:
+        if owner in ops and ("_backward" in name) == backward:
             found[name] = count
     return found
 
@@ -137,6 +135,8 @@ class Launches:
 
     def __init__(self) -> None:
         self.by_name: collections.Counter[str] = collections.Counter()
+        #: Whether a stretch within was held to its operation already (``contract.running_on``).
+        self.judged = False
 
     def require(self, on: str, op: str | None, *, forward: bool = True, backward: bool) -> None:
         """AssertionError unless kernels of ``op`` were launched (None: of any operation)."""
@@ -147,7 +147,7 @@ class Launches:
             return
         backend = "cuda" if on == "simt" else on
         wanted = [(False, operations_of(op))] if forward else []
-        if backward and op not in TURNED_BACK:
+        if backward and op not in NO_BACKWARD:
             wanted.append((True, backward_operations_of(op, backend)))
         for is_backward, ops in wanted:
             assert of_operation(self.by_name, ops, is_backward), (
@@ -181,7 +181,15 @@ class Launches:
 def recorded() -> Iterator[Launches]:
     """Counts what the ``with`` block launches."""
     before, found = total(), Launches()
+    _recording.append(found)
     try:
         yield found
     finally:
+        _recording.remove(found)
         found.by_name = total() - before
+
+
+def judged() -> None:
+    """Says that a stretch was held to its operation, to all who record around it."""
+    for found in _recording:
+        found.judged = True

@@ -15,10 +15,6 @@ if simt.missing():
     pytest.skip(f"simt can't be built: {simt.missing()}", allow_module_level=True)
 
 
-def carried():
-    return card.running("cuda", "fasttransformer_simt", "cpu")
-
-
 def strided():
     x = torch.randn(4, 9, 40)
     return {
@@ -60,7 +56,7 @@ def test_results_and_gradients_are_those_of_the_operators(layout):
 
     with simt.running():
         want = run()
-        with launches.recorded() as launched, carried():
+        with launches.recorded() as launched, card.rehearsed():
             got = run()
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     launched.require("simt", "softmax", backward=True)
@@ -77,7 +73,7 @@ def test_a_composed_operation_and_several_tensors():
 
     with simt.running():
         want = run()
-        with launches.recorded() as launched, carried():
+        with launches.recorded() as launched, card.rehearsed():
             got = run()
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(got, want))
     for op in ("attention", "feed_forward"):
@@ -100,6 +96,6 @@ def test_what_an_operator_writes_comes_back():
 
 def test_outside_of_it_nothing_has_changed():
     before = ft.backends()["cuda"]
-    with simt.running(), carried():
+    with simt.running(), card.rehearsed():
         assert ft.backends()["cuda"] is None
     assert ft.backends()["cuda"] == before

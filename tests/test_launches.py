@@ -116,10 +116,10 @@ def test_running_on_fails_when_nothing_of_the_operation_is_launched():
             pass
     with contract.running_on("simt"):
         ft.softmax(x)
-    with contract.running_on("simt", launches_nothing=True):
+    with contract.running_on("simt", launched=False):
         ft.softmax(x[:0])
     with pytest.raises(AssertionError, match="said to launch nothing on simt, but launched"):
-        with contract.running_on("simt", launches_nothing=True):
+        with contract.running_on("simt", launched=False):
             ft.softmax(x)
 
 

@@ -74,7 +74,7 @@ def test_one_wanted_gradient(on, which, wanted):
     inputs = problem(9, 14, 12)
     inputs[wanted].requires_grad_()
     if which == "summed" and wanted > 3:
-        return
+        pytest.skip("the sum does not depend on it")
     with running_on(on):
         (got,) = torch.autograd.grad(loss(ft.linear_add_layer_norm, inputs), inputs[wanted])
     (want,) = torch.autograd.grad(loss(reference.linear_add_layer_norm, inputs), inputs[wanted])

@@ -70,7 +70,7 @@ def test_one_wanted_gradient(on, which, wanted):
     inputs = problem(9, 14, 12)
     inputs[wanted].requires_grad_()
     if which == "summed" and wanted > 3:
-        return
+        pytest.skip("the sum does not depend on it")
     with running_on(on):
         (got,) = torch.autograd.grad(loss(ft.linear_add_rms_norm, inputs), inputs[wanted])
     (want,) = torch.autograd.grad(loss(reference.linear_add_rms_norm, inputs), inputs[wanted])
@@ -128,7 +128,7 @@ def test_b44_norm_weights_of_another_dtype(on, dtype, norm_dtype):
 @pytest.mark.parametrize("on", BACKENDS)
 def test_default_eps_is_that_of_the_dtype_computed_in(on, dtype):
     if on != "torch" and dtype == torch.float64:
-        return
+        pytest.skip("float64 runs on the reference alone")
     tiny = torch.full((2, 1), 1e-3, dtype=dtype)  # its square is about float32's epsilon
     wide = torch.promote_types(dtype, torch.float32)
     with running_on(on):

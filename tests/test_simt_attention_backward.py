@@ -67,10 +67,10 @@ def test_grid_and_shared_memory_change_no_bit(dim, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("shared", [24, 99, 163, 227], ids=lambda kib: f"{kib}KiB")
+@pytest.mark.parametrize("shared", [25, 99, 163, 227], ids=lambda kib: f"{kib}KiB")
 def test_shared_memory(shared, dtype):
     """What sm_86, sm_80 and sm_90 have, and so little that one buffer must do."""
-    for dim in [32] if shared == 24 else [128, 256]:
+    for dim in [32] if shared == 25 else [128, 256]:
         with simt.limits(shared=shared * 1024):
             compare("simt", inputs(1, 1, 1, 33, 70, dim, dtype=dtype), is_causal=True)
 

@@ -95,7 +95,7 @@ def test_split_of_the_weights_gradient(dtype):
 
 @dtypes
 @pytest.mark.parametrize("limits", [
-    {"grid": 1}, {"grid": 3}, {"shared": 48 * 1024}, {"shared": 32 * 1024},
+    {"grid": 1}, {"grid": 3}, {"shared": 48 * 1024}, {"shared": 34 * 1024},
     {"shared": 227 * 1024}, {"grid": 2, "multiprocessors": 1},
 ], ids=str)  # fmt: skip
 def test_grids_and_shared_memory(limits, dtype):

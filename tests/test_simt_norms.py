@@ -133,7 +133,7 @@ def test_alignment(norm, dtype):
 def test_weights_of_another_dtype(norm, dtype, weight):
     # The reference gives gradients in float64 and the peer in the weight's dtype: compared there.
     if dtype != torch.float32 != weight:
-        return
+        pytest.skip("gradients of 16-bit weights are compared with float32 rows")
     for shape in ((9, 72), (9, 77), (3, 2052), (2, 17001)):
         check(norm, shape, dtype, vectors=lambda vector: vector.to(weight))
 

@@ -117,7 +117,7 @@ def test_cross_entropy_int32_targets_and_no_rows(operators):
     assert losses.shape == (0,) and statistics.shape == (0, 4)
     none = operators.cross_entropy_backward(losses, x[:0], target[:0], None, statistics, -100, 0.0)
     assert none.shape == (0, 9)
-    with contract.running_on("simt"):
+    with contract.running_on("simt", launched=False):
         assert ft.cross_entropy(x[:0], target[:0]).isnan()
 
 

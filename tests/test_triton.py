@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on
 # ---- operators ----------------------------------------------------------------------------------
 
 
+@pytest.mark.launches_nothing("it looks at schemas")
 @pytest.mark.parametrize("op", OPERATORS)
 def test_schema_equals_that_of_cpp(op):
     ours = getattr(T, op).default._schema
@@ -44,6 +45,7 @@ def test_schema_equals_that_of_cpp(op):
     assert rest == str(packet.default._schema).partition("(")[2]
 
 
+@pytest.mark.launches_nothing("it looks at names")
 def test_every_cpp_operator_with_kernels_is_listed():
     path = Path(__file__).parents[1] / "csrc" / "registration.cpp"
     text = path.read_text()
@@ -309,6 +311,7 @@ def test_linear_add_norm(op, dtype, N):
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 
+@pytest.mark.launches_nothing("it compiles, in a process of its own")
 @pytest.mark.parametrize("target", SHARED)
 def test_compiles_offline(target):
     """Every kernel gives code for every target; norms, softmax and dropout in a product's tile

@@ -234,9 +234,8 @@ def run(args: argparse.Namespace) -> int:
     found = _explain(args)
     if args.json:
         rejected = [{"backend": name, "reason": reason} for name, reason in found.rejected]
-        print_json(
-            {"op": found.op, "case": found.case, "backend": found.backend, "rejected": rejected}
-        )
+        print_json({"op": found.op, "case": found.case, "backend": found.backend,
+                    "rejected": rejected, "note": found.note})  # fmt: skip
     else:
         print(found)
     return 1 if found.backend == "none" else 0

@@ -91,7 +91,8 @@ def test_a_test_that_names_an_absent_set_is_an_error(monkeypatch):
 
 
 #: Runs pytest once per lower set in a child of its own. What the tests import that takes seconds
-#: and asks for no instruction set is imported once for all.
+#: and asks for no instruction set is imported once for all. torch.compile's cache is the set's own:
+#: torch 2.13 loads from it what was made under another ATEN_CPU_CAPABILITY, which computes garbage.
 PYTEST = """
 import contextlib, os, sys
 import conftest, hypothesis, pytest, torch.distributed.fsdp
@@ -102,9 +103,10 @@ for best in sys.argv[1].split():
     print("FASTTRANSFORMER_CPU_ISA:", best, flush=True)
     if os.fork() == 0:
         os.environ["FASTTRANSFORMER_CPU_ISA"] = best
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(sys.argv[2], best)
         import instruction_sets
         os.environ.update(instruction_sets.TORCH_ENVIRONMENT[best])
-        status = pytest.main(sys.argv[2:], plugins=[instruction_sets])
+        status = pytest.main(sys.argv[3:], plugins=[instruction_sets])
         sys.stdout.flush()
         os._exit(status)
     failed |= os.wait()[1] != 0
@@ -113,7 +115,7 @@ sys.exit(failed)
 
 
 @pytest.mark.skipif(len(SETS) < 2, reason="there is no lower set")
-def test_the_suite_on_lesser_cpus():
+def test_the_suite_on_lesser_cpus(tmp_path):
     """Collects all tests as on CPUs of each lower set; runs those that choose sets, and a few more.
 
     ``FASTTRANSFORMER_CPU_ISA=avx2 make test`` runs all of them.
@@ -123,7 +125,7 @@ def test_the_suite_on_lesser_cpus():
     for test in (test_the_suite_on_lesser_cpus, test_environment_variable_hides_the_sets_above_it):
         options.append(f"--deselect=tests/{Path(__file__).name}::{test.__name__}")
     found = subprocess.run(
-        [sys.executable, "-c", PYTEST, " ".join(SETS[:-1]), ".", *options],
+        [sys.executable, "-c", PYTEST, " ".join(SETS[:-1]), tmp_path, ".", *options],
         cwd=TESTS, env=environment | {"PYTEST_ADDOPTS": ""},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -1,7 +1,10 @@
 """``fasttransformer check`` of one operation on one backend, a JSON line per result as it comes.
 
-    python -m fasttransformer.benchmarks.gpu_check OP BACKEND [--from N]
+    python -m fasttransformer.benchmarks.gpu_check OP[.CASE] BACKEND [--from N]
     python -m fasttransformer.benchmarks.gpu_check --list
+
+``--list`` names the jobs: an operation each, and of operations that Triton compiles for long, a
+case each.
 
 The command itself prints one JSON document when all is done; where a GPU is there for minutes only,
 a kernel that hangs must not take the results before it along. A line {"started": case} says which
@@ -25,13 +28,18 @@ from fasttransformer.backends import backends
 from fasttransformer.cli.cases import CHECKS
 from fasttransformer.cli.check import check
 
-#: Longest first: attention compiles most where Triton compiles.
+#: What compiles longest where Triton compiles comes first. Each case of attention is a job.
 SLOW = ("attention", "linear_cross_entropy", "attention_varlen", "attention_decode", "feed_forward")
+SPLIT = ("attention",)
 
 
-def operations() -> list[str]:
+def jobs() -> list[str]:
     names = list(dict.fromkeys(case.op for case in CHECKS))
-    return sorted(names, key=lambda name: SLOW.index(name) if name in SLOW else len(SLOW))
+    found = []
+    for op in sorted(names, key=lambda name: SLOW.index(name) if name in SLOW else len(SLOW)):
+        count = sum(case.op == op for case in CHECKS)
+        found += [f"{op}.{index}" for index in range(count)] if op in SPLIT else [op]
+    return found
 
 
 def context_is_broken() -> bool:
@@ -57,17 +65,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the operations")
     args = parser.parse_args(argv)
     if args.list:
-        print("\n".join(operations()))
+        print("\n".join(jobs()))
         return 0
-    cases = [case for case in CHECKS if case.op == args.op]
+    op, _, index = (args.op or "").partition(".")
+    cases = [case for case in CHECKS if case.op == op]
+    if index:
+        cases = cases[int(index) :][:1]
     if not cases:
-        parser.error(f"{args.op!r} is not one of {', '.join(operations())}")
+        parser.error(f"{args.op!r} is not one of {', '.join(jobs())}")
     reason = backends().get(args.backend)
     if reason is not None:  # every case would be skipped, which is no result
         say({"unavailable": reason})
         return 3
     findings = 0
-    for index, case in enumerate(cases[args.first :], args.first):
+    for number, case in enumerate(cases[args.first :], args.first):
         say({"started": case.name})
         began = time.monotonic()
         for _, results in check([case], [args.backend]):
@@ -76,9 +87,9 @@ def main(argv: list[str] | None = None) -> int:
                 say(asdict(result) | {"seconds": round(time.monotonic() - began, 2)})
         if context_is_broken():
             say({"broken": case.name})
-            if index + 1 < len(cases):
+            if number + 1 < len(cases):
                 os.execv(sys.executable, [sys.executable, "-m", __spec__.name, args.op,
-                                          args.backend, "--from", str(index + 1)])  # fmt: skip
+                                          args.backend, "--from", str(number + 1)])  # fmt: skip
             return 1
     return 1 if findings else 0
 

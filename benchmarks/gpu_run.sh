@@ -87,7 +87,7 @@ done
 export python=${PYTHON:-python3} rehearse run out
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 cores=$(nproc)
-export at_once=$((cores > 16 ? 8 : cores > 3 ? cores / 2 : 2)) # each holds a CUDA context: 0.5 GB
+export at_once=$((cores > 16 ? 12 : cores > 3 ? cores * 3 / 4 : 2)) # each holds a CUDA context
 export selection=short
 [ "$run" = 1 ] || selection=full
 export module=fasttransformer.benchmarks
@@ -146,7 +146,7 @@ stage_tests() {
   # In a rehearsal some tests of the CPU stand in, and are cut.
   local from=tests
   [ -z "$rehearse" ] || { from=tests/test_rms_norm.py which=(-k cpu) at_once=1; }
-  "$python" -m pytest "$from" "${which[@]}" -n "$at_once" -p no:cacheprovider -q --maxfail=200 \
+  "$python" -m pytest "$from" "${which[@]}" -n "$((at_once > 8 ? 8 : at_once))" -p no:cacheprovider -q --maxfail=200 \
     --results "$work/tests.jsonl"
 }
 stage_bench() {
@@ -246,7 +246,9 @@ stage() {
 
 : >"$out/stages.tsv"
 if [ -n "$prebuilt" ]; then
-  "$python" benchmarks/gpu_prebuilt.py install "$prebuilt" 2>&1 | tee "$work/prebuilt.log"
+  # A rehearsal leaves the checkout's libraries alone; a GPU's machine may have no readelf.
+  use=$([ -n "$rehearse" ] && echo check || echo install)
+  "$python" benchmarks/gpu_prebuilt.py "$use" "$prebuilt" 2>&1 | tee "$work/prebuilt.log"
 elif [ -z "$build" ] && [ ! -e fasttransformer/_cuda.abi3.so ]; then
   echo "gpu_run: there is no CUDA library in fasttransformer/ (--prebuilt or --build brings it)"
 fi

@@ -85,8 +85,8 @@ def checks(work: Path, stage: str) -> Iterator[str]:
 
 def probes(work: Path) -> Iterator[str]:
     for name, status, seconds in rows_of(work / "probes" / "jobs.tsv"):
-        found = next(lines_of(work / "probes" / f"{name}.jsonl"), None)
-        if found is None:
+        found = next(lines_of(work / "probes" / f"{name}.jsonl"), {})
+        if "status" not in found:
             yield f"{name:24} no result: {how(status)}"
             continue
         yield (
@@ -141,8 +141,10 @@ def summary(work: Path) -> str:
     parts: list[str] = []
 
     def section(title: str, lines: Iterator[str]) -> None:
+        parts.extend(["", f"== {title}"])
         try:
-            parts.extend(["", f"== {title}", *(line for line in lines if line)])
+            for line in lines:  # one by one, so that what came before an error stays
+                parts.extend([line] if line else [])
         except (KeyError, TypeError, ValueError) as error:  # a file of another form
             parts.append(f"{title}: can't be read: {error!r}")
 

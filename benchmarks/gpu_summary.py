@@ -53,8 +53,13 @@ def stages(work: Path) -> Iterator[str]:
 
 
 def checks(work: Path, stage: str) -> Iterator[str]:
-    """An operation a line: how many cases were right, and what was not."""
+    """A job a line: how many cases were right, and what was not. One message is said once."""
+    seen: set[str] = set()
+    waiting = []
     for name, status, _ in rows_of(work / stage / "jobs.tsv"):
+        if status == "-":
+            waiting.append(name)
+            continue
         counts: Counter[str] = Counter()
         notes: list[str] = []
         worst, running = 0.0, ""
@@ -68,12 +73,14 @@ def checks(work: Path, stage: str) -> Iterator[str]:
             elif "status" in line:
                 counts[line["status"]] += 1
                 worst = max(worst, line["worst"])
-                if line["status"] == "finding":
+                message = line["note"][:60]
+                if line["status"] == "finding" and message not in seen:
+                    seen.add(message)
                     notes.append(f"{line['case']} {line['dtype']}: {line['note']}")
                 running = "" if line["dtype"] == "float16" else running
         said = ", ".join(f"{count} {status_}" for status_, count in sorted(counts.items()))
         text = f"{name:22} {said or 'nothing'}, worst {worst:.2f}"
-        if status in ("124", "-"):
+        if status == "124":
             text += f"; {how(status)}" + (f" in {running!r}" if running else "")
         elif status not in ("0", "1"):
             text += f"; {how(status)}"
@@ -81,10 +88,16 @@ def checks(work: Path, stage: str) -> Iterator[str]:
         yield from (f"    {note[:160]}" for note in notes[:3])
         if len(notes) > 3:
             yield f"    and {len(notes) - 3} more"
+    if waiting:
+        yield "not started: " + " ".join(waiting)
 
 
 def probes(work: Path) -> Iterator[str]:
+    waiting = []
     for name, status, seconds in rows_of(work / "probes" / "jobs.tsv"):
+        if status == "-":
+            waiting.append(name)
+            continue
         found = next(lines_of(work / "probes" / f"{name}.jsonl"), {})
         if "status" not in found:
             yield f"{name:24} no result: {how(status)}"
@@ -94,6 +107,8 @@ def probes(work: Path) -> Iterator[str]:
             f"{seconds} s"
         )
         yield from (f"    {note[:160]}" for note in found["notes"][:2])
+    if waiting:
+        yield "not started: " + " ".join(waiting)
 
 
 def tests(work: Path) -> Iterator[str]:

@@ -23,10 +23,12 @@ def test_b11_innermost_stride(on, function):
     """pytorch/pytorch PR #187506"""
     tensors = [torch.randn(2, 3, 16, 37).transpose(2, 3) for _ in range(3)]
     plain = [x.contiguous() for x in tensors]
+    # Of MKL's products of transposed matrices the last bits differ on CPUs without AVX.
+    tolerance = 1e-6 if on == "torch" else 0
     with running_on(on):
         want = function(*plain)
-        assert torch.equal(function(*tensors), want)
-        assert torch.equal(function(plain[0], plain[1], tensors[2]), want)
+        for strided in (tensors, (plain[0], plain[1], tensors[2])):
+            torch.testing.assert_close(function(*strided), want, rtol=0, atol=tolerance)
     compare(on, tensors)
 
 

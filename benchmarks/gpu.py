@@ -301,7 +301,7 @@ def warm_up(args: argparse.Namespace) -> int:
     Several processes at once compile what one would for minutes, one after the other; the results
     lie in Triton's cache. Lengths between the longest and the next share its kernels.
     """
-    number, count = map(int, args.warm.split("/"))
+    number, count = map(int, args.warm.split("of"))
     scale = scale_of(args)
     scale = replace(scale, lengths=scale.lengths[:2])
     cases = [case for case in chosen_at(args, scale) if TRITON in case.make()]
@@ -381,7 +381,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--estimate", action="store_true", help="say how long it will take and stop"
     )
-    parser.add_argument("--warm", metavar="I/N", help="only compile the I-th of N parts for Triton")
+    parser.add_argument(
+        "--warm", metavar="IofN", help="only compile the I-th of N parts for Triton"
+    )
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU, with a hang")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)

@@ -158,7 +158,7 @@ stage_warm() {
   local parts=13 options=
   [ -z "$rehearse" ] || { parts=2; options="--rehearse --only 256"; }
   local names=
-  for ((i = 0; i < parts; ++i)); do names+="$i/$parts "; done
+  for ((i = 0; i < parts; ++i)); do names+="${i}of$parts "; done
   at_once=$parts jobs_of warm "$(within "$1")" "$1" "$names" \
     "$python -m $module.gpu --warm {name} $options"
 }

@@ -162,6 +162,15 @@ def test_check_runs_one_process_for_each_operation(tmp_path):
             assert said == f"called -m fasttransformer.benchmarks.gpu_check {op} {backend}\n"
 
 
+def test_compiling_for_triton_is_shared_out(tmp_path):
+    python = stand_in(tmp_path, REAL)
+    out = tmp_path / "out"
+    assert call(out, "--only", "warm", PYTHON=python).returncode == 0
+    called = "called -m fasttransformer.benchmarks.gpu --warm"
+    for part in ("0of13", "12of13"):
+        assert in_archive(out, f"warm/{part}.jsonl") == f"{called} {part}\n"
+
+
 # ---- prebuilt libraries -------------------------------------------------------------------------
 
 

@@ -32,7 +32,8 @@ def two_threads():
 
 
 #: Interpreted Triton takes a hundred times as long as a kernel. Of each test's cases on it, this
-#: many run, spread evenly; test_triton*.py are about these kernels and choose their own sizes.
+#: many run, spread evenly; test_triton*.py are about these kernels and choose their own sizes. On a
+#: GPU, where each case may have to be compiled, the others come last.
 INTERPRETED_CASES = 4
 
 
@@ -79,6 +80,8 @@ def pytest_configure(config):
     path = config.getoption("--results")
     if path is not None and "PYTEST_XDIST_WORKER" not in os.environ:
         config.pluginmanager.register(Results(path))
+    if config.option.markexpr == "gpu":
+        return  # nothing that is selected runs in simt
     if "PYTEST_XDIST_WORKER" not in os.environ and not simt.missing():
         try:
             simt.build()
@@ -134,19 +137,32 @@ def pytest_runtest_call(item):
 
 
 def pytest_collection_modifyitems(config, items):
+    from instruction_sets import refuse_absent_sets  # it imports the package, after the line above
+
+    refuse_absent_sets(items)
     for item in items:
-        if named_backend(item)[0] in ("cuda", "triton"):
+        here = item.get_closest_marker("launches_nothing") is None
+        if here and named_backend(item)[0] in ("cuda", "triton"):
             item.add_marker(pytest.mark.gpu)
-    if config.getoption("--all-interpreted") or os.environ.get("TRITON_INTERPRET") != "1":
+    surplus = surplus_of_triton(items)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if config.option.markexpr == "gpu":  # what a time limit leaves is what tells most
+            items.sort(key=lambda item: 2 if item in surplus else named_backend(item)[0] != "cuda")
         return
+    if not config.getoption("--all-interpreted"):
+        items[:] = [item for item in items if item not in surplus]
+        config.hook.pytest_deselected(items=list(surplus))
+
+
+def surplus_of_triton(items):
+    """All cases of each test on Triton but for INTERPRETED_CASES of them, spread evenly."""
     cases = {}
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("on") == "triton":
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    dropped = set()
+    surplus = set()
     for group in cases.values():
         kept = {len(group) * i // INTERPRETED_CASES for i in range(INTERPRETED_CASES)}
-        dropped.update(item for i, item in enumerate(group) if i not in kept)
-    items[:] = [item for item in items if item not in dropped]
-    config.hook.pytest_deselected(items=list(dropped))
+        surplus.update(item for i, item in enumerate(group) if i not in kept)
+    return surplus

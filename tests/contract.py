@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fasttransformer._contract import (
     DRAWS,
-    ISAS,
     Comparison,
     compare,
     compare_runs,
@@ -36,7 +35,6 @@ from fasttransformer._contract import running_on as running_on_device
 from fasttransformer.backends import NAMESPACES, TABLE
 
 __all__ = [
-    "ISAS",
     "RUNNABLE",
     "On",
     "assert_close",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import card
 import pytest
 import simt
 import torch
@@ -358,6 +359,8 @@ ignore_overriding = pytest.mark.filterwarnings("ignore:.*Overriding a previously
 def registered(monkeypatch, operators):
     """simt's kernels as the package's own operators on CPU tensors, with all that is registered for
     those: fake kernels and vmap rules."""
+    if card.REHEARSED:
+        pytest.skip("operators that were bound before can't go by way of card.py")
     names = {name for op in STEPPED for name in (op, f"{op}_backward")}
     library = torch.library.Library("fasttransformer", "IMPL")
     ours = torch.ops.fasttransformer

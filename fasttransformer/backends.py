@@ -245,7 +245,7 @@ def operator_namespaces() -> list[str]:
 
 # ---- other kernels in the table's place ---------------------------------------------------------
 
-#: backend → the types of device on whose tensors it runs by other means than a device of its own.
+#: backend → the type of device on whose tensors it runs within an `override` that names one.
 _emulated: dict[str, str] = {}
 
 

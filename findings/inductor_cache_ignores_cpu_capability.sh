@@ -11,8 +11,8 @@
 # folder of its own the same call is right. Whoever compares instruction sets by that variable (a test
 # suite, a benchmark, a build farm that shares a home directory between processors) measures garbage.
 #
-# Source: found by running a test suite under several capabilities on one machine. A relative was mended
-# in May 2026 (pytorch pull request 184444 put the number of threads into the key).
+# Source: found by running a test suite under several capabilities on one machine. A related bug was
+# fixed in May 2026 (pytorch pull request 184444 put the number of threads into the key).
 #
 # Way out: a TORCHINDUCTOR_CACHE_DIR for each value.
 #

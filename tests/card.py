@@ -66,9 +66,10 @@ def bridged_namespace(backend: str, namespace: str) -> str:
 def operators(backend: str, namespace: str, device: str) -> torch.library.Library:
     """Defines the bridged operators of a namespace, in one of their own."""
     library = torch.library.Library(bridged_namespace(backend, namespace), "DEF")
+    ours = {f"{op}{part}" for op in (*TABLE, *STEPS) for part in ("", "_backward")}
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         space, _, op = name.partition("::")
-        if space != namespace or "." in op:
+        if space != namespace or op not in ours:
             continue
         operator = getattr(getattr(torch.ops, namespace), op).default
         library.define(str(operator._schema).removeprefix(f"{namespace}::"))

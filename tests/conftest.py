@@ -131,7 +131,7 @@ def pytest_runtest_call(item):
         result = yield
     if item.get_closest_marker("launches_nothing") is not None:
         launched.require_none(on)
-    elif not launched.judged:
+    elif not launched.checked:
         launched.require_any(on, op)
     return result
 
@@ -146,7 +146,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.gpu)
     surplus = surplus_of_triton(items)
     if os.environ.get("TRITON_INTERPRET") != "1":
-        if config.option.markexpr == "gpu":  # what a time limit leaves is what tells most
+        if config.option.markexpr == "gpu":  # so that a time limit cuts the least informative
             items.sort(key=lambda item: 2 if item in surplus else named_backend(item)[0] != "cuda")
         return
     if not config.getoption("--all-interpreted"):

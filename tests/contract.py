@@ -25,14 +25,14 @@ from fasttransformer._contract import (
     Comparison,
     compare,
     compare_runs,
-    device_of,
     fairly,
     outputs_and_gradients,
     rounding_step,
     runnable,
 )
+from fasttransformer._contract import device_of as device_of_backend
 from fasttransformer._contract import running_on as running_on_device
-from fasttransformer.backends import NAMESPACES, TABLE
+from fasttransformer.backends import NAMESPACES, STEPS, TABLE
 
 __all__ = [
     "RUNNABLE",
@@ -41,7 +41,6 @@ __all__ = [
     "assert_fair",
     "backends_of",
     "check",
-    "device_of",
     "rounding_step",
     "runnable",
     "running_on",
@@ -71,7 +70,7 @@ class On(str):
 
 def backends_of(op: str) -> list[str]:
     """The entries of :data:`RUNNABLE` that have a kernel for ``op``."""
-    row = TABLE[op]
+    row = {**TABLE, **STEPS}[op]
     kernels = {name for name, kernel in row.items() if name == "torch" or kernel.forward}
     if "cuda" in row:
         kernels.add("simt")
@@ -82,6 +81,9 @@ def backends_of(op: str) -> list[str]:
 def running_on(name: str, *, launched: bool | None = True) -> Iterator[str]:
     """Forces an entry of :data:`RUNNABLE`; gives the name of its backend.
 
+    Tests make their tensors on the CPU, whatever the backend; those of a GPU carry them there
+    (``card.py``).
+
     A kernel of the operation that ``name`` was made for (:class:`On`), or of any where it names
     none, must be launched within. ``launched=False``: none may be (an error comes before, there is
     nothing to compute); None: tensors are empty, for which some kernels run and some don't.
@@ -91,13 +93,13 @@ def running_on(name: str, *, launched: bool | None = True) -> Iterator[str]:
             with simt.running():
                 with card.rehearsed() if card.REHEARSED else contextlib.nullcontext():
                     yield "cuda"
-        elif name in ("cuda", "triton") and device_of(name) != "cpu":
-            with card.running(name, NAMESPACES[name], device_of(name)):
+        elif name in ("cuda", "triton") and device_of_backend(name) != "cpu":
+            with card.running(name, NAMESPACES[name], device_of_backend(name)):
                 yield name
         else:
             with running_on_device(name) as backend:
                 yield backend
-    launches.judged()
+    launches.checked()
     if launched is False:
         found.require_none(name)
     elif launched:
@@ -150,7 +152,7 @@ def check(
 
     def compared(given: Sequence[Tensor | None]) -> dict[str, Comparison]:
         with launches.recorded() as launched, running_on(on, launched=None):
-            ours = run(function, given, device=device_of(on))
+            ours = run(function, given)
         if all(x.numel() for x in (*given, *ours[0]) if x is not None):
             gradients = any(x is not None for x in ours[1])
             launched.require(on, getattr(on, "op", None), backward=gradients)

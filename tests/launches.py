@@ -15,6 +15,8 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 
+import torch
+
 from fasttransformer._libraries import library_path
 from fasttransformer.backends import ALIASES, COMPOSED, STEPS, TABLE, backends
 
@@ -30,18 +32,25 @@ SAME_KERNELS = {
 }
 #: Operations whose gradient another's backward kernels compute, in the CUDA source.
 SAME_BACKWARD = {"add_layer_norm": "layer_norm", "add_rms_norm": "rms_norm"}
-#: Operations without backward kernels: one turns its own back, one makes gradients with the loss.
+#: Operations without backward kernels: a rotation is undone by the same kernel, and the loss's
+#: kernel makes the gradients as well.
 NO_BACKWARD = {"rotary_embedding", "linear_cross_entropy"}
 OPERATIONS = sorted({*TABLE, *STEPS}, key=len, reverse=True)
 
-_counts: collections.Counter[str] = collections.Counter()
-_libraries: dict[str, Callable[[], str]] = {}
+_counts: collections.Counter[tuple[str, str]] = collections.Counter()
+_libraries: dict[str, tuple[str, Callable[[], str]]] = {}
 _recording: list[Launches] = []
 
 
-def watch(path: str) -> None:
-    """Counts the launches of a library that exports ``ft_launch_counts`` from now on."""
-    exchange = ctypes.CDLL(path).ft_launch_counts
+def watch(path: str, source: str) -> None:
+    """Counts the launches of a library that exports ``ft_launch_counts`` from now on, as of simt or
+    cuda."""
+    library = ctypes.CDLL(path)
+    if not hasattr(library, "ft_launch_counts"):
+        raise RuntimeError(
+            f"{path} is older than these tests, which count its launches: build it again"
+        )
+    exchange = library.ft_launch_counts
     exchange.restype = ctypes.c_int64
     exchange.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int64]
     text = ctypes.create_string_buffer(1 << 16)
@@ -52,14 +61,14 @@ def watch(path: str) -> None:
         return text.value.decode()
 
     counted()
-    _libraries[path] = counted
+    _libraries[path] = source, counted
 
 
 @functools.cache
 def _watch_backends() -> None:
-    """Counts the launches of what this process has beside simt: the CUDA library, and Triton."""
-    if backends()["cuda"] is None and library_path("cuda").exists():
-        watch(str(library_path("cuda")))
+    """Counts the launches of what this process has besides simt: the CUDA library, and Triton."""
+    if torch.cuda.is_available() and library_path("cuda").exists():
+        watch(str(library_path("cuda")), "cuda")
     if backends()["triton"] is None:
         from triton.runtime.jit import KernelInterface
 
@@ -70,7 +79,7 @@ def _watch_backends() -> None:
 
             def launch_and_count(*args: object, **kwargs: object) -> object:
                 result = launch(*args, **kwargs)
-                _counts[_operator_that_launches()] += 1
+                _counts["triton", _operator_that_launches()] += 1
                 return result
 
             return launch_and_count
@@ -91,13 +100,13 @@ def _operator_that_launches() -> str:
     return found
 
 
-def total() -> collections.Counter[str]:
-    """Launches by name since the process began to count."""
+def total() -> collections.Counter[tuple[str, str]]:
+    """Launches by (simt, cuda or triton, name) since the process began to count."""
     _watch_backends()
-    for counted in _libraries.values():
+    for source, counted in _libraries.values():
         for line in counted().splitlines():
             name, count = line.split("\t")
-            _counts[name] += int(count)
+            _counts[source, name] += int(count)
     return collections.Counter(_counts)
 
 
@@ -109,8 +118,7 @@ def _owner(kernel: str) -> str | None:
 
 def operations_of(op: str) -> set[str]:
     """The operations whose kernels an operation launches."""
-    also = {"activation"} if op == "feed_forward" else set()
-    return {op, SAME_KERNELS.get(op, op), *also}
+    return {op, SAME_KERNELS.get(op, op)}
 
 
 def backward_operations_of(op: str, backend: str) -> set[str]:
@@ -134,25 +142,30 @@ class Launches:
     """What a ``with`` block launched; :meth:`require` is asked after it."""
 
     def __init__(self) -> None:
-        self.by_name: collections.Counter[str] = collections.Counter()
+        self.by_source: collections.Counter[tuple[str, str]] = collections.Counter()
         #: Whether a stretch within was held to its operation already (``contract.running_on``).
-        self.judged = False
+        self.checked = False
+
+    def on(self, source: str) -> collections.Counter[str]:
+        """Launches by name on simt, cuda or triton."""
+        found = {name: n for (where, name), n in self.by_source.items() if where == source}
+        return collections.Counter(found)
 
     def require(self, on: str, op: str | None, *, forward: bool = True, backward: bool) -> None:
         """AssertionError unless kernels of ``op`` were launched (None: of any operation)."""
         if on not in COUNTED:
             return
         if op is None:
-            assert self.by_name, f"no kernel was launched on {on}"
+            assert self.on(on), f"no kernel was launched on {on}"
             return
         backend = "cuda" if on == "simt" else on
         wanted = [(False, operations_of(op))] if forward else []
         if backward and op not in NO_BACKWARD:
             wanted.append((True, backward_operations_of(op, backend)))
         for is_backward, ops in wanted:
-            assert of_operation(self.by_name, ops, is_backward), (
+            assert of_operation(self.on(on), ops, is_backward), (
                 f"no {'backward' if is_backward else 'forward'} kernel of {op} was launched on "
-                f"{on}; launched: {dict(self.by_name) or 'nothing'}"
+                f"{on}; launched: {dict(self.by_source) or 'nothing'}"
             )
 
     def require_any(self, on: str, op: str | None) -> None:
@@ -162,18 +175,18 @@ class Launches:
         backend = "cuda" if on == "simt" else on
         if op is None:
             return self.require(on, None, backward=False)
-        ops = operations_of(op)
-        found = of_operation(self.by_name, ops, False) | of_operation(
-            self.by_name, backward_operations_of(op, backend), True
+        ops, names = operations_of(op), self.on(on)
+        found = of_operation(names, ops, False) | of_operation(
+            names, backward_operations_of(op, backend), True
         )
         assert found, (
-            f"no kernel of {op} was launched on {on}; launched: {dict(self.by_name) or 'nothing'}"
+            f"no kernel of {op} was launched on {on}; launched: {dict(self.by_source) or 'nothing'}"
         )
 
     def require_none(self, on: str) -> None:
         """AssertionError if anything was launched."""
-        assert on not in COUNTED or not self.by_name, (
-            f"said to launch nothing on {on}, but launched {dict(self.by_name)}"
+        assert on not in COUNTED or not self.by_source, (
+            f"said to launch nothing on {on}, but launched {dict(self.by_source)}"
         )
 
 
@@ -186,10 +199,10 @@ def recorded() -> Iterator[Launches]:
         yield found
     finally:
         _recording.remove(found)
-        found.by_name = total() - before
+        found.by_source = total() - before
 
 
-def judged() -> None:
+def checked() -> None:
     """Says that a stretch was held to its operation, to all who record around it."""
     for found in _recording:
-        found.judged = True
+        found.checked = True

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttransformer as ft
-from contract import check, device_of, running_on
+from contract import check, running_on
 from fasttransformer.backends import TABLE
 
 
@@ -46,16 +46,16 @@ def check_one_feature(norm: Norm, on: str, dtype: torch.dtype) -> None:
     inputs = [t.to(dtype) for t in (*(x if norm.adds else x[:1]), torch.randn(1) + 2)]
     cotangents = [torch.randn(rows, 1).to(dtype) for _ in range(2 if norm.adds else 1)]
 
-    def gradients(function: Callable[..., Any], dtype: torch.dtype, device: str) -> list[Tensor]:
-        tensors = [t.to(device, dtype).requires_grad_() for t in inputs]
+    def gradients(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        tensors = [t.to(dtype).requires_grad_() for t in inputs]
         outs = function(*tensors)
-        back = [c.to(device, dtype) for c in cotangents]
+        back = [c.to(dtype) for c in cotangents]
         grads = torch.autograd.grad(outs if norm.adds else [outs], tensors, back)
         return [g.cpu().double() for g in grads]
 
     with running_on(on):
-        ours = gradients(norm.ours(eps=eps), dtype, device_of(on))
-    wants = gradients(norm.reference(eps=eps), torch.float64, "cpu")
+        ours = gradients(norm.ours(eps=eps), dtype)
+    wants = gradients(norm.reference(eps=eps), torch.float64)
     summed, weight = sum(t.double() for t in inputs[:-1]), inputs[-1].double()
     term = cotangents[0].double() * (summed.square() + eps).rsqrt()
     for got, want in zip(ours[:-1], wants[:-1], strict=True):
@@ -79,7 +79,7 @@ def check_b44_dtypes_of_weights(norm: Norm, on: str) -> None:
         count = 2 if norm.adds else 1
         inputs = inputs[:count] + [v.to(vector) for v in inputs[count:]]
         with running_on(on):
-            tensors = [t.to(device_of(on)).requires_grad_() for t in inputs]
+            tensors = [t.requires_grad_() for t in inputs]
             out = first(norm.ours()(*tensors))
             assert out.dtype == dtype
             for t, g in zip(tensors, torch.autograd.grad(out.float().sum(), tensors)):
@@ -96,7 +96,7 @@ def check_b52_shapes(norm: Norm, on: str) -> None:
 
 
 def check_b52_only_wanted_gradients(norm: Norm, on: str) -> None:
-    inputs = [t.to(device_of(on)) for t in norm.inputs((5, 8), 1, torch.float32)]
+    inputs = norm.inputs((5, 8), 1, torch.float32)
     for wanted in range(len(inputs)):
         tensors = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(inputs)]
         with running_on(on):
@@ -123,7 +123,7 @@ def check_strides(norm: Norm, on: str) -> None:
 
 def check_nan_stays_in_its_row(norm: Norm, on: str) -> None:
     for dtype in DTYPES:
-        inputs = [t.to(device_of(on)) for t in norm.inputs((7, 40), 1, dtype)]
+        inputs = norm.inputs((7, 40), 1, dtype)
         inputs[0][2, 5], inputs[0][4, 0] = float("nan"), float("inf")
         with running_on(on):
             out = first(norm.ours()(*inputs))
@@ -135,7 +135,7 @@ def check_nan_stays_in_its_row(norm: Norm, on: str) -> None:
 def check_nan_of_any_bits_in_weights(norm: Norm, on: str) -> None:
     """A NaN with all bits set, as raw memory has it, must not round to a number in 16 bits."""
     for dtype in DTYPES:
-        inputs = [t.to(device_of(on)) for t in norm.inputs((7, 40), 1, dtype)]
+        inputs = norm.inputs((7, 40), 1, dtype)
         for at, vector in enumerate(inputs):
             if vector.dim() != 1:
                 continue
@@ -194,10 +194,10 @@ def check_deterministic_gradients(norm: Norm) -> None:
 def check_operator_of_any_rank(norm: Norm, on: str) -> None:
     """The operator itself, forward and backward, on rows of 1, 3 and 4 dimensions: the numbers of
     the same rows as two, in the shape that came in; and the fake kernel agrees."""
-    seed = torch.tensor([7], device=device_of(on))
+    seed = torch.tensor([7])
     for dropout in [(0.0, None), (0.25, seed)] if norm.adds else [()]:
         for shape in ((16,), (2, 3, 16), (2, 1, 3, 16), (2, 0, 16)):
-            inputs = [t.to(device_of(on)) for t in norm.inputs(shape, 1, torch.float32)]
+            inputs = norm.inputs(shape, 1, torch.float32)
             with running_on(on, launched=None if 0 in shape else True) as backend:
                 kernel = TABLE[norm.op][backend]
                 ops = kernel.forward, kernel.backward

@@ -109,7 +109,7 @@ def build(name: str = "simt", kernels: tuple[Path, ...] = ()) -> Path:
 def opened(path: Path) -> ctypes.CDLL:
     """A library that :func:`build` made, with its launches counted."""
     library = ctypes.CDLL(str(path))
-    launches.watch(str(path))
+    launches.watch(str(path), "simt")
     return library
 
 

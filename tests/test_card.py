@@ -9,7 +9,9 @@ import pytest
 import simt
 import torch
 
+import contract
 import fasttransformer as ft
+from fasttransformer import reference
 
 if simt.missing():
     pytest.skip(f"simt can't be built: {simt.missing()}", allow_module_level=True)
@@ -99,3 +101,22 @@ def test_outside_of_it_nothing_has_changed():
     with simt.running(), card.rehearsed():
         assert ft.backends()["cuda"] is None
     assert ft.backends()["cuda"] == before
+
+
+@pytest.mark.skipif(ft.backends()["triton"] is not None, reason="no Triton")
+def test_checks_of_numbers_hand_over_cpu_tensors_where_there_is_a_gpu(monkeypatch):
+    """So that tensors that a test holds by itself (a mask, targets) are on the same device."""
+
+    class Stop(Exception):
+        pass
+
+    def ours(x):
+        assert x.device.type == "cpu"
+        assert ft.explain("softmax", x).backend == "triton"
+        raise Stop
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with pytest.raises(Stop):
+        on = contract.On("triton", "softmax")
+        contract.check(ours, reference.softmax, [torch.randn(5, 40)], on=on)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fasttransformer as ft
-from contract import backends_of, check, device_of, running_on
+from contract import backends_of, check, running_on
 from fasttransformer import reference
 from fasttransformer.ops._front import new_seed
 
@@ -63,7 +63,7 @@ def test_behind_an_activation(on, activation):
           problem("linear_add", 20, 12, 40), on=on)  # fmt: skip
     inputs = problem("linear_add", 20, 12, 40)
     with running_on(on), torch.no_grad():
-        out = seeded("linear_add", **options)(*(t.to(device_of(on)) for t in inputs))
+        out = seeded("linear_add", **options)(*inputs)
     torch.testing.assert_close(out.cpu(), wanted("linear_add", **options)(*inputs))
 
 
@@ -74,7 +74,7 @@ def test_the_mask_is_the_references_and_nan_stays_in_its_row(op, on):
     torch.manual_seed(9)
     mask = reference.dropout_mask(new_seed(torch.device("cpu")), (40, 50), P)
     with running_on(on), torch.no_grad():
-        out = seeded(op)(x.to(device_of(on)), weight.to(device_of(on)))
+        out = seeded(op)(x, weight)
     summed = (out if op == "linear_add" else out[1]).cpu()
     assert torch.equal(summed != 0, mask)
     assert summed[7][mask[7]].isnan().all() and not summed[[*range(7), *range(8, 40)]].isnan().any()
@@ -135,8 +135,8 @@ def test_compiles_and_maps(op):
 @every
 def test_rate_and_mean_of_16_bits(op, on, dtype):
     shape = (16, 64) if on == "triton" else (200, 136)
-    x = torch.ones(shape[0], 4, dtype=dtype, device=device_of(on))
-    weight = torch.full((shape[1], 4), 0.25, dtype=dtype, device=device_of(on))
+    x = torch.ones(shape[0], 4, dtype=dtype)
+    weight = torch.full((shape[1], 4), 0.25, dtype=dtype)
     with running_on(on), torch.no_grad():
         out = getattr(ft, op)(x, weight, dropout_p=0.25)
     summed = (out if op == "linear_add" else out[1]).float()
@@ -148,7 +148,7 @@ def test_rate_and_mean_of_16_bits(op, on, dtype):
 
 @every
 def test_manual_seed_fixes_the_mask(op, on):
-    inputs = [t.to(device_of(on)) for t in problem(op, 12, 8, 24)]
+    inputs = problem(op, 12, 8, 24)
     with running_on(on), torch.no_grad():
         outs = [seeded(op)(*inputs), seeded(op)(*inputs), getattr(ft, op)(*inputs, dropout_p=P)]
     a, b, other = outs if op == "linear_add" else [out[1] for out in outs]

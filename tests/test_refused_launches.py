@@ -35,7 +35,7 @@ UNKNOWN = (-1, 0, 0)  # nobody said what the compiler made of the kernel
     ),
 )  # fmt: skip
 def test_simt_refuses_what_a_card_refuses(case, compiled, said, tmp_path):
-    # A name of its own: what was raised or told for one case must not hold for the next.
+    # A copy of the library for each case: limits that one raised must not hold for the next.
     plain = simt.build("bugs", (simt.ROOT / "tests/simt_bugs.cpp",))
     path = tmp_path / "libft_simt.so"
     path.write_bytes(plain.read_bytes())

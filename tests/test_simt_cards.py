@@ -104,7 +104,12 @@ def test_attention(checked, dtype):
 def test_products(card, dtype, multiprocessors):
     """Each tile, with as many stages as the card has room for, in splits, and with norms."""
     changes = {} if multiprocessors is None else {"multiprocessors": multiprocessors}
-    with simt.limits(simt.CARDS[card], **changes), simt.launch_only(), running_on("simt"):
+    with (
+        launches.recorded() as launched,
+        simt.limits(simt.CARDS[card], **changes),
+        simt.launch_only(),
+        running_on("simt"),
+    ):
         sizes = (1, 16, 17, 64, 129, 1000)
         for rows, i, o in itertools.product(sizes, (1, 40, 300, 5000), (1, 33, 256, 257, 512, 513)):
             x, w = leaf(rows, i, dtype=dtype), leaf(o, i, dtype=dtype)
@@ -113,6 +118,8 @@ def test_products(card, dtype, multiprocessors):
             n = leaf(o)
             gradients(ft.linear_add_layer_norm(x, w, bias, y, n, n), x, w, bias, y, n)
             gradients(ft.linear_add_rms_norm(x, w, bias, y, n), x, w, bias, y, n)
+    for op in ("linear_add", "linear_add_layer_norm", "linear_add_rms_norm"):
+        launched.require("simt", op, backward=True)
 
 
 @cards

@@ -121,7 +121,7 @@ FT_SIMT_EXPORT void ft_simt_set_resources(int64_t offset, int64_t static_shared,
   using namespace ft::simt;
   const char* const kernel = static_cast<const char*>(library()) + offset;
   resources[kernel] = {static_shared, registers, threads, true};
-  ++device_number;  // what was known of it is known no more
+  ++device_number;  // forgets what the launch code has looked up for it
 }
 FT_SIMT_EXPORT void ft_simt_set_launch_only(int only) { ft::simt::only_launch = only != 0; }
 

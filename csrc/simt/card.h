@@ -1,7 +1,7 @@
-// The card that simt stands for: what it refuses of a launch, as the CUDA runtime would. A test
-// sets a card's limits and tells what nvcc made of each kernel (registers, static shared memory,
-// threads of its launch bounds: tests/cuda_resources.json). Of a kernel that nothing was told of,
-// static shared memory is what the arrays declare that a block has met.
+// The card that simt stands for: it refuses a launch that the CUDA runtime would refuse. A test
+// sets a card's limits and what nvcc reported for each kernel (registers, static shared memory,
+// threads of its launch bounds: tests/cuda_resources.json). For a kernel without an entry, static
+// shared memory is the size of the arrays that a block has declared so far.
 #pragma once
 #include <cstdint>
 #include <string>

@@ -1,5 +1,5 @@
-// Which kernels were launched, by name, while a test counts: a test must prove that it ran what it
-// names. A launch that nobody counts costs one load.
+// Which kernels a host asked to launch, by name, while a test counts: a test must prove that it ran
+// what it names. A launch that nobody counts costs one load.
 #pragma once
 #include <atomic>
 #include <cstdint>

@@ -32,7 +32,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int stages_for(const TileSpec& t, int64_t shared) {
   const int64_t stage = int64_t{t.m + t.n} * t.depth;
   for (int blocks = t.blocks; blocks > 0; --blocks) {
-    // An SM has what a block can have and the system's share of one block.
+    // An SM has what a block can have and the system's share of one block. That share is left free
+    // for a single block too, since from sm_90 on it counts among a kernel's static bytes.
     const int64_t on_sm = (shared + kSystemShared) / blocks;
     const int64_t room = (on_sm < shared ? on_sm : shared) - kSystemShared - kItemBytes;
     const int64_t fit = room / stage < t.stages ? room / stage : t.stages;

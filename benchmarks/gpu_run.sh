@@ -145,7 +145,7 @@ stage_tests() {
   local from=(tests) processes=$((at_once > 8 ? 8 : at_once))
   # In a rehearsal some files stand in, whose tests then run in Triton's interpreter.
   [ -z "$rehearse" ] || from=(tests/test_rms_norm.py tests/test_layer_norm.py tests/test_softmax.py)
-  "$python" -m pytest "${from[@]}" -m gpu -n "$processes" -p no:cacheprovider -q --maxfail=200 \
+  "$python" -m pytest "${from[@]}" -m gpu -n "$processes" -p no:cacheprovider -q \
     --results "$work/tests.jsonl"
 }
 stage_bench() {

@@ -4,7 +4,7 @@ dropout, in it or alone."""
 import pytest
 import torch
 
-from contract import backends_of, check, running_on
+from contract import On, backends_of, check, running_on
 from fasttransformer import reference
 from fasttransformer.backends import STEPS
 from fasttransformer.ops._activation import activation
@@ -98,7 +98,9 @@ def test_dropout_is_the_references(on, name, dtype):
             return by_kernel(x, name, on, 0.3)
 
         draw = lambda shape=shape: [torch.randn(shape, generator=draws).to(dtype)]  # noqa: E731
-        check(ours, lambda x, m=mask: with_mask(x, name, m, 0.3), draw(), on=on, redraw=draw)
+        # The gradient of dropout alone is dropout again: it has no backward kernel to ask for.
+        held = on if name else On(str(on))
+        check(ours, lambda x, m=mask: with_mask(x, name, m, 0.3), draw(), on=held, redraw=draw)
         with running_on(on, launched=None if 0 in shape else True):
             out = ours(torch.ones(shape, dtype=dtype))
         assert torch.equal(out.cpu() != 0, mask)

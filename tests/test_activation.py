@@ -120,3 +120,18 @@ def test_dropout_of_strided_rows_and_of_nan(on):
             dropped = out[3] == 0
             assert 0 < dropped.sum() < len(dropped) and out[3][~dropped].isnan().all()
             assert not out[:3].isnan().any() and not out[4:].isnan().any()
+
+
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on.startswith("cpu")])
+def test_slope_of_gelu_tanh_keeps_its_digits(on):
+    """1 − sigmoid(2u), which the slope multiplies by up to x³, must not be a difference from 1."""
+    x = torch.linspace(-8, 8, 4001)
+    slopes = []
+    for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        if leaf.dtype == torch.float32:
+            with running_on(on):
+                out = by_kernel(leaf, "gelu_tanh", on)
+                slopes += torch.autograd.grad(out.sum(), leaf)
+        else:
+            slopes += torch.autograd.grad(plain(leaf, "gelu_tanh").sum(), leaf)
+    torch.testing.assert_close(slopes[0].double(), slopes[1], rtol=0, atol=4e-7)

@@ -40,11 +40,15 @@ FT_INLINE ValueAndSlope value_and_slope(vf x) {
     return {gelu_of_tail(x, tail), fma(x, density, phi)};
   } else if constexpr (kActivation == Activation::gelu_tanh) {  // x · sigmoid(2u)
     const vf square = x * x;
-    const vf s = sigmoid(fma(square, splat(kGeluCubic), one) * x * splat(kTwiceSqrtTwoOverPi));
+    // Of sigmoid(z) and 1 − sigmoid(z) the smaller one by the exponential: a difference from 1
+    // would lose it, and the slope multiplies it by up to x³.
+    const vf z = fma(square, splat(kGeluCubic), one) * x * splat(kTwiceSqrtTwoOverPi);
+    const vf e = exp(min(z, zero() - z)), larger = one / (one + e), smaller = e * larger;
+    const vf s = select(z < zero(), smaller, larger), rest = select(z < zero(), larger, smaller);
     const vf bounded = min(splat(kFlatSquare), square);
     const vf inner = fma(bounded, splat(3.f * kGeluCubic), one) * splat(kTwiceSqrtTwoOverPi);
     const vf value = x * s;
-    return {value, fma(value * (one - s), inner, s)};
+    return {value, fma(value * rest, inner, s)};
   } else {
     return {relu(x), select(x <= zero(), zero(), one)};
   }

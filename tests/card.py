@@ -35,9 +35,7 @@ def moved(x: Any, device: str, known: dict[int, Tensor]) -> Any:
         flat = torch.empty(0, dtype=torch.uint8).set_(storage)
         known[at] = flat.to(device, copy=True)
     there = torch.empty(0, dtype=x.dtype, device=device)
-    return there.set_(
-        known[at].untyped_storage(), x.storage_offset(), x.size(), x.stride()
-    )  # fmt: skip
+    return there.set_(known[at].untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def bridge(operator: Any, device: str) -> Callable[..., Any]:

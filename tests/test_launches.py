@@ -40,7 +40,7 @@ def test_launches_are_counted_by_name():
 
 @needs_triton
 def test_launches_of_triton_are_counted_by_their_operator():
-    x = torch.randn(4, 40, device=launches_device(), requires_grad=True)
+    x = torch.randn(4, 40, device=device_of("triton"), requires_grad=True)
     with launches.recorded() as launched, ft.use_backend("triton"):
         ft.linear_add_layer_norm(x, torch.randn(8, 40).to(x), None, torch.randn(4, 8).to(x),
                                  torch.ones(8).to(x), None)[0].sum().backward()  # fmt: skip
@@ -48,10 +48,6 @@ def test_launches_of_triton_are_counted_by_their_operator():
         *launched.on("triton")
     }
     launched.require("triton", "linear_add_layer_norm", backward=True)
-
-
-def launches_device():
-    return device_of("triton")
 
 
 def test_a_launch_elsewhere_does_not_count():

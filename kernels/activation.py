@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import keep_mask, keep_of, tanh
+from ._device import keep_mask, keep_of
 from ._matmul import ACTIVATIONS, activate
 from ._norm import row_stride
 from ._register import operator
@@ -36,10 +36,15 @@ def slope(x, ACTIVATION: tl.constexpr):
         d = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         d += x * (tl.exp(-0.5 * x * x) * 0.3989422804014327)
     elif ACTIVATION == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        square = tl.minimum(x * x, 400.0)  # beyond, 1 − t² is 0 long since
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * square)
-        d = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
+        # Of sigmoid(z) and 1 − sigmoid(z) the smaller one comes from the exponential: a difference
+        # from 1 would lose it, and the slope multiplies it by up to x³.
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        e = tl.exp(-tl.abs(z))
+        larger = 1.0 / (1.0 + e)
+        smaller = e * larger
+        square = tl.minimum(x * x, 400.0)  # beyond, the product of the two is 0 long since
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * square)
+        d = tl.where(z < 0.0, smaller, larger) + x * (larger * smaller) * inner
     else:
         s = 1.0 / (1.0 + tl.exp(-x))
         d = s * (1.0 + x * (1.0 - s))

@@ -10,6 +10,7 @@ constexpr float kSqrtHalf = 0.7071067811865476f;
 constexpr float kSqrtTwoOverPi = 0.7978845608028654f;
 constexpr float kInverseSqrtTwoPi = 0.3989422804014327f;
 constexpr float kGeluCubic = 0.044715f;
+constexpr float kFlatSquare = 400.f;  // of x, where gelu_tanh is 0 or x long since
 
 template <Activation kValue>
 struct ActivationIs {
@@ -51,10 +52,15 @@ FT_DEVICE float activation_derivative(Activation activation, float x) {
     case Activation::gelu:
       return 0.5f * (1.f + error_function(x * kSqrtHalf)) +
              x * kInverseSqrtTwoPi * exponential<float>(-0.5f * x * x);
-    case Activation::gelu_tanh: {
-      const float t = hyperbolic_tangent(kSqrtTwoOverPi * (x + kGeluCubic * x * x * x));
-      const float inner = kSqrtTwoOverPi * (1.f + 3.f * kGeluCubic * x * x);
-      return 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * inner;
+    case Activation::gelu_tanh: {  // of x · sigmoid(z), z = 2√(2/π)(x + 0.044715x³)
+      // Of sigmoid(z) and 1 − sigmoid(z) the smaller one comes from the exponential: a difference
+      // from 1 would lose it, and the slope multiplies it by up to x³.
+      const float z = 2.f * kSqrtTwoOverPi * (x + kGeluCubic * x * x * x);
+      const float e = exponential<float>(z < 0.f ? z : -z);
+      const float larger = 1.f / (1.f + e), smaller = e * larger;
+      const float bounded = kFlatSquare < x * x ? kFlatSquare : x * x;
+      const float inner = 2.f * kSqrtTwoOverPi * (1.f + 3.f * kGeluCubic * bounded);
+      return (z < 0.f ? smaller : larger) + x * (larger * smaller) * inner;
     }
     case Activation::silu: {
       const float s = sigmoid(x);

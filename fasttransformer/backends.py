@@ -362,6 +362,19 @@ def _device_reason(backend: str, device_type: str) -> str | None:
 _chosen: dict[tuple, Kernel] = {}
 
 
+def _after_fork() -> None:
+    """In a forked child: the next decision is made anew, see :func:`_decide`."""
+    global _lost_threads
+    _lost_threads = True
+    _chosen.clear()
+
+
+#: Whether this process was forked and has not decided anything since.
+_lost_threads = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def choose(
     op: str,
     device_type: str,
@@ -391,6 +404,12 @@ def choose(
 
 
 def _decide(op, device_type, dtype, options, sizes, forced) -> Kernel:
+    global _lost_threads
+    if _lost_threads:
+        # torch's operations next to our kernels would wait for the parent's threads for ever, as
+        # they do in a child that never calls us. Ours run on the calling thread (csrc/cpu/parallel).
+        _lost_threads = False
+        torch.set_num_threads(1)
     if forced is not None:
         _check_name(forced)
     for name, kernel, reason in considered(op, device_type, dtype, options, sizes, forced):

@@ -1,5 +1,6 @@
 #include "cpu/parallel.h"
 
+#include <pthread.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdio>
@@ -8,6 +9,15 @@
 #include <stdexcept>
 
 namespace ft {
+
+namespace {
+
+// A child of fork() has one thread, the one that forked, and its runtime of threads still waits for
+// the parent's. Threads that the child starts have a runtime of their own.
+thread_local bool lost_threads = false;
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { lost_threads = true; });
+
+}  // namespace
 
 void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
   if (n <= grain || num_threads() == 1) {
@@ -20,6 +30,7 @@ void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
 }
 
 int num_threads() {
+  if (lost_threads) return 1;
   uint32_t count = 1;
   torch_get_num_threads(&count);
   return static_cast<int>(count);

@@ -407,7 +407,7 @@ def _decide(op, device_type, dtype, options, sizes, forced) -> Kernel:
     global _lost_threads
     if _lost_threads:
         # torch's operations next to our kernels would wait for the parent's threads for ever, as
-        # they do in a child that never calls us. Ours run on the calling thread (csrc/cpu/parallel).
+        # they do in a child that never calls us. For kernels see csrc/cpu/parallel.cpp.
         _lost_threads = False
         torch.set_num_threads(1)
     if forced is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_cases import CASES, results, same
 
 from fasttransformer.backends import backends
-from parallel_cases import CASES, results, same
 
 pytestmark = pytest.mark.skipif(backends()["cpu"] is not None, reason="no C++ library")
 
@@ -32,7 +33,8 @@ def thread_count():
 def test_forked_child_computes_and_ends():
     """pytorch/pytorch#17199: a child waits for ever for threads that only its parent has."""
     program = Path(__file__).with_name("parallel_cases.py")
-    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, str(program)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = [line for line in run.stdout.split("\n") if line]
     assert run.returncode == 0, run.stdout + run.stderr
     assert lines == [f"{name} same" for name in ("operator", *CASES)]
@@ -47,7 +49,7 @@ def test_thread_counts(op, thread_count):
     expected = results(op)
     for forward, backward in ((2, 2), (5, 5), (1, 5), (5, 1)):
         thread_count(forward)
-        assert equal(results(op, between=lambda: thread_count(backward)), expected)
+        assert equal(results(op, between=functools.partial(thread_count, backward)), expected)
 
 
 def test_python_threads(thread_count):

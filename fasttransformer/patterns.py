@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Dropout, Module, Parameter
+from torch.nn import Dropout, Module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import nn
 from .backends import TABLE as KERNELS
 from .backends import forced_backend, unavailable
-from .nn._plain import activation_name, addition, path_of
+from .nn._plain import activation_name, addition, oddity, path_of
 
 Reason = Callable[[Module], "str | None"]
 
@@ -79,6 +80,19 @@ def short_name(cls: type) -> str:
     return cls.__name__
 
 
+def own_code(source: type, function: Any) -> bool:
+    """Whether a function, and all that it wraps, is written in the package that ``source`` comes
+    from, and so was not put there by someone else."""
+    package = sys.modules[source.__module__.partition(".")[0]]
+    folder = os.path.dirname(package.__file__ or "")
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(folder):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
 # ---- reasons to leave a module alone ------------------------------------------------------------
 
 
@@ -86,13 +100,18 @@ def own_reason(module: Module) -> str | None:
     """What holds for any module: a replaced forward, parameters that are no plain tensors."""
     if "forward" in module.__dict__:
         return "its forward is replaced on this instance"
+    if not own_code(type(module), type(module).forward):
+        return f"the forward of {short_name(type(module))} is replaced"
+    if module.__dict__.get("qconfig") is not None:
+        return "it is prepared for quantization; convert the model, then swap"
     return _parameter_reason(module, "")
 
 
 def _parameter_reason(module: Module, prefix: str) -> str | None:
     for name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) not in (Parameter, Tensor):
-            return f"{prefix}{name} is a {type(parameter).__name__}"
+        found = None if parameter is None else oddity(parameter)
+        if found is not None:
+            return f"{prefix}{name} {found}"
     if "weight" not in module._parameters and isinstance(module, _WEIGHTED):
         return f"{prefix}weight is computed by a hook (pruning or weight normalization)"
     return None
@@ -100,10 +119,11 @@ def _parameter_reason(module: Module, prefix: str) -> str | None:
 
 def _bypass_reason(child: Module, name: str) -> str | None:
     """What a submodule has that a target which reads its parameters would pass over."""
-    added = addition(child)
-    if added is not None:
-        return f"{name} {added}, which would not be called"
-    return _parameter_reason(child, f"{name}.")
+    reason = _parameter_reason(child, f"{name}.")
+    if reason is None:
+        added = addition(child)
+        reason = None if added is None else f"{name} {added}, which would not be called"
+    return reason
 
 
 def kernel_reason(op: str, module: Module) -> str | None:
@@ -260,8 +280,22 @@ def find(module: Module) -> Pattern | None:
 
 
 def swapped_from(module: Module) -> type[Module] | None:
-    """The class that a swapped module had before, None for a module that was not swapped."""
-    return type(module).__dict__.get("_ft_swapped_from")
+    """The class that a swapped module had before, None for a module that was not swapped.
+
+    Parametrizations and ``fully_shard`` derive a class of their own from a module's: they stay, on
+    the class that it had before.
+    """
+    return _class_before(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _class_before(cls: Any) -> Any:
+    source = cls.__dict__.get("_ft_swapped_from")
+    if source is not None or not hasattr(cls, "_ft_swapped_from"):
+        return source
+    bases = tuple(_class_before(base) or base for base in cls.__bases__)
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
 
 
 def targets(

@@ -53,7 +53,7 @@ def test_nested_tensors_fall_back_with_a_reason():
         want = mha(x, x, x, need_weights=False)[0].to_padded_tensor(0.0)
         got = ours(x, x, x, need_weights=False)[0].to_padded_tensor(0.0)
     assert torch.equal(got, want)
-    assert ft.nn.fallbacks(ours) == {"": {"nested tensors": 1}}
+    assert ft.nn.fallbacks(ours) == {"": {"query is a nested tensor": 1}}
 
 
 def test_reasons_to_fall_back():

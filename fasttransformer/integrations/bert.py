@@ -5,7 +5,8 @@ residual and LayerNorm (Vaswani et al., 2017, arXiv:1706.03762; Devlin et al., 2
 transformers writes these five modules out again for each model of the family; here each forward
 stands once, as a mixin over whichever class it is swapped for, and :data:`FAMILIES` lists the
 classes. A forward that meets a case that it does not know (a cache, weights to be returned, another
-attention implementation, a submodule that was replaced or hooked after the swap) runs the original.
+attention implementation, a function of transformers' or a submodule that was replaced or hooked,
+before the swap or after it) runs the original, and ``ft.nn.fallbacks`` says why.
 
 The classes themselves (``bert.BertSelfOutput``) are made when they are first asked for, since their
 bases live in transformers' modules.
@@ -13,7 +14,8 @@ bases live in transformers' modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +25,17 @@ from torch.nn.functional import linear as torch_linear
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from .. import patterns
-from ..nn._plain import activation_name, addition
+from ..nn._blocks import DROPOUT_FORWARDS as DROPOUT
+from ..nn._drop_in import DropIn
+from ..nn._fallback import record
+from ..nn._plain import activation_name, kernels_take, parameter, part_reason
+from ..nn.linear import LINEAR_FORWARDS as LINEAR
+from ..nn.norms import LAYER_NORM_FORWARDS as LAYER_NORM
 from ..ops.add_layer_norm import add_layer_norm
 from ..ops.attention import attention
 from ..ops.linear_add import linear_add
 from ..ops.linear_add_layer_norm import linear_add_layer_norm
-from ..patterns import KINDS, Pattern
-
-LINEAR = frozenset(KINDS["Linear"])
-LAYER_NORM = frozenset(KINDS["LayerNorm"])
-DROPOUT = frozenset(KINDS["Dropout"])
+from ..patterns import Pattern, own_code
 
 #: Keyword arguments of an attention module that do not change what a self-attention computes.
 _IGNORED = frozenset(
@@ -43,23 +46,43 @@ _IGNORED = frozenset(
 #: other masks or do other maths.
 _IMPLEMENTATIONS = frozenset({"eager", "sdpa"})
 
+
 if TYPE_CHECKING:
     Base = Any
 else:
-    Base = object
+    Base = DropIn
 
 
-def plain(module: Module, classes: frozenset[type[Module]]) -> bool:
-    """Whether a submodule may be bypassed: its class is known and nothing was added to it."""
-    return type(module) in classes and addition(module) is None and not has_global_hook()
+class Swapped(Base):
+    """What every target here is: it notes the forward that its source has when it is made."""
+
+    _source_forward: Callable[..., Any] | None = None
+
+    def __init_subclass__(cls) -> None:
+        source = cls.__dict__.get("_ft_swapped_from")
+        if source is not None and own_code(source, source.forward):
+            cls._source_forward = staticmethod(source.forward)
+
+    def _why_original(self, *parts: tuple[str, tuple]) -> str | None:
+        """Why the original forward must run: it was replaced on its class, or one of ``parts``
+        (name, the forwards that are known for it) has more to it than its parameters."""
+        if self._ft_swapped_from.forward is not self._source_forward:  # type: ignore[attr-defined]
+            return f"the forward of {self._ft_swapped_from.__name__} is replaced"  # type: ignore
+        if has_global_hook():
+            return "global module hooks"
+        modules: Any = self._modules  # type: ignore[attr-defined]
+        for name, forwards in parts:
+            found = part_reason(modules[name], forwards)
+            if found is not None:
+                return f"{name} {found}"
+        return None
 
 
 def linear(x: Tensor, layer: Module, activation: str | None = None) -> Tensor:
-    parameters = layer._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
+    weight, bias = parameter(layer, "weight"), parameter(layer, "bias")
     if activation is None and not x.is_cpu:
-        return torch_linear(x, weight, bias)  # type: ignore[arg-type]  # see linear_is_faster
-    return linear_add(x, weight, bias, activation=activation)  # type: ignore[arg-type]
+        return torch_linear(x, weight, bias)  # see linear_is_faster
+    return linear_add(x, weight, bias, activation=activation)
 
 
 def _own_hooks(module: Module) -> bool:
@@ -82,11 +105,11 @@ def _wants_weights(module: Any, options: dict[str, Any]) -> bool:
     return bool(module.config.output_attentions) or _own_hooks(module)
 
 
-def _unknown(options: dict[str, Any]) -> bool:
+def _unknown(options: dict[str, Any]) -> str | None:
     for name, value in options.items():
         if value is not None and name not in _IGNORED:
-            return True
-    return False
+            return name
+    return None
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -109,35 +132,75 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     return out.transpose(1, 2).reshape(batch, length, features)
 
 
-def known_case(
-    module: Any, hidden_states: Tensor, mask: Any, projections: tuple[str, ...], options: dict
-) -> bool:
-    modules = module._modules
-    for name in projections:
-        if not plain(modules[name], LINEAR):
-            return False
-    if hidden_states.dim() != 3 or (options and _unknown(options)):
-        return False
-    if mask is not None and not (
-        isinstance(mask, Tensor)
-        and mask.dim() == 4
-        and (mask.dtype is torch.bool or mask.is_floating_point())
-    ):
-        return False
-    return (
-        module.config._attn_implementation in _IMPLEMENTATIONS
-        and not _wants_weights(module, options)
-        and plain(modules["dropout"], DROPOUT)
-    )
+class Attention(Swapped):
+    """What attention modules ask before they compute; the children that project, and dropout.
+
+    The attention function that the original would call is looked up at each call, as there: if it
+    is not transformers' own, it runs.
+    """
+
+    _ft_projections: tuple[str, ...]
+    _ft_functions: tuple[Any, ...]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        source = cls.__dict__.get("_ft_swapped_from")
+        if source is not None:
+            cls._ft_functions = attention_functions(source)
+
+    def _why_original_attention(
+        self: Any, hidden_states: Tensor, mask: Any, options: dict[str, Any]
+    ) -> str | None:
+        parts = [(name, LINEAR) for name in self._ft_projections]
+        reason = self._why_original(*parts, ("dropout", DROPOUT))
+        if reason is not None:
+            return reason
+        if hidden_states.dim() != 3:
+            return f"hidden_states has {hidden_states.dim()} dimensions"
+        unknown = _unknown(options) if options else None
+        if unknown is not None:
+            return f"the argument {unknown}"
+        if mask is not None and not (
+            isinstance(mask, Tensor)
+            and mask.dim() == 4
+            and (mask.dtype is torch.bool or mask.is_floating_point())
+        ):
+            return "a mask that is not a boolean or floating-point tensor of four dimensions"
+        implementation = self.config._attn_implementation
+        if implementation not in _IMPLEMENTATIONS:
+            return f"its attention implementation is {implementation!r}"
+        function = _attention_function(self._ft_swapped_from, implementation)
+        if not any(function is known for known in self._ft_functions):
+            return f"the attention function {implementation!r} is replaced"
+        return "the attention weights are read" if _wants_weights(self, options) else None
 
 
-class SelfAttention(Base):
+def _attention_function(source: type, implementation: str) -> Any:
+    names = vars(sys.modules[source.__module__])
+    return names["ALL_ATTENTION_FUNCTIONS"].get(implementation, names["eager_attention_forward"])
+
+
+def attention_functions(source: type) -> tuple[Any, ...]:
+    """transformers' own functions for "eager" and "sdpa", as the module of ``source`` sees them;
+    what was put in their place is not among them."""
+    found = (_attention_function(source, name) for name in sorted(_IMPLEMENTATIONS))
+    return tuple(function for function in found if own_code(source, function))
+
+
+class SelfAttention(Attention):
     """Three projections and ``ft.attention``; children query, key, value, dropout."""
+
+    _ft_projections = ("query", "key", "value")
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any
     ) -> Any:
-        if cache is not None or not known_case(self, hidden_states, attention_mask, _QKV, kwargs):
+        if cache is None and kernels_take(hidden_states):
+            reason = self._why_original_attention(hidden_states, attention_mask, kwargs)
+        else:
+            reason = _CACHE if cache is not None else TENSORS
+        if reason is not None:
+            record(self, reason)
             return super().forward(hidden_states, attention_mask, cache, **kwargs)
         modules: Any = self._modules
         query = linear(hidden_states, modules["query"])
@@ -146,11 +209,15 @@ class SelfAttention(Base):
         return attend(self, query, key, value, attention_mask), None
 
 
-_QKV = ("query", "key", "value")
+_CACHE = "a cache of keys and values"
+#: Why an input is none of our kernels'.
+TENSORS = "its input is no plain floating-point tensor, or it is being traced"
 
 
-class CrossAttention(Base):
+class CrossAttention(Attention):
     """As :class:`SelfAttention`, with keys and values from the encoder; never causal."""
+
+    _ft_projections = ("query", "key", "value")
 
     def forward(
         self,
@@ -160,13 +227,17 @@ class CrossAttention(Base):
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if (
-            cache is not None
-            or encoder_hidden_states is None
-            or encoder_hidden_states.dim() != 3
-            or self.is_causal
-            or not known_case(self, hidden_states, attention_mask, _QKV, kwargs)
-        ):
+        reason: str | None = None
+        if cache is not None:
+            reason = _CACHE
+        elif not kernels_take(hidden_states, encoder_hidden_states):
+            reason = TENSORS
+        elif encoder_hidden_states is None or encoder_hidden_states.dim() != 3 or self.is_causal:
+            reason = "it is not attention to an encoder's states"
+        else:
+            reason = self._why_original_attention(hidden_states, attention_mask, kwargs)
+        if reason is not None:
+            record(self, reason)
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, cache, **kwargs
             )
@@ -177,22 +248,28 @@ class CrossAttention(Base):
         return attend(self, query, key, value, attention_mask), None
 
 
-class OutputNorm(Base):
+class OutputNorm(Swapped):
     """``LayerNorm(dropout(dense(x)) + residual)``; children dense, LayerNorm, dropout."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if kernels_take(hidden_states, input_tensor):
+            reason = self._why_original(
+                ("dense", LINEAR), ("LayerNorm", LAYER_NORM), ("dropout", DROPOUT)
+            )
+        else:
+            reason = TENSORS
+        if reason is not None:
+            record(self, reason)
+            return super().forward(hidden_states, input_tensor)
         modules: Any = self._modules
         dense, norm, dropout = modules["dense"], modules["LayerNorm"], modules["dropout"]
-        if not (plain(dense, LINEAR) and plain(norm, LAYER_NORM) and plain(dropout, DROPOUT)):
-            return super().forward(hidden_states, input_tensor)
-        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
         dropout_p = dropout.p if dropout.training else 0.0
         if dropout_p == 0.0 and hidden_states.dtype is input_tensor.dtype:
-            parameters = dense._parameters
             return linear_add_layer_norm(
                 hidden_states,
-                parameters["weight"],
-                parameters["bias"],
+                parameter(dense, "weight"),
+                parameter(dense, "bias"),
                 input_tensor,
                 weight,
                 bias,
@@ -206,18 +283,24 @@ class OutputNorm(Base):
         )[0]
 
 
-class Intermediate(Base):
+class Intermediate(Swapped):
     """``activation(dense(x))``; children dense, intermediate_act_fn."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        dense: Any = self._modules["dense"]
         activation = activation_name(self.intermediate_act_fn)
-        if activation is None or not plain(dense, LINEAR):
+        if not kernels_take(hidden_states):
+            reason: str | None = TENSORS
+        elif activation is None:
+            reason = "its activation has no kernel"
+        else:
+            reason = self._why_original(("dense", LINEAR))
+        if reason is not None:
+            record(self, reason)
             return super().forward(hidden_states)
-        return linear(hidden_states, dense, activation)
+        return linear(hidden_states, self._modules["dense"], activation)
 
 
-class Layer(Base):
+class Layer(Swapped):
     """Attention and feed-forward; transformers' cuts the input into chunks, mostly one.
 
     Finding that out costs it as much time as a small kernel (it inspects a signature).
@@ -232,7 +315,12 @@ class Layer(Base):
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if self.chunk_size_feed_forward or (self.is_decoder and encoder_hidden_states is not None):
+        if (
+            self.chunk_size_feed_forward
+            or (self.is_decoder and encoder_hidden_states is not None)
+            or "feed_forward_chunk" in self.__dict__
+            or self._why_original() is not None
+        ):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -254,6 +342,9 @@ def attention_reason(module: Any, heads: int, features: int) -> str | None:
     implementation = module.config._attn_implementation
     if implementation not in _IMPLEMENTATIONS:
         return f"its attention implementation is {implementation!r}"
+    source = type(module)
+    if _attention_function(source, implementation) not in attention_functions(source):
+        return f"the attention function that it calls, {implementation!r}, is replaced"
     if _own_hooks(module) and implementation == "eager":
         return "a forward hook on it may read the attention weights"
     if heads * module.attention_head_size != features:

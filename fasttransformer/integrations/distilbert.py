@@ -11,63 +11,90 @@ from typing import Any
 from torch import Tensor
 
 from .. import patterns
-from ..nn._plain import activation_name
+from ..nn._fallback import record
+from ..nn._plain import activation_name, kernels_take, parameter
 from ..ops.add_layer_norm import add_layer_norm
 from ..patterns import Pattern
-from .bert import LAYER_NORM, LINEAR, Base, attend, attention_reason, known_case, linear, plain
+from .bert import (
+    LAYER_NORM,
+    LINEAR,
+    TENSORS,
+    Attention,
+    Swapped,
+    attend,
+    attention_reason,
+    linear,
+)
 
-_QKV = ("q_lin", "k_lin", "v_lin")
 
-
-class SelfAttention(Base):
+class SelfAttention(Attention):
     """Projections, ``ft.attention``, projection back; children q_lin, k_lin, v_lin, out_lin."""
 
+    _ft_projections = ("q_lin", "k_lin", "v_lin", "out_lin")
+
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
-        modules: Any = self._modules
-        if not plain(modules["out_lin"], LINEAR) or not known_case(
-            self, hidden_states, attention_mask, _QKV, kwargs
-        ):
+        if kernels_take(hidden_states):
+            reason = self._why_original_attention(hidden_states, attention_mask, kwargs)
+        else:
+            reason = TENSORS
+        if reason is not None:
+            record(self, reason)
             return super().forward(hidden_states, attention_mask, **kwargs)
+        modules: Any = self._modules
         query, key, value = (linear(hidden_states, modules[name]) for name in _QKV)
         out = attend(self, query, key, value, attention_mask)
         return linear(out, modules["out_lin"]), None
 
 
-class FeedForward(Base):
+_QKV = SelfAttention._ft_projections[:3]
+
+
+class FeedForward(Swapped):
     """``dropout(lin2(activation(lin1(x))))``; transformers' ``forward`` cuts x into chunks."""
 
     def ff_chunk(self, input: Tensor) -> Tensor:
-        modules: Any = self._modules
         activation = activation_name(self.activation)
-        if activation is None or not (
-            plain(modules["lin1"], LINEAR) and plain(modules["lin2"], LINEAR)
-        ):
+        if not kernels_take(input):
+            reason: str | None = TENSORS
+        elif activation is None:
+            reason = "its activation has no kernel"
+        else:
+            reason = self._why_original(("lin1", LINEAR), ("lin2", LINEAR))
+        if reason is not None:
+            record(self, reason)
             return super().ff_chunk(input)
+        modules: Any = self._modules
         x = linear(input, modules["lin1"], activation)
         return modules["dropout"](linear(x, modules["lin2"]))
 
 
-class Block(Base):
+class Block(Swapped):
     """Attention and feed-forward, each followed by ``LayerNorm(x + residual)`` in one kernel."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        if kernels_take(hidden_states):
+            reason = self._why_original(
+                ("sa_layer_norm", LAYER_NORM), ("output_layer_norm", LAYER_NORM)
+            )
+        else:
+            reason = TENSORS
+        if reason is not None:
+            record(self, reason)
+            return super().forward(hidden_states, attention_mask, **kwargs)
         modules: Any = self._modules
         norm1, norm2 = modules["sa_layer_norm"], modules["output_layer_norm"]
-        if not (plain(norm1, LAYER_NORM) and plain(norm2, LAYER_NORM)):
-            return super().forward(hidden_states, attention_mask, **kwargs)
         out, _ = modules["attention"](hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = _add_norm(out, hidden_states, norm1)
         return _add_norm(modules["ffn"](hidden_states), hidden_states, norm2)
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: Any) -> Tensor:
-    weights = norm._parameters
     return add_layer_norm(
         x.to(residual.dtype),
         residual,
         norm.normalized_shape,
-        weights["weight"],
-        weights["bias"],
+        parameter(norm, "weight"),
+        parameter(norm, "bias"),
         norm.eps,
     )[0]
 

@@ -16,28 +16,26 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.linear_add import linear_add
-from ._plain import activation_name, addition
-from .attention import MultiheadAttention
-from .linear import Linear
-from .norms import LayerNorm, RMSNorm
+from ._plain import activation_name, part_reason
+from .attention import MultiheadAttention, why_not
+from .linear import LINEAR_FORWARDS
+from .norms import NORM_FORWARDS
 
 _ATTENTION = (nn.MultiheadAttention.forward, MultiheadAttention.forward)
-_LINEAR = (nn.Linear.forward, Linear.forward)
-_NORM = (nn.LayerNorm.forward, LayerNorm.forward, nn.RMSNorm.forward, RMSNorm.forward)
-_DROPOUT = (nn.Dropout.forward,)
+DROPOUT_FORWARDS = (nn.Dropout.forward,)
 #: submodule → the forwards that the fused path stands for
 _PLAIN: dict[str, tuple[Callable[..., Any], ...]] = {
     "self_attn": _ATTENTION,
     "multihead_attn": _ATTENTION,
-    "linear1": _LINEAR,
-    "linear2": _LINEAR,
-    "norm1": _NORM,
-    "norm2": _NORM,
-    "norm3": _NORM,
-    "dropout": _DROPOUT,
-    "dropout1": _DROPOUT,
-    "dropout2": _DROPOUT,
-    "dropout3": _DROPOUT,
+    "linear1": LINEAR_FORWARDS,
+    "linear2": LINEAR_FORWARDS,
+    "norm1": NORM_FORWARDS,
+    "norm2": NORM_FORWARDS,
+    "norm3": NORM_FORWARDS,
+    "dropout": DROPOUT_FORWARDS,
+    "dropout1": DROPOUT_FORWARDS,
+    "dropout2": DROPOUT_FORWARDS,
+    "dropout3": DROPOUT_FORWARDS,
 }
 ENCODER = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
 DECODER = (*ENCODER, "multihead_attn", "norm3", "dropout3")
@@ -50,11 +48,13 @@ def why_not_fused(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     modules: dict[str, Any] = layer._modules
     for name in names:
         module: Any = modules.get(name)
-        if getattr(type(module), "forward", None) not in _PLAIN[name]:
-            return f"{name} is a {type(module).__name__}: submodules are called one by one"
-        added = addition(module)
-        if added is not None:
-            return f"{name} {added}: submodules are called one by one"
+        found = part_reason(module, _PLAIN[name])
+        if found is not None:
+            return f"{name} {found}: submodules are called one by one"
+        if name.endswith("attn"):
+            reason = why_not(module)
+            if reason is not None:
+                return reason
         if name.startswith("norm") and len(module.normalized_shape) != 1:
             return f"{name} normalizes over more than one dimension"
         if name.startswith("dropout") and module.training and module.p >= 1.0:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from ..ops.attention import attention
 from ..ops.linear_add import linear_add
 from ..ops.softmax import softmax
+from ._drop_in import DropIn
 from ._fallback import record
 from ._masks import attention_masks
+from ._plain import kernels_take, odd_parameter, run_torchs
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(DropIn, nn.MultiheadAttention):
     r"""Drop-in :class:`torch.nn.MultiheadAttention`: same constructor, call and ``state_dict``.
 
     .. math::
@@ -81,7 +81,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights or None); see the class and :class:`torch.nn.MultiheadAttention`."""
-        reason = why_not(self, query, key, value)
+        parameters = self._parameters.values()
+        if not kernels_take(query, key, value, attn_mask, key_padding_mask, *parameters):
+            return run_torchs(
+                self, super().forward, query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+        reason = why_not(self)
         if reason is not None:
             record(self, reason)
             return super().forward(
@@ -96,12 +102,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return linear_add(context, out_proj.weight, out_proj.bias), weights
 
 
-def why_not(mha: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why our kernels can't do a call that torch's forward may be able to do, or None."""
-    if query.dtype not in _FLOATS:
-        return f"query has dtype {query.dtype}"
-    if query.is_nested or key.is_nested or value.is_nested:
-        return "nested tensors"
+def why_not(mha: nn.MultiheadAttention) -> str | None:
+    """Why our kernels can't do what torch's forward may be able to do, or None."""
     if mha.training and mha.dropout >= 1.0:
         return f"dropout of {mha.dropout}"
     bias_k, bias_v = mha.bias_k, mha.bias_v
@@ -109,9 +111,8 @@ def why_not(mha: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
         shape = (1, 1, mha.embed_dim)
         if bias_k is None or bias_v is None or bias_k.shape != shape or bias_v.shape != shape:
             return "bias_k and bias_v are not both of shape (1, 1, embed_dim)"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
-    return None
+    added = odd_parameter(mha.out_proj)
+    return None if added is None else f"out_proj {added}"
 
 
 def heads_output(

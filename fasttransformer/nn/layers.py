@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._blocks import DECODER, ENCODER, dropout_p, hidden, why_not_fused
+from ._drop_in import DropIn
 from ._fallback import record
+from ._plain import kernels_take, run_torchs
 from ._project import project_add, project_add_norm, project_norm
-from .attention import MultiheadAttention, heads_output, why_not
+from .attention import MultiheadAttention, heads_output
 from .linear import Linear
 from .norms import LayerNorm
 
@@ -31,7 +33,7 @@ def _adopt(layer: nn.Module) -> None:
             child.__class__ = ours
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
     r"""Drop-in :class:`torch.nn.TransformerEncoderLayer`: same constructor, call, ``state_dict``.
 
     .. math::
@@ -84,10 +86,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """The layer's output, shaped like ``src``."""
-        if src.is_nested:
-            record(self, "nested tensors")
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        reason = _why_not(self, ENCODER, src) or _overridden(self, TransformerEncoderLayer)
+        if not kernels_take(src, src_mask, src_key_padding_mask):
+            return run_torchs(self, super().forward, src, src_mask, src_key_padding_mask, is_causal)
+        reason = why_not_fused(self, ENCODER) or _overridden(self, TransformerEncoderLayer)
         if reason is not None:
             record(self, reason)
             return self._one_by_one(src, src_mask, src_key_padding_mask, is_causal)
@@ -113,7 +114,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
     r"""Drop-in :class:`torch.nn.TransformerDecoderLayer`: same constructor, call, ``state_dict``.
 
     .. math::
@@ -166,15 +167,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """The layer's output, shaped like ``tgt``."""
-        if tgt.is_nested or memory.is_nested:
-            record(self, "nested tensors")
-            return super().forward(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-                tgt_is_causal, memory_is_causal,
-            )  # fmt: skip
-        reason = _why_not(self, DECODER, tgt) or _overridden(self, TransformerDecoderLayer)
-        if reason is None:
-            reason = why_not(self.multihead_attn, tgt, memory, memory)
+        masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
+        if not kernels_take(tgt, memory, *masks):
+            return run_torchs(
+                self, super().forward, tgt, memory, *masks, tgt_is_causal, memory_is_causal
+            )
+        reason = why_not_fused(self, DECODER) or _overridden(self, TransformerDecoderLayer)
         if reason is not None:
             record(self, reason)
             return self._one_by_one(
@@ -225,10 +223,6 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             x + self._mha_block(x, memory, memory_mask, memory_padding, memory_is_causal)
         )
         return self.norm3(x + self._ff_block(x))
-
-
-def _why_not(layer: Any, names: tuple[str, ...], x: Tensor) -> str | None:
-    return why_not_fused(layer, names) or why_not(layer.self_attn, x, x, x)
 
 
 _BLOCKS = ("_sa_block", "_mha_block", "_ff_block")

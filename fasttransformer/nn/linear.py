@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._activation import activated
-from ..ops._front import FLOATS
 from ..ops.embedding import embedding
 from ..ops.linear_add import ACTIVATIONS, linear_add
 from ..ops.softmax import softmax
 from ..reference.feed_forward import GATES
+from ._drop_in import DropIn
 from ._fallback import record
+from ._plain import kernels_take, parameter, plain_part, run_torchs
 from ._project import project_add, project_add_norm
-from .norms import LayerNorm, RMSNorm, checked_dropout
+from .norms import NORM_FORWARDS, LayerNorm, RMSNorm, checked_dropout
 
 
-class Linear(nn.Linear):
+class Linear(DropIn, nn.Linear):
     r"""Drop-in :class:`torch.nn.Linear`: :math:`y = x W^\top + b`.
 
     Input (..., in_features), output (..., out_features), in the input's dtype.
@@ -34,12 +35,19 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        if not kernels_take(input, weight, bias):
+            return run_torchs(self, super().forward, input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             return super().forward(input)  # raises torch's error; heads are not for this module
-        return linear_add(input, self.weight, self.bias)
+        return linear_add(input, weight, bias)
 
 
-class Softmax(nn.Softmax):
+#: The forwards that reading a linear layer's parameters stands for.
+LINEAR_FORWARDS = (nn.Linear.forward, Linear.forward)
+
+
+class Softmax(DropIn, nn.Softmax):
     r"""Drop-in :class:`torch.nn.Softmax`: :math:`y_i = e^{x_i} / \sum_j e^{x_j}` over ``dim``.
 
     Any shape and float dtype, output the same; without ``dim``, or of integers, torch's own runs.
@@ -57,13 +65,15 @@ class Softmax(nn.Softmax):
 
     def forward(self, input: Tensor) -> Tensor:
         """Of any shape; the entries along ``dim`` sum to one."""
-        if self.dim is None or not input.is_floating_point():
-            record(self, "dim is None" if self.dim is None else f"input has dtype {input.dtype}")
+        if not kernels_take(input):
+            return run_torchs(self, super().forward, input)
+        if self.dim is None:
+            record(self, "dim is None")
             return super().forward(input)
         return softmax(input, self.dim)
 
 
-class Embedding(nn.Embedding):
+class Embedding(DropIn, nn.Embedding):
     r"""Drop-in :class:`torch.nn.Embedding`: rows of a table, :math:`y_i = W_{x_i}`.
 
     Input any shape of integer ids, output (\*, embedding_dim) in the table's dtype. Look-ups of
@@ -81,11 +91,14 @@ class Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape to (\\*input.shape, embedding_dim)."""
+        weight = parameter(self, "weight")
+        if not kernels_take(weight, input):
+            return run_torchs(self, super().forward, input)
         reason = self._why_not()
         if reason is not None:
             record(self, reason)
             return super().forward(input)
-        return embedding(input, self.weight, padding_idx=self.padding_idx)
+        return embedding(input, weight, padding_idx=self.padding_idx)
 
     def _why_not(self) -> str | None:
         if self.max_norm is not None:
@@ -94,8 +107,6 @@ class Embedding(nn.Embedding):
             return "scale_grad_by_freq"
         if self.sparse:
             return "sparse gradients"
-        if self.weight.dtype not in FLOATS:
-            return f"weight has dtype {self.weight.dtype}"
         return None
 
 
@@ -158,6 +169,9 @@ class OutputProjection(nn.Linear):
         p = self.dropout if self.training else 0.0
         if self.norm is None:
             return project_add(input, self.weight, self.bias, residual, p)
+        if not plain_part(self.norm, NORM_FORWARDS):
+            summed = project_add(input, self.weight, self.bias, residual, p)
+            return self.norm(summed), summed
         return project_add_norm(input, self.weight, self.bias, residual, self.norm, p)
 
     def extra_repr(self) -> str:
@@ -222,10 +236,10 @@ class FeedForward(nn.Module):
     def hidden(self, input: Tensor) -> Tensor:
         """What enters the second linear layer, (..., dim_feedforward): for blocks that fuse that
         layer with what follows it."""
-        weight, bias = self.linear1.weight, self.linear1.bias
         p = self.dropout if self.training else 0.0
-        if self.activation in GATES:
-            return activated(linear_add(input, weight, bias), self.activation, p)
+        if self.activation in GATES or not plain_part(self.linear1, LINEAR_FORWARDS):
+            return activated(self.linear1(input), self.activation, p)
+        weight, bias = self.linear1.weight, self.linear1.bias
         return linear_add(input, weight, bias, activation=self.activation, dropout_p=p)
 
     def extra_repr(self) -> str:

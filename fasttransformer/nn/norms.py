@@ -11,9 +11,11 @@ from ..ops.add_layer_norm import add_layer_norm
 from ..ops.add_rms_norm import add_rms_norm
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
+from ._drop_in import DropIn
+from ._plain import kernels_take, parameter, run_torchs
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(DropIn, nn.LayerNorm):
     r"""Drop-in :class:`torch.nn.LayerNorm`: same constructor, call and ``state_dict``.
 
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot \gamma + \beta
@@ -34,10 +36,13 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., \\*normalized_shape) normalized."""
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        if not kernels_take(input, weight, bias):
+            return run_torchs(self, super().forward, input)
+        return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(DropIn, nn.RMSNorm):
     r"""Drop-in :class:`torch.nn.RMSNorm`: same constructor, call and ``state_dict``.
 
     .. math:: y = \frac{x}{\sqrt{\overline{x^2} + \epsilon}} \odot \gamma
@@ -57,7 +62,15 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., \\*normalized_shape) normalized."""
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        weight = parameter(self, "weight")
+        if not kernels_take(x, weight):
+            return run_torchs(self, super().forward, x)
+        return rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+#: The forwards that reading a norm's parameters stands for.
+LAYER_NORM_FORWARDS = (nn.LayerNorm.forward, LayerNorm.forward)
+NORM_FORWARDS = (*LAYER_NORM_FORWARDS, nn.RMSNorm.forward, RMSNorm.forward)
 
 
 class AddLayerNorm(nn.LayerNorm):

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
-from ._fallback import record
+from ._drop_in import DropIn
+from ._plain import kernels_take, run_torchs
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .norms import LayerNorm
 
 
-class TransformerEncoder(nn.TransformerEncoder):
+class TransformerEncoder(DropIn, nn.TransformerEncoder):
     r"""Drop-in :class:`torch.nn.TransformerEncoder`: ``num_layers`` copies of a layer, then a norm.
 
     Evaluation gives what training gives. torch's goes through nested tensors when there is a
@@ -54,9 +55,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """The stack's output; ``is_causal=None`` detects a causal ``mask``, as in torch."""
-        if src.is_nested:
-            record(self, "nested tensors")
-            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        if not kernels_take(src, mask, src_key_padding_mask):
+            return run_torchs(self, super().forward, src, mask, src_key_padding_mask, is_causal)
         causal = _is_causal(mask, is_causal, src, self.layers)
         if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
             src_key_padding_mask = F._canonical_mask(
@@ -72,7 +72,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return output if self.norm is None else self.norm(output)
 
 
-class TransformerDecoder(nn.TransformerDecoder):
+class TransformerDecoder(DropIn, nn.TransformerDecoder):
     r"""Drop-in :class:`torch.nn.TransformerDecoder`: ``num_layers`` copies of a layer, then a norm.
 
     Args:
@@ -107,6 +107,11 @@ class TransformerDecoder(nn.TransformerDecoder):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """The stack's output; ``tgt_is_causal=None`` detects a causal ``tgt_mask``, as in torch."""
+        masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
+        if not kernels_take(tgt, memory, *masks):
+            return run_torchs(
+                self, super().forward, tgt, memory, *masks, tgt_is_causal, memory_is_causal
+            )
         causal = _is_causal(tgt_mask, tgt_is_causal, tgt, self.layers)
         output = tgt
         for layer in self.layers:
@@ -122,7 +127,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 _SIGNATURE = inspect.signature(nn.Transformer.__init__)
 
 
-class Transformer(nn.Transformer):
+class Transformer(DropIn, nn.Transformer):
     r"""Drop-in :class:`torch.nn.Transformer`: our encoder and decoder under torch's call.
 
     The same seed gives the same initial parameters as torch's. Arguments as in torch.

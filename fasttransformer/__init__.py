@@ -10,7 +10,7 @@ from . import _checkout
 
 _checkout.install()
 
-from . import nn, ops  # noqa: E402
+from . import _flops, nn, ops  # noqa: E402, F401  (torch's table of formulas)
 from .backends import backends, explain, use_backend  # noqa: E402
 from .ops import *  # noqa: E402, F403
 from .swap import restore, swap  # noqa: E402

@@ -98,7 +98,8 @@ class _LayerWeights:
 
     def __init__(self, layer: Layer, next_norm: Any) -> None:
         def of(module: Any) -> Weights:
-            return module.weight.contiguous(), module.bias
+            bias = None if module.bias is None else module.bias.contiguous()
+            return module.weight.contiguous(), bias
 
         cross = layer.cross_attn
         norms = [layer.norm1, layer.norm2, layer.norm3] if cross else [layer.norm1, layer.norm3]

@@ -124,7 +124,11 @@ def _with_grad(
     kernels: tuple[Kernel, Kernel],
 ) -> Tensor:
     lead = tuple(input.shape[:-1])
-    x, weight_in, _ = kernel_inputs(input, weight_in, None, (*lead, weight_in.shape[0]))
+    x, weight_in, bias_in, _ = kernel_inputs(
+        input, weight_in, bias_in, None, (*lead, weight_in.shape[0])
+    )
+    if bias_out is not None:
+        bias_out = bias_out.contiguous()
     out = _feed_forward_with_grad(
         x, weight_in, bias_in, weight_out.contiguous(), bias_out, seed, activation, dropout_p,
         kernels,

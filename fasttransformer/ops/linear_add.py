@@ -84,7 +84,7 @@ def linear_add(
     dropout = drawn_dropout(op, dropout_p, input)
     if kernel.forward is None:
         return reference.linear_add(input, weight, bias, residual, activation, *dropout)
-    x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
+    x, weight, bias, rows = kernel_inputs(input, weight, bias, residual, out_shape)
     if not grad:
         out = kernel.forward(x, weight, bias, rows, activation or "", *dropout)
     elif activation is None:
@@ -162,10 +162,15 @@ def check_linear(
 
 
 def kernel_inputs(
-    input: Tensor, weight: Tensor, residual: Tensor | None, out_shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(input, weight, residual) as operators take them: rows of two dimensions, or of three where
-    input and residual are contiguous and the output then has its shape without a view (1 µs)."""
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_shape: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(input, weight, bias, residual) as operators take them: weight and bias contiguous, the
+    others rows of two dimensions, or of three where input and residual are contiguous and the
+    output then has its shape without a view (1 µs)."""
     in_features, rows = weight.shape[1], math.prod(out_shape[:-1])
     if residual is not None and residual.shape != out_shape:
         residual = residual.expand(out_shape)
@@ -183,12 +188,14 @@ def kernel_inputs(
             x = input if input.stride(3) == 1 else input.contiguous()
     if not weight.is_contiguous():
         weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     if residual is not None:
         if x.dim() != 2:
             residual = residual.contiguous()
         elif residual.dim() != 2 or residual.stride(1) != 1:
             residual = last_stride_one(residual.reshape(rows, out_shape[-1]))
-    return x, weight, residual
+    return x, weight, bias, residual
 
 
 class _LinearAdd:
@@ -232,7 +239,8 @@ def linear_gradients(
     grad, rows = rows_of(grad, grad.shape[-1:]), x
     in_place = kernel.backend == "cuda"
     if x.dim() == 4 and not in_place:  # attention's heads, joined: whole rows are read there
-        rows = x.transpose(1, 2).reshape(math.prod(grad.shape[:-1]), weight.shape[1])
+        joined = x.transpose(1, 2).reshape(math.prod(grad.shape[:-1]), weight.shape[1])
+        rows = last_stride_one(joined)  # of heads of size 1, or of one head expanded, it is a view
     d_input, d_weight, d_bias = kernel.backward(grad, rows, weight, needs[0], needs[1], needs[2])
     if x.dim() == 4 and not in_place and needs[0]:
         batch, heads, length, head_dim = x.shape

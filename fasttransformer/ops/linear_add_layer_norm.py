@@ -81,7 +81,7 @@ def linear_add_layer_norm(
             input, weight, bias, residual, norm_weight, norm_bias, eps, *dropout,
             return_sum=return_sum,
         )  # fmt: skip
-    x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
+    x, weight, bias, rows = kernel_inputs(input, weight, bias, residual, out_shape)
     if grad:
         normed, summed = _linear_add_layer_norm(
             x, weight, bias, rows, w, b, *(dropout[::-1] or (None, 0.0)), eps, kernel

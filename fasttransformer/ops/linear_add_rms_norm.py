@@ -77,7 +77,7 @@ def linear_add_rms_norm(
         return reference.linear_add_rms_norm(
             input, weight, bias, residual, norm_weight, eps, *dropout, return_sum=return_sum
         )
-    x, weight, rows = kernel_inputs(input, weight, residual, out_shape)
+    x, weight, bias, rows = kernel_inputs(input, weight, bias, residual, out_shape)
     if grad:
         normed, summed = _linear_add_rms_norm(
             x, weight, bias, rows, w, *(dropout[::-1] or (None, 0.0)), eps, kernel

@@ -98,7 +98,7 @@ class _LayerWeights:
 
     def __init__(self, layer: Layer, next_norm: Any) -> None:
         def of(module: Any) -> Weights:
-            bias = None if module.bias is None else module.bias.contiguous()
+            bias: Any = None if module.bias is None else module.bias.contiguous()
             return module.weight.contiguous(), bias
 
         cross = layer.cross_attn

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .decoding import DecodingState
-from .sampling import OutputLayer, SamplingOptions, top_probabilities
+from .decoding import State
+from .sampling import OutputLayer, SamplingOptions, check_finite, top_probabilities
 
 
 @dataclass
@@ -46,16 +46,17 @@ class _Source:
 
 def beam_search(
     head: OutputLayer,
-    state: DecodingState,
+    state: State,
     start: Tensor,
     max_new_tokens: int,
     stops: frozenset[int],
     options: SamplingOptions,
     length_penalty: float,
     seen: Tensor | None,
+    numbers: list[int],
 ) -> list[tuple[list[int], float]]:
     """(tokens, score) of the best text of each source. ``start`` (sources,) is the newest token of
-    each; ``seen`` (sources, vocabulary) or None."""
+    each; ``seen`` (sources, vocabulary) or None; ``numbers`` name the sources in errors."""
     beams = state.beams
     live = [_Source(i) for i in range(state.sources)]
     everyone = list(live)
@@ -75,7 +76,12 @@ def beam_search(
         tokens = indices.reshape(len(live), -1).gather(1, places).tolist()
         parents = torch.div(places, width, rounding_mode="floor").tolist()
         kept, next_ids, next_parents, next_scores = [], [], [], []
-        for place, (source, row) in enumerate(zip(live, totals.tolist())):
+        rows = totals.tolist()
+        # A NaN is the first of its row, as torch sorts.
+        check_finite(
+            "generate", [row[0] for row in rows], [numbers[source.index] for source in live]
+        )
+        for place, (source, row) in enumerate(zip(live, rows)):
             chosen = _advance(
                 source, row, tokens[place], parents[place], beams, stops, length, length_penalty
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import Linear
+from ..nn.lm_head import head_loss
 from ..ops.cross_entropy import cross_entropy
-from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.softmax import softmax
 from .config import TransformerConfig
 from .encoder import Encoder
+from .modes import evaluating
 from .outputs import TextOutput
 from .packing import PackedBatch, pack
 from .pretrained import TextModel, Texts
+from .sampling import check_finite
 
 
 class Labelled(TextModel):
@@ -53,22 +56,30 @@ class Labelled(TextModel):
         if target is not None:
             classes = self._classes_of(target, len(features))
             count = len(classes)
-            loss = linear_cross_entropy(
-                features, self.head.weight, classes, linear_bias=self.head.bias,
+            loss = head_loss(
+                self.head, features, classes,
                 label_smoothing=self.config.label_smoothing if self.training else 0.0,
             )  # fmt: skip
         return TextOutput(loss, features, self.head, count)
 
     @torch.no_grad()
     def predict(self, texts: Texts, *, batch_size: int = 64) -> list[tuple[Any, float]]:
-        """(label, its probability) for each text: the label's name, or number without names."""
+        """(label, its probability) for each text, without dropout: the label's name, or number
+        without names.
+
+        Raises:
+            ValueError: logits that are NaN or infinite.
+        """
         if isinstance(texts, str):
             texts = [texts]
         found: list[tuple[Any, float]] = []
         for start in range(0, len(texts), batch_size):
-            logits = self(texts[start : start + batch_size]).logits.float()
+            with evaluating(self):
+                logits = self(texts[start : start + batch_size]).logits.float()
             best = softmax(logits, -1).max(-1)
-            for value, index in zip(best.values.tolist(), best.indices.tolist()):
+            values = best.values.tolist()
+            check_finite("predict", values, range(start, start + len(values)), "text")
+            for value, index in zip(values, best.indices.tolist()):
                 found.append((self.config.labels[index] if self.config.labels else index, value))
         return found
 
@@ -148,7 +159,7 @@ class TextClassifier(Labelled):
 
     def pooled(self, batch: PackedBatch) -> Tensor:
         """The mean of each text's tokens, (B, embed); 0 for a text of no tokens."""
-        hidden = self.encoder.run(batch)
+        hidden = self.encoder(batch).hidden
         lengths = batch.lengths_tensor()
         total = torch.segment_reduce(
             hidden.float(), "sum", lengths=lengths.long(), axis=0, initial=0.0
@@ -208,7 +219,7 @@ class SpanModel(TextModel):
     ) -> TextOutput:
         """Loss (with spans) and logits."""
         batch, offsets = self._joined(questions, contexts)
-        hidden = F.dropout(self.encoder.run(batch), self.config.dropout, self.training)
+        hidden = F.dropout(self.encoder(batch).hidden, self.config.dropout, self.training)
         logits = self._masked(self.head(hidden), batch, offsets)
         loss, count = None, 0
         if spans is not None:
@@ -237,22 +248,30 @@ class SpanModel(TextModel):
         max_answer_length: int = 32,
         batch_size: int = 32,
     ) -> list[tuple[str, float]]:
-        """(answer, its probability) for each question; "" where the context has none.
+        """(answer, its probability) for each question, without dropout; "" where the context has
+        none.
 
         ``max_answer_length`` is in tokens.
+
+        Raises:
+            ValueError: scores that are NaN or infinite.
         """
         found = []
         for first in range(0, len(questions), batch_size):
             part = slice(first, first + batch_size)
             batch, offsets = self._joined(questions[part], contexts[part])
-            logits = self._masked(self.head(self.encoder.run(batch)), batch, offsets).float()
+            with evaluating(self):
+                scores = self.head(self.encoder(batch).hidden)
+            logits = self._masked(scores, batch, offsets).float()
             start, end = softmax(logits, 1).unbind(-1)
             pairs = start[:, :, None] * end[:, None, :]
             place = torch.arange(pairs.shape[1], device=pairs.device)
             distance = place[None, :] - place[:, None]
             pairs = pairs * ((distance >= 0) & (distance < max_answer_length))
             best = pairs.flatten(1).max(1)
-            for i, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+            values = best.values.tolist()
+            check_finite("answer", values, range(first, first + len(values)), "question")
+            for i, (value, index) in enumerate(zip(values, best.indices.tolist())):
                 s, e = divmod(index, pairs.shape[2])
                 tokens = offsets[i]
                 skipped = batch.lengths[i] - 1 - len(tokens)
@@ -268,19 +287,27 @@ class SpanModel(TextModel):
         self, questions: Sequence[str], contexts: Sequence[str]
     ) -> tuple[PackedBatch, list[list[tuple[int, int]]]]:
         """question <sep> context </s>, and the characters of each of the context's tokens. A
-        context that is too long loses its end; a question, what exceeds half the length."""
+        context that is too long loses its end, with a warning; a question, what exceeds half of
+        the length."""
         if len(questions) != len(contexts):
             raise ValueError(f"SpanModel: {len(questions)} questions, but {len(contexts)} contexts")
         if not len(questions):
             raise ValueError("SpanModel: questions is an empty batch")
         tokenizer, longest = self.tokenizer, self.config.max_length
         asked = tokenizer.encode(list(questions), max_length=max(longest // 2 - 1, 0))
-        rows, offsets = [], []
+        rows, offsets, cut = [], [], 0
         for question, context in zip(asked, contexts):
             ids, places = tokenizer.encode_with_offsets(context)
             room = max(longest - len(question) - 2, 0)
+            cut += len(ids) > room
             rows.append([*question, tokenizer.sep_id, *ids[:room], tokenizer.eos_id])
             offsets.append(places[:room])
+        if cut:
+            warnings.warn(
+                f"SpanModel: {cut} of {len(rows)} questions with their contexts have more than "
+                f"{longest} tokens; the contexts' ends are left out",
+                stacklevel=2,
+            )
         return pack(rows, self.device), offsets
 
     def _masked(

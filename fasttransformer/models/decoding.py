@@ -9,6 +9,10 @@ costs what its live rows cost.
 What limits a step is reading the weights, and for small models the calls: about ten a layer. So
 they are made by :class:`_Calls`, which asks for the kernels once; shapes do not change from step to
 step, and the public functions' checks of them would cost more than the kernels' own time.
+
+The calls read weights instead of calling modules. A linear layer or norm that has more to it than
+its weights (an adapter, a hook) is called all the same; where that is so of a larger part, a state
+without a cache runs the decoder's own forward pass over all tokens at each step.
 """
 
 from __future__ import annotations
@@ -17,25 +21,33 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import Kernel, choose
-from ..nn import RotaryEmbedding
+from ..nn import FeedForward, LayerNorm, RotaryEmbedding, TokenPositionEmbedding
+from ..nn._plain import is_plain
+from ..nn.linear import LINEAR
 from ..ops import KVCache
+from ..ops._activation import activated
 from ..ops._front import autocast_dtype
 from ..ops.attention_decode import attention_decode
 from ..ops.embedding import embedding
-from ..ops.layer_norm import layer_norm
 from ..ops.linear_add import ACTIVATIONS, linear_add
 from ..ops.linear_add_layer_norm import linear_add_layer_norm
 from ..ops.rotary_embedding import rotary_embedding
+from .decoder import Decoder
 from .encoder import EncoderOutput, Stack
-from .layers import Layer, alibi_slopes
-from .packing import PackedBatch
+from .layers import CrossAttention, Layer, SelfAttention, alibi_slopes
+from .packing import PackedBatch, from_lengths, pack
 
 #: Positions that a cache starts with; it doubles when it is full.
 FIRST_CAPACITY = 32
-Weights = tuple[Tensor, Tensor]
+#: A linear layer's weight and bias, or a layer that has to be called.
+Linear = tuple[Tensor, Tensor] | nn.Module
+#: A block's last linear layer and the norm behind it, by weights (those of the norm with its eps),
+#: or both as modules.
+End = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, float]] | tuple[nn.Module, nn.Module]
+_NORM = (nn.LayerNorm.forward, LayerNorm.forward)
 
 
 class _Calls:
@@ -57,19 +69,29 @@ class _Calls:
         self._self = kernel("attention_decode", "is_causal", *slopes_option, head_dim=head_dim)
         self._cross = kernel("attention_decode", head_dim=head_dim)
 
-    def linear(self, x: Tensor, weights: Weights, activation: str = "") -> Tensor:
+    def linear(self, x: Tensor, layer: Linear, activation: str = "") -> Tensor:
+        if not isinstance(layer, tuple):
+            return activated(layer(x), activation) if activation else layer(x)
         if self._linear is None:
-            return linear_add(x, *weights, activation=activation or None)
-        return self._linear(x, *weights, None, activation)
+            return linear_add(x, *layer, activation=activation or None)
+        return self._linear(x, *layer, None, activation)
 
     def linear_norm(
-        self, x: Tensor, weights: Weights, residual: Tensor, norm: Weights, eps: float, both: bool
+        self, x: Tensor, end: End, residual: Tensor, both: bool
     ) -> tuple[Tensor, Tensor]:
         """(normed, summed), or with both False the same for both."""
-        if self._norm is None:
-            result: Any = linear_add_layer_norm(x, *weights, residual, *norm, eps, return_sum=both)
-            return result if both else (result, result)
-        normed, summed, _, _ = self._norm(x, *weights, residual, *norm, eps, both)
+        linear, norm = end
+        if not isinstance(linear, tuple) or not isinstance(norm, tuple):
+            summed = residual + linear(x)  # type: ignore[operator]
+            normed = norm(summed)  # type: ignore[operator]
+        elif self._norm is None:
+            weight, bias, eps = norm
+            result: Any = linear_add_layer_norm(
+                x, *linear, residual, weight, bias, eps, return_sum=both
+            )
+            normed, summed = result if both else (result, result)
+        else:
+            normed, summed, _, _ = self._norm(x, *linear, residual, *norm, both)
         return normed, summed if both else normed
 
     def attend(
@@ -97,23 +119,105 @@ class _LayerWeights:
     """What a step reads of a layer: look-ups of modules' attributes cost as much as a call."""
 
     def __init__(self, layer: Layer, next_norm: Any) -> None:
-        def of(module: Any) -> Weights:
+        def weights(module: Any) -> tuple[Tensor, Tensor]:
             bias: Any = None if module.bias is None else module.bias.contiguous()
             return module.weight.contiguous(), bias
+
+        def of(module: Any) -> Linear:
+            return weights(module) if is_plain(module, LINEAR) else module
+
+        def end(linear: Any, norm: Any) -> End:
+            if not (is_plain(linear, LINEAR) and is_plain(norm, _NORM)):
+                return linear, norm
+            return weights(linear), (*weights(norm), norm.eps)
 
         cross = layer.cross_attn
         norms = [layer.norm1, layer.norm2, layer.norm3] if cross else [layer.norm1, layer.norm3]
         if layer.pre_norm:
             norms = [*norms[1:], next_norm]
-        self.norms = [of(norm) for norm in norms]
-        self.eps = layer.norm1.eps
-        self.self_in, self.self_out = of(layer.self_attn.in_proj), of(layer.self_attn.out_proj)
-        self.cross = (of(cross.q_proj), of(cross.out_proj)) if cross else None
         block = layer.feed_forward
-        self.feed_forward, self.feed_forward_in = of(block.linear2), of(block.linear1)
+        self.self_in, self.feed_forward_in = of(layer.self_attn.in_proj), of(block.linear1)
+        self.cross_in = of(cross.q_proj) if cross else None
+        outs = [layer.self_attn.out_proj, *([cross.out_proj] if cross else []), block.linear2]
+        #: of self-attention, of cross-attention where there is one, of the feed-forward block
+        self.ends = [end(out, norm) for out, norm in zip(outs, norms)]
         self.activation = block.activation
         #: for activations with a gate
         self.hidden = None if block.activation in ACTIVATIONS else block.hidden
+
+
+def decoding_state(
+    decoder: Stack,
+    sources: int,
+    beams: int = 1,
+    memory: EncoderOutput | None = None,
+    prompt: PackedBatch | None = None,
+) -> State:
+    """The state of these rows: with a cache, if the decoder's parts are those that this package
+    built, else without one."""
+    kind = DecodingState if _steps_by_weights(decoder) else UncachedState
+    return kind(decoder, sources, beams, memory, prompt)
+
+
+def _steps_by_weights(decoder: Any) -> bool:
+    """Whether each part of the decoder that a step does not call is this package's, unhooked."""
+    parts: list[tuple[Any, type[nn.Module]]] = [
+        (decoder, Decoder), (decoder.embedding, TokenPositionEmbedding),
+    ]  # fmt: skip
+    for layer in decoder.layers:
+        if not is_plain(layer, (Layer.forward,)):
+            return False
+        cross, rotary = layer.cross_attn, layer.self_attn.rotary
+        parts += [(layer.self_attn, SelfAttention), (layer.feed_forward, FeedForward)]
+        parts += [(cross, CrossAttention)] if cross is not None else []
+        parts += [(rotary, RotaryEmbedding)] if rotary is not None else []
+    return all(is_plain(part, (kind.forward,)) for part, kind in parts)
+
+
+class UncachedState:
+    """What :class:`DecodingState` is, by the decoder's own forward pass over all tokens so far: for
+    decoders with parts that only a call of them does justice to."""
+
+    def __init__(
+        self,
+        decoder: Stack,
+        sources: int,
+        beams: int = 1,
+        memory: EncoderOutput | None = None,
+        prompt: PackedBatch | None = None,
+    ) -> None:
+        self.decoder, self.sources, self.beams = decoder, sources, beams
+        read = [[]] * sources if prompt is None else prompt.ids.split(prompt.lengths)
+        self.rows = [list(map(int, row)) for row in read for _ in range(beams)]
+        self.memory = None if memory is None else memory.hidden.split(memory.batch.lengths)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """As of :class:`DecodingState`."""
+        for row, token in zip(self.rows, ids.tolist()):
+            row.append(token)
+        batch, memory = pack(self.rows, ids.device), None
+        if self.memory is not None:
+            parts = [part for part in self.memory for _ in range(self.beams)]
+            places = from_lengths(
+                torch.zeros(sum(map(len, parts)), dtype=torch.long, device=ids.device),
+                [len(part) for part in parts],
+            )
+            memory = EncoderOutput(torch.cat(parts), places)
+        hidden = self.decoder(batch, memory).hidden
+        return hidden[batch.cu_seqlens[1:].long() - 1]
+
+    def reorder(self, parents: Tensor) -> None:
+        """As of :class:`DecodingState`."""
+        self.rows = [list(self.rows[parent]) for parent in parents.tolist()]
+
+    def keep(self, sources: list[int]) -> list[int]:
+        """As of :class:`DecodingState`."""
+        beams = self.beams
+        self.rows = [row for i in sources for row in self.rows[i * beams : (i + 1) * beams]]
+        if self.memory is not None:
+            self.memory = tuple(self.memory[i] for i in sources)
+        self.sources = len(sources)
+        return sources
 
 
 class DecodingState:
@@ -223,8 +327,7 @@ class DecodingState:
         slots = self._slots(positions)
         normed = summed = x
         if self.first_norm is not None:
-            norm = self.first_norm
-            normed = layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            normed = self.first_norm(x)
         shape = (rows, 3, self.heads, self.head_dim)
         for i, layer in enumerate(self.layers):
             projected = calls.linear(normed, layer.self_in).view(shape)
@@ -234,15 +337,15 @@ class DecodingState:
             self._append(i, slots, projected)
             keys, values = self.keys_values[i]
             context = calls.attend(query.unsqueeze(2), keys, values, lengths, slopes, True)
-            normed, summed = self._end(context.reshape(rows, -1), layer, layer.self_out, summed, 0)
-            if layer.cross is not None:
-                context = self._cross(calls.linear(normed, layer.cross[0]), i)
-                normed, summed = self._end(context, layer, layer.cross[1], summed, 1)
+            normed, summed = self._end(context.reshape(rows, -1), layer.ends[0], summed)
+            if layer.cross_in is not None:
+                context = self._cross(calls.linear(normed, layer.cross_in), i)
+                normed, summed = self._end(context, layer.ends[1], summed)
             if layer.hidden is None:
                 hidden = calls.linear(normed, layer.feed_forward_in, layer.activation)
             else:
                 hidden = layer.hidden(normed)
-            normed, summed = self._end(hidden, layer, layer.feed_forward, summed, -1)
+            normed, summed = self._end(hidden, layer.ends[-1], summed)
         self.longest += 1
         return normed
 
@@ -277,10 +380,8 @@ class DecodingState:
         )
         return context.transpose(1, 2).reshape(query.shape[0], -1)
 
-    def _end(
-        self, x: Tensor, layer: _LayerWeights, linear: Weights, summed: Tensor, i: int
-    ) -> tuple[Tensor, Tensor]:
-        return self.calls.linear_norm(x, linear, summed, layer.norms[i], layer.eps, self.pre_norm)
+    def _end(self, x: Tensor, end: End, summed: Tensor) -> tuple[Tensor, Tensor]:
+        return self.calls.linear_norm(x, end, summed, self.pre_norm)
 
     def _grow(self) -> None:
         old = self.stored
@@ -325,3 +426,6 @@ class DecodingState:
             filled = self.stored[:, :, :, :, : self.longest]
             filled[:, :, to] = filled[:, :, of]
             self.lengths[to] = self.lengths[of]
+
+
+State = DecodingState | UncachedState

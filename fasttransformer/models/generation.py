@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nn._plain import is_plain
+from ..nn.lm_head import HEADS
 from .beam_search import beam_search
-from .decoding import DecodingState
+from .decoding import State, decoding_state
+from .modes import evaluating
 from .packing import PackedBatch, from_lengths
 from .pretrained import Texts
-from .sampling import Draws, OutputLayer, SamplingOptions, choose
+from .sampling import Draws, OutputLayer, SamplingOptions, check_finite, choose
 from .transformers_call import as_tensor, resolved
 
 
@@ -101,7 +103,7 @@ class Generator:
 
         Raises:
             ValueError: an option out of range; beams with sampling; more tokens than a learned
-                position table has.
+                position table has; logits that are NaN or infinite.
 
         >>> from fasttransformer.models import Decoder, Encoder, Seq2SeqModel
         >>> model = Seq2SeqModel(Encoder(260, 32, 64, 1, 4), Decoder(260, 32, 64, 1, 4))
@@ -131,7 +133,7 @@ class Generator:
         one = isinstance(sources, str)
         if not one and len(sources) == 0:
             return ([], []) if return_scores else []
-        with self._evaluating():
+        with evaluating(self):  # type: ignore[arg-type]
             batch = self._prompts(sources, attention_mask)
             self._check_room(batch, max_new_tokens)
             stops = frozenset((self.config.eos_id, *stop_tokens))  # type: ignore[attr-defined]
@@ -145,8 +147,9 @@ class Generator:
                 part = _selected(batch, members)
                 if num_beams > 1:
                     results = self._beams(
-                        head, part, num_beams, max_new_tokens, stops, options, length_penalty
-                    )
+                        head, part, members, num_beams, max_new_tokens, stops, options,
+                        length_penalty,
+                    )  # fmt: skip
                 else:
                     results = self._texts(
                         head, part, members, max_new_tokens, stops, options, draws
@@ -189,7 +192,7 @@ class Generator:
         if not isinstance(source, str):
             raise TypeError(f"stream: source must be a string, got {type(source).__name__}")
         _check(source, max_new_tokens, 1, do_sample, 1)
-        with torch.no_grad(), self._evaluating():
+        with torch.no_grad(), evaluating(self):  # type: ignore[arg-type]
             batch = self._prompts(source, None)
         self._check_room(batch, max_new_tokens)
         stops = frozenset((self.config.eos_id, *stop_tokens))  # type: ignore[attr-defined]
@@ -201,7 +204,7 @@ class Generator:
     def _paused(self, steps: Iterator[Any]) -> Iterator[int]:
         """Tokens of a stream. Between them its reader may train the model, or need gradients."""
         while True:
-            with torch.no_grad(), self._evaluating():
+            with torch.no_grad(), evaluating(self):  # type: ignore[arg-type]
                 step = next(steps, None)
             if step is None:
                 return
@@ -210,16 +213,6 @@ class Generator:
                     yield token
 
     # ---- running ------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        model: Any = self
-        training = model.training
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)
 
     def _prompts(self, sources: Texts, attention_mask: Tensor | None) -> PackedBatch:
         """The sources as ids: an encoder's, or what a language model has read."""
@@ -250,20 +243,24 @@ class Generator:
         """All ids for ids, the tokenizer's for strings."""
         model: Any = self
         head = model.lm_head
-        if not _are_strings(sources):
-            return OutputLayer(head.weight, head.bias)
-        size = model.tokenizer.vocab_size
-        return OutputLayer(head.weight[:size], None if head.bias is None else head.bias[:size])
+        strings = _are_strings(sources)
+        size = model.tokenizer.vocab_size if strings else model.config.vocab_size
+        if not is_plain(head, HEADS):
+            return OutputLayer(size, None, None, head)
+        weight, bias = head.weight, head.bias
+        if strings:
+            weight, bias = weight[:size], None if bias is None else bias[:size]
+        return OutputLayer(weight.shape[0], weight, bias, head)
 
     def _start(
         self, head: OutputLayer, batch: PackedBatch, beams: int, options: SamplingOptions
-    ) -> tuple[DecodingState, Tensor, Tensor | None]:
+    ) -> tuple[State, Tensor, Tensor | None]:
         """The state after all that is known but its newest token, (sources,); what was seen."""
         model: Any = self
         count, device = len(batch), batch.ids.device
         encoder = getattr(model, "encoder", None)
         if encoder is not None:
-            state = DecodingState(model.decoder, count, beams, memory=encoder(batch))
+            state = decoding_state(model.decoder, count, beams, memory=encoder(batch))
             newest = torch.full((count,), model.config.bos_id, device=device)
             known = [[model.config.bos_id]] * count
         else:
@@ -271,7 +268,7 @@ class Generator:
             prompt = from_lengths(
                 torch.cat([row[:-1] for row in rows]), [n - 1 for n in batch.lengths]
             )
-            state = DecodingState(model.decoder, count, beams, prompt=prompt)
+            state = decoding_state(model.decoder, count, beams, prompt=prompt)
             newest = torch.stack([row[-1] for row in rows])
             known = [row.tolist() for row in rows] if options.penalized else []
         seen = None
@@ -286,6 +283,7 @@ class Generator:
         self,
         head: OutputLayer,
         batch: PackedBatch,
+        members: list[int],
         beams: int,
         max_new_tokens: int,
         stops: frozenset[int],
@@ -296,7 +294,7 @@ class Generator:
             return [([], 0.0)] * len(batch)
         state, newest, seen = self._start(head, batch, beams, options)
         return beam_search(
-            head, state, newest, max_new_tokens, stops, options, length_penalty, seen
+            head, state, newest, max_new_tokens, stops, options, length_penalty, seen, members
         )
 
     def _texts(
@@ -337,10 +335,11 @@ class Generator:
             hidden = state.step(ids)
             uniform = None if draws is None else draws.next([members[source] for source in live])
             ids, probabilities = choose(head, hidden, options, seen, uniform)
-            tokens = ids.tolist()
+            tokens, found = ids.tolist(), probabilities.tolist()
+            check_finite("generate", found, [members[source] for source in live])
             yield [
                 (source, None if token in stops else token, probability)
-                for source, token, probability in zip(live, tokens, probabilities.tolist())
+                for source, token, probability in zip(live, tokens, found)
             ]
             if length == max_new_tokens:
                 return

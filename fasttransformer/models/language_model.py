@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ class LanguageModel(Generator, TextModel):
 
     Called with texts: strings, which get ``<s>`` and ``</s>``, lists of ids or a padded tensor of
     ids (B, L), which are taken as they are; each token is predicted from those before it. With
-    ``target``, continuations of as many prompts, only the continuations are predicted. The Trainer
+    ``target``, continuations of as many prompts, only the continuations are predicted; of a pair
+    with more than ``max_length`` tokens the continuation loses its end, with a warning. The Trainer
     of transformers calls it by ``input_ids``, ``attention_mask``, ``labels``: the ids again, −100
     where nothing is to be predicted; they are shifted here. Returns a
     :class:`~fasttransformer.models.outputs.TextOutput`; its logits (B, L, vocab) at a place are
@@ -110,11 +112,12 @@ class LanguageModel(Generator, TextModel):
         wanted = own.roll(-1)
         ends = batch.cu_seqlens[1:][batch.cu_seqlens.diff() > 0].long()
         wanted[ends - 1] = IGNORED
-        hidden = self.decoder.run(batch)
+        hidden = self.decoder(batch).hidden
         return language_model_output(self, hidden, wanted, batch, num_items_in_batch)
 
     def _continued(self, source: Texts, target: Texts) -> tuple[PackedBatch, Tensor]:
-        """Prompts with their continuations, and the latter as labels."""
+        """Prompts with their continuations, and the latter as labels. What is too long loses the
+        continuation's end, but for its end token, as a single text does."""
         prompts = self.packed("source", source, self.config, bos=True, eos=False)
         continuations = self.packed("target", target, self.config, bos=False, eos=True)
         if len(prompts) != len(continuations):
@@ -122,15 +125,26 @@ class LanguageModel(Generator, TextModel):
                 f"LanguageModel: source has {len(prompts)} texts, but target has "
                 f"{len(continuations)}"
             )
+        longest, cut, lost = self.config.max_length, 0, 0
         pieces, labels = [], []
         for prompt, continuation in zip(
             prompts.ids.split(prompts.lengths), continuations.ids.split(continuations.lengths)
         ):
-            pieces.append(torch.cat([prompt, continuation])[: self.config.max_length])
-            labels.append(
-                torch.cat([torch.full_like(prompt, IGNORED), continuation])[
-                    : self.config.max_length
-                ]
+            room = max(longest - len(prompt), 0)
+            if len(continuation) > room:
+                cut, lost = cut + 1, lost + (room == 0)
+                ended = room > 0 and bool(continuation[-1] == self.config.eos_id)
+                end = continuation[-1:] if ended else continuation[:0]
+                continuation = torch.cat([continuation[: room - ended], end])
+            prompt = prompt[:longest]
+            pieces.append(torch.cat([prompt, continuation]))
+            labels.append(torch.cat([torch.full_like(prompt, IGNORED), continuation]))
+        if cut:
+            none = f"; {lost} have no room for any of it, and none is predicted" if lost else ""
+            warnings.warn(
+                f"LanguageModel: {cut} of {len(pieces)} prompts with their continuations have more "
+                f"than {longest} tokens; the continuations' ends are left out{none}",
+                stacklevel=2,
             )
         return self.packed("source", pieces, self.config), torch.cat(labels)
 

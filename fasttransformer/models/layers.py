@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FeedForward, LayerNorm, Linear, RotaryEmbedding
+from ..nn._blocks import NORM
+from ..nn._plain import is_plain
 from ..nn._project import project_add_norm, project_norm
+from ..nn.linear import LINEAR
+from ..ops._activation import dropout
 from ..ops.attention_varlen import attention_varlen
-from ..ops.linear_add import linear_add
 from .config import TransformerConfig
 from .packing import PackedBatch
 
@@ -51,7 +54,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """query, key and value, each (tokens, heads, head_dim), turned to their positions."""
-        projected = linear_add(x, self.in_proj.weight, self.in_proj.bias)
+        projected = self.in_proj(x)
         heads = projected.view(x.shape[0], 3, self.num_heads, self.head_dim)
         query, key, value = heads.unbind(1)
         if self.rotary is not None and x.shape[0]:
@@ -103,13 +106,13 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The source's keys and values, (source tokens, heads, head_dim) each."""
-        projected = linear_add(memory, self.kv_proj.weight, self.kv_proj.bias)
+        projected = self.kv_proj(memory)
         heads = projected.view(memory.shape[0], 2, self.num_heads, self.head_dim)
         key, value = heads.unbind(1)
         return key, value
 
     def forward(self, x: Tensor, batch: PackedBatch, memory: Tensor, source: PackedBatch) -> Tensor:
-        query = linear_add(x, self.q_proj.weight, self.q_proj.bias)
+        query = self.q_proj(x)
         context = attention_varlen(
             query.view(x.shape[0], self.num_heads, self.head_dim),
             *self.keys_values(memory),
@@ -167,6 +170,8 @@ class Layer(nn.Module):
             assert memory is not None and source is not None
             context = cross(normed, batch, memory, source)
             normed, summed = self._end(context, cross.out_proj, summed, norms[1])
+        if not is_plain(feed_forward, (FeedForward.forward,)):
+            return self._sum(feed_forward(normed), summed, norms[-1])
         hidden = feed_forward.hidden(normed)
         return self._end(hidden, feed_forward.linear2, summed, norms[-1])
 
@@ -175,11 +180,20 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A block's last linear layer, dropout, residual sum and the norm behind it."""
         assert norm is not None
+        if not (is_plain(linear, LINEAR) and is_plain(norm, NORM)):
+            return self._sum(linear(x), summed, norm)
         p = self.dropout if self.training else 0.0
         if self.pre_norm:
             return project_add_norm(x, linear.weight, linear.bias, summed, norm, p)
         normed = project_norm(x, linear.weight, linear.bias, summed, norm, p)
         return normed, normed
+
+    def _sum(self, y: Tensor, summed: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """The same behind a layer that had to be called: an adapter, or one with a hook."""
+        assert norm is not None
+        summed = summed + dropout(y, self.dropout if self.training else 0.0)
+        normed = norm(summed)
+        return normed, summed if self.pre_norm else normed
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import Linear
-from ..ops.linear_add import linear_add
+from ..nn.linear import activated_linear
 from .classifier import Labelled
 from .config import CheckedOptions
 from .outputs import TextOutput
@@ -104,19 +104,19 @@ class MiniLMClassifier(Labelled):
 
     def forward(self, source: Sequence[str] | Tensor, target: Any = None) -> TextOutput:
         """Loss (with a target) and logits."""
-        vectors = source
+        vectors, features = source, ENCODERS[self.config.encoder]
         if not isinstance(vectors, Tensor):
             from .retrieval import vectors as vectors_of
 
             vectors = vectors_of([vectors] if isinstance(vectors, str) else list(vectors))
-        if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != self.inner.in_features:
+        if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != features:
             raise ValueError(
                 f"MiniLMClassifier: source has shape {tuple(vectors.shape)}; it must be "
-                f"(texts, {self.inner.in_features}) with one text or more"
+                f"(texts, {features}) with one text or more"
             )
         # A unit vector's features have the size of 1/√d, which layers start far too small for.
-        scaled = vectors.to(self.device, self.head.weight.dtype) * self.inner.in_features**0.5
+        scaled = vectors.to(self.device, next(self.parameters()).dtype) * features**0.5
         dropped = F.dropout(scaled, self.config.dropout, self.training)
-        hidden = linear_add(dropped, self.inner.weight, self.inner.bias, activation="relu")
-        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        p = self.config.dropout if self.training else 0.0
+        hidden = activated_linear(self.inner, dropped, "relu", p)
         return self._output(hidden, target)

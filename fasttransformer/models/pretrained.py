@@ -7,11 +7,12 @@ or the new one; ``config.json`` comes last.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,23 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 M = TypeVar("M", bound="TextModel")
 #: What a model takes as texts: strings, or token ids in lists or a padded tensor.
 Texts = Any
+
+
+class _Place(NamedTuple):
+    """Where a parameter stands: ``module.name``, in the model at ``path``."""
+
+    module: nn.Module
+    name: str
+    path: str
+
+
+def _places(part: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[_Place, nn.Parameter]]:
+    """The places in ``part`` of its own parameters and of its modules', with names in the model."""
+    for module in part.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                path = f"{names[module]}.{name}" if names[module] else name
+                yield _Place(module, name, path), parameter
 
 
 class TextModel(nn.Module):
@@ -62,27 +80,41 @@ class TextModel(nn.Module):
         return []
 
     def _tie(self) -> None:
+        """Makes them one, when the model is built."""
         for owner, other in self.tied():
             other.weight = owner.weight
 
+    def _second_places(self) -> list[tuple[_Place, _Place]]:
+        """(another place, the owner's) of each tied parameter, wherever in the tied modules it
+        stands: an adapter put around one of them has it a floor deeper."""
+        names = {module: name for name, module in self.named_modules()}
+        found = []
+        for owner, other in self.tied():
+            owned = {id(parameter): place for place, parameter in _places(owner, names)}
+            for place, parameter in _places(other, names):
+                if id(parameter) in owned:
+                    found.append((place, owned[id(parameter)]))
+        return found
+
     def _second_names(self) -> dict[str, str]:
         """The second name of each tied parameter → its first."""
-        names = {id(module): name for name, module in self.named_modules()}
-        return {
-            f"{names[id(other)]}.weight": f"{names[id(owner)]}.weight"
-            for owner, other in self.tied()
-        }
+        return {other.path: owner.path for other, owner in self._second_places()}
 
-    # Both may put new parameters into each place of a tied one.
+    @contextlib.contextmanager
+    def _staying_tied(self) -> Iterator[None]:
+        """Around what may put new parameters into each place of a tied one."""
+        places = self._second_places()
+        yield
+        for other, owner in places:
+            setattr(other.module, other.name, getattr(owner.module, owner.name))
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
-        self._tie()
-        return result
+        with self._staying_tied():
+            return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
-        self._tie()
-        return result
+        with self._staying_tied():
+            return super().load_state_dict(*args, **kwargs)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """As of :class:`torch.nn.Module`, but a tied parameter is there once."""

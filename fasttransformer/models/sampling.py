@@ -10,13 +10,16 @@ Sources: top-k: Fan, Lewis and Dauphin, Hierarchical Neural Story Generation, 20
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..nn.lm_head import topk_of
 from ..ops.linear_add import linear_add
 from ..ops.linear_softmax import linear_softmax
 from ..ops.linear_topk import linear_topk
@@ -29,15 +32,51 @@ LIKELY = 256
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """The rows of the output layer that may be chosen: a tokenizer can have fewer tokens than the
-    model's vocabulary has room for, and only its own make text."""
+    """The classes of the output layer that may be chosen: a tokenizer can have fewer tokens than
+    the model's vocabulary has room for, and only its own make text.
 
-    weight: Tensor
+    Args:
+        size: how many, from the first on.
+        weight, bias: their rows; a weight of None says that ``head`` has to be called.
+        head: the layer.
+    """
+
+    size: int
+    weight: Tensor | None
     bias: Tensor | None
+    head: Any
 
-    @property
-    def size(self) -> int:
-        return self.weight.shape[0]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, size)."""
+        if self.weight is None:
+            return self.head(hidden)[:, : self.size]
+        return linear_add(hidden, self.weight, self.bias)
+
+    def topk(self, hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest probabilities of each row and their ids."""
+        if self.weight is None:
+            return topk_of(self.logits(hidden), k, temperature)
+        return linear_topk(hidden, self.weight, self.bias, k=k, temperature=temperature)
+
+    def probabilities(self, hidden: Tensor, temperature: float) -> Tensor:
+        """Of all classes, (rows, size)."""
+        if self.weight is None:
+            return softmax(self.logits(hidden).float(), -1, scale=1.0 / temperature)
+        return linear_softmax(hidden, self.weight, self.bias, temperature=temperature)
+
+
+def check_finite(
+    call: str, probabilities: Sequence[float], numbers: Sequence[int], what: str = "source"
+) -> None:
+    """Raises ValueError where a probability is NaN, which a logit that is NaN or infinite makes of
+    all of its row: no choice from it would mean anything. ``numbers`` name the rows."""
+    # One sum finds it: the check costs a step nothing to speak of.
+    if math.isnan(sum(probabilities)):
+        number = next(n for n, p in zip(numbers, probabilities) if math.isnan(p))
+        raise ValueError(
+            f"{call}: the logits of {what} {number} hold NaN or infinity; look for them in the "
+            "model's weights, or for values that its dtype can't hold"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +108,7 @@ class SamplingOptions:
 
 def penalized_logits(head: OutputLayer, hidden: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """(rows, vocabulary) float logits, those of tokens that a row has ``seen`` made less likely."""
-    logits = linear_add(hidden, head.weight, head.bias).float()
+    logits = head.logits(hidden).float()
     lowered = torch.where(logits > 0.0, logits / penalty, logits * penalty)
     return torch.where(seen, lowered, logits)
 
@@ -80,9 +119,7 @@ def top_probabilities(
     """The ``k`` largest probabilities of each row in float32, falling, and their ids."""
     k = min(k, head.size)
     if seen is None:
-        values, indices = linear_topk(
-            hidden, head.weight, head.bias, k=k, temperature=options.temperature
-        )
+        values, indices = head.topk(hidden, k, options.temperature)
         return values.float(), indices
     logits = penalized_logits(head, hidden, seen, options.repetition_penalty)
     probabilities = softmax(logits, -1, scale=1.0 / options.temperature)
@@ -125,7 +162,7 @@ def _all_probabilities(
     head: OutputLayer, hidden: Tensor, options: SamplingOptions, seen: Tensor | None
 ) -> Tensor:
     if seen is None:
-        return linear_softmax(hidden, head.weight, head.bias, temperature=options.temperature)
+        return head.probabilities(hidden, options.temperature)
     logits = penalized_logits(head, hidden, seen, options.repetition_penalty)
     return softmax(logits, -1, scale=1.0 / options.temperature)
 

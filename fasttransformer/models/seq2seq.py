@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn import LMHead
+from ..nn.lm_head import head_loss
 from .config import TransformerConfig
 from .decoder import Decoder
 from .encoder import Encoder, EncoderOutput
@@ -121,7 +122,7 @@ class Seq2SeqModel(Generator, TextModel):
             raise ValueError(
                 f"Seq2SeqModel: source has {len(memory.batch)} texts, but target has {len(batch)}"
             )
-        hidden = self.decoder.run(batch, memory.hidden, memory.batch)
+        hidden = self.decoder(batch, memory).hidden
         return self._output(hidden, labels_ids, batch, num_items_in_batch)
 
     def encode(self, source: Texts, **padding: Any) -> EncoderOutput:
@@ -161,9 +162,9 @@ def language_model_output(
     rows, wanted = (hidden, labels) if count == labels.numel() else (hidden[kept], labels[kept])
     smoothing = model.config.label_smoothing if model.training else 0.0
     if divisor is None and count:
-        loss = model.lm_head.loss(rows, wanted, label_smoothing=smoothing)
+        loss = head_loss(model.lm_head, rows, wanted, label_smoothing=smoothing)
     else:
-        total = model.lm_head.loss(rows, wanted, reduction="sum", label_smoothing=smoothing)
+        total = head_loss(model.lm_head, rows, wanted, reduction="sum", label_smoothing=smoothing)
         loss = total / (max(count, 1) if divisor is None else divisor)
     return TextOutput(
         loss, hidden, lambda h: batch.padded(model.lm_head(h)), count,

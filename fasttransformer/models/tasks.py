@@ -23,6 +23,7 @@ from .encoder import Encoder
 from .language_model import LanguageModel
 from .metrics import Tally
 from .minilm_classifier import HeadConfig, MiniLMClassifier
+from .modes import evaluating
 from .outputs import TextOutput
 from .pretrained import TextModel
 from .seq2seq import Seq2SeqModel
@@ -407,8 +408,7 @@ class Generate(Task):
 
     def measured(self, model: Any, records: Sequence[Record], **options: Any) -> Tally:
         losses = []
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for record in records:
                 output = self.loss(model, self.examples(model, [record]))
                 losses.append(float(output.loss_sum))  # type: ignore[arg-type]

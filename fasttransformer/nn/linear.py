@@ -47,6 +47,15 @@ class Linear(DropIn, nn.Linear):
 LINEAR_FORWARDS = (nn.Linear.forward, Linear.forward)
 
 
+def activated_linear(linear: nn.Module, x: Tensor, activation: str, dropout_p: float) -> Tensor:
+    """dropout(act(linear(x))), fused unless the activation has a gate or there is more to
+    ``linear`` than its weight and bias (an adapter, a hook)."""
+    if activation in GATES or not plain_part(linear, LINEAR_FORWARDS):
+        return activated(linear(x), activation, dropout_p)
+    weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
+    return linear_add(x, weight, bias, activation=activation, dropout_p=dropout_p)
+
+
 class Softmax(DropIn, nn.Softmax):
     r"""Drop-in :class:`torch.nn.Softmax`: :math:`y_i = e^{x_i} / \sum_j e^{x_j}` over ``dim``.
 
@@ -237,10 +246,7 @@ class FeedForward(nn.Module):
         """What enters the second linear layer, (..., dim_feedforward): for blocks that fuse that
         layer with what follows it."""
         p = self.dropout if self.training else 0.0
-        if self.activation in GATES or not plain_part(self.linear1, LINEAR_FORWARDS):
-            return activated(self.linear1(input), self.activation, p)
-        weight, bias = self.linear1.weight, self.linear1.bias
-        return linear_add(input, weight, bias, activation=self.activation, dropout_p=p)
+        return activated_linear(self.linear1, input, self.activation, p)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_add import linear_add
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.linear_topk import linear_topk
+from ..ops.softmax import softmax
+from ._plain import is_plain
+from .linear import LINEAR
 
 
 class LMHead(nn.Linear):
@@ -63,12 +67,21 @@ class LMHead(nn.Linear):
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """Cross entropy of (tokens, in_features) against (tokens,) ids; see
-        :func:`fasttransformer.linear_cross_entropy`."""
-        return linear_cross_entropy(
+        :func:`fasttransformer.linear_cross_entropy`.
+
+        Raises:
+            ValueError: ``input`` of more dimensions: flatten it, ``head.loss(input.flatten(0, -2),
+                target.flatten())``.
+        """
+        if input.dim() > 2:
+            raise ValueError(
+                f"LMHead.loss: input has shape {tuple(input.shape)}; it must be (tokens, "
+                f"{self.in_features}): head.loss(input.flatten(0, -2), target.flatten())"
+            )
+        return head_loss(
+            self,
             input,
-            self.weight,
             target,
-            linear_bias=self.bias,
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -77,4 +90,31 @@ class LMHead(nn.Linear):
     def topk(self, input: Tensor, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The ``k`` largest probabilities and their ids, (..., k) each; see
         :func:`fasttransformer.linear_topk`."""
-        return linear_topk(input, self.weight, self.bias, k=k, temperature=temperature)
+        if is_plain(self, HEADS):
+            return linear_topk(input, self.weight, self.bias, k=k, temperature=temperature)
+        return topk_of(self(input), k, temperature)
+
+
+#: The forwards of an output layer whose weight may be read instead of calling it.
+HEADS = (*LINEAR, LMHead.forward)
+
+
+def head_loss(head: nn.Module, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Cross entropy of an output layer of any kind: from its weight, without the logits, unless
+    there is more to it (an adapter, a hook), and then from the logits that it is called for."""
+    if is_plain(head, HEADS):
+        weight: Any = head.weight
+        bias: Any = head.bias
+        return linear_cross_entropy(input, weight, target, linear_bias=bias, **options)
+    return cross_entropy(_wide(head(input)), target, **options)
+
+
+def topk_of(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest probabilities and their ids, of equal ones the first."""
+    probabilities = softmax(_wide(logits), -1, scale=1.0 / temperature)
+    values, indices = probabilities.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k].to(logits.dtype), indices[..., :k]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from ..data.records import Record
 from ..data.split import split
+from ..modes import evaluating
 from ..pretrained import TextModel
 from ..tasks import Example, Scores, Task
 from ..tokenizer import FILE as TOKENIZER_FILE
@@ -314,16 +315,15 @@ class _Run:
         """The loss on the evaluation examples, a share of which is each process's."""
         rank, world = self.place.rank, self.place.world
         total, weight = 0.0, 0
-        self.model.eval()
-        # As many passes in each process: sharded weights are gathered by all of them together.
-        for first in range(0, len(self.held_out), EVALUATION_BATCH * world):
-            part = self.held_out[first + rank : first + EVALUATION_BATCH * world : world]
-            with self._autocast():
-                output = self.task.loss(self.model, part or self.held_out[:1])
-            assert output.loss_sum is not None
-            total += float(output.loss_sum) if part else 0.0
-            weight += sum(example.weight for example in part)
-        self.model.train()
+        with evaluating(self.model):
+            # As many passes in each process: sharded weights are gathered by all of them together.
+            for first in range(0, len(self.held_out), EVALUATION_BATCH * world):
+                part = self.held_out[first + rank : first + EVALUATION_BATCH * world : world]
+                with self._autocast():
+                    output = self.task.loss(self.model, part or self.held_out[:1])
+                assert output.loss_sum is not None
+                total += float(output.loss_sum) if part else 0.0
+                weight += sum(example.weight for example in part)
         loss = self.place.sum(total) / self.place.sum(weight)
         row = {"step": self.step, "eval_loss": loss}
         self.log.append(row)

@@ -149,6 +149,47 @@ def test_metrics_at_their_ends():
         metrics.classes(["a"], ["a", "b"])
 
 
+SCRIPTS = {
+    "russian": "Кошка спит на окне", "korean": "고양이가 창가에서 잔다", "greek": "Η γάτα κοιμάται",
+    "kana": "ねこがねています", "japanese": "猫が窓で寝ている", "thai": "แมวนอนหลับ",
+    "hindi": "बिल्ली सो रही है", "arabic": "القطة نائمة", "chinese": "猫在窗上睡觉",
+    "accents": "été à Łódź", "english": "The cats were sleeping on 2 windows",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rouge_knows_the_words_of_every_script(script):
+    text = SCRIPTS[script]
+    for name, score in metrics.rouge([text], [text]).scores().items():
+        assert score == 100.0, name
+    half = metrics.rouge([text[: len(text) // 2]], [text]).scores()["rouge1"]
+    assert 20.0 < half < 90.0
+    others = [other for name, other in SCRIPTS.items() if name not in (script, "japanese")]
+    if script not in ("chinese", "japanese"):
+        assert metrics.rouge([text] * len(others), others).scores()["rouge1"] < 12.0
+
+
+def test_rouge_of_a_to_z_is_rouge_score_s_whatever_stands_beside_it():
+    """One Chinese record turned stemming off for all."""
+    scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    pairs = [("A cat's sleeping, late!", "cats sleep late"), ("x_1 y", "X 1 why"), ("the", "")]
+    theirs = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    rows = metrics.rouge([*(p for p, _ in pairs), "猫"], [*(r for _, r in pairs), "狗"]).rows
+    for row, (prediction, reference) in zip(rows, pairs):
+        wanted = theirs.score(reference, prediction)
+        assert list(row[:3]) == [wanted[n].fmeasure for n in ("rouge1", "rouge2", "rougeL")]
+    mixed = metrics.rouge(["кошки sleeping"], ["Кошки sleep"]).scores()
+    assert mixed["rouge2"] == 100.0
+
+
+@pytest.mark.parametrize("script", ["kana", "japanese", "thai", "chinese", "russian"])
+def test_bleu_of_equal_texts_is_100(script):
+    text = SCRIPTS[script]
+    found = metrics.translation([text], [text]).scores()
+    name = {"chinese": "bleu_zh", "russian": "bleu"}.get(script, "bleu_char")
+    assert found[name] == 100.0 and found["exact"] == 100.0
+
+
 def test_corpus_scores_are_sacrebleu_s():
     sacrebleu = pytest.importorskip("sacrebleu")
     wanted = ["three big dogs", "I have two red cars.", "the ninth of May", "half past two"]

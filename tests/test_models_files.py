@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,69 @@ def test_a_crash_while_saving_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def broken_files(folder):
+    """(what is broken, how, the message)"""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    state = safetensors.torch.load_file(weights)
+    written = json.loads(config.read_text())
+
+    def with_config(**changes):
+        other = json.loads(json.dumps(written))
+        other["configs"]["decoder"].update(changes)
+        return lambda: config.write_text(json.dumps(other))
+
+    def with_weights(change):
+        def write():
+            other = {name: change(weight) for name, weight in state.items()}
+            weights.write_bytes(safetensors.torch.save(other))
+
+        return write
+
+    def tokenizer(change):
+        def write():
+            Tokenizer.default().save(folder)
+            described = json.loads((folder / "tokenizer.json").read_text())
+            change(described["model"]["vocab"])
+            (folder / "tokenizer.json").write_text(json.dumps(described))
+
+        return write
+
+    header = b'{"__metadata__":{},"x":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'
+    unknown = len(header).to_bytes(8, "little") + header + bytes(4)
+    yield "bytes", lambda: weights.write_bytes(b"no weights"), "is no safetensors file"
+    yield "cut", lambda: weights.write_bytes(weights.read_bytes()[:-9]), "is no safetensors file"
+    yield "dtype", lambda: weights.write_bytes(unknown), "is no safetensors file"
+    yield "int", with_weights(lambda x: x.to(torch.int64)), "has dtype torch.int64; weights are of"
+    yield "bool", with_weights(lambda x: x > 0), "has dtype torch.bool; weights are of"
+    yield "deep", lambda: config.write_text("[" * 100_000), "is no config of this package"
+    yield "latin", lambda: config.write_bytes(b'{"class": "\xff"}'), "is no config of this package"
+    yield "list", lambda: config.write_text('{"class": [], "configs": {}}'), "is no config"
+    parts = {"class": "Seq2SeqModel", "configs": {}}
+    yield "parts", lambda: config.write_text(json.dumps(parts)), "is no config of a Seq2SeqModel"
+    yield "text", with_config(dropout="0.1"), "is no config of a Seq2SeqModel"
+    yield "layers", with_config(num_layers=10**7), "makes 10000001 layers, but .* weights in all"
+    yield "vocabulary", with_config(vocab_size=10**13), "a vocabulary of 300, but its config makes"
+    yield "features", with_config(hidden_dim=10**17), "config"
+    yield "gap", tokenizer(lambda v: v.update({"zz": 277})), "none or several with the id 260"
+    yield "twice", tokenizer(lambda v: v.update({"zz": 9})), "Tokenizer: "
+
+
+BROKEN = ("bytes cut dtype int bool deep latin list parts text layers vocabulary features gap "
+          "twice").split()  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_file_is_a_value_error_at_once(what, tmp_path):
+    CALLS["Seq2SeqModel"][0]().save_pretrained(tmp_path)
+    ((breaks, message),) = [(b, m) for name, b, m in broken_files(tmp_path) if name == what]
+    TextModel.from_pretrained(tmp_path)
+    breaks()
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        TextModel.from_pretrained(tmp_path)
+    assert time.monotonic() - started < 20.0
 
 
 # ---- transformers -------------------------------------------------------------------------------

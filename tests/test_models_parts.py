@@ -22,6 +22,7 @@ from fasttransformer.models.decoding import DecodingState, UncachedState, decodi
 from fasttransformer.models.minilm_classifier import HeadConfig
 from fasttransformer.models.modes import evaluating
 from fasttransformer.models.tasks import task_of
+from fasttransformer.nn import LMHead
 
 V, C, HIDDEN, HEADS = 40, 16, 32, 4
 
@@ -253,6 +254,18 @@ def test_a_parametrized_weight_is_read_as_it_is():
             twice.get_submodule(name).weight *= 2.0
     torch.testing.assert_close(model(TARGETS).loss, twice(TARGETS).loss)
     assert_same_texts(texts_of(model), texts_of(twice))
+
+
+def test_the_loss_of_a_head_says_how_to_flatten():
+    head, hidden = LMHead(8, 20), torch.randn(2, 3, 8)
+    target = torch.randint(20, (2, 3))
+    with pytest.raises(
+        ValueError, match=r"head.loss\(input.flatten\(0, -2\), target.flatten\(\)\)"
+    ):
+        head.loss(hidden, target)
+    loss = head.loss(hidden.flatten(0, -2), target.flatten())
+    wanted = nn.functional.cross_entropy(head(hidden).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(loss, wanted)
 
 
 # ---- b109: modes --------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..nn import LayerNorm, TokenPositionEmbedding
 from .config import TransformerConfig
@@ -62,8 +64,15 @@ class Stack(TextModel):
         first = self.first_norm()
         if first is not None:
             normed = first(summed)
-        for layer, next_norm in zip(self.layers, norms):
-            normed, summed = layer(normed, summed, batch, next_norm, memory, source, kept)
+        every, options = self._checkpointing or (0, {})
+        if not (every and self.training and torch.is_grad_enabled() and kept is None):
+            every = 0
+        for i, (layer, next_norm) in enumerate(zip(self.layers, norms)):
+            inputs = (normed, summed, batch, next_norm, memory, source, kept)
+            if every and i % every == 0:
+                normed, summed = checkpoint(layer, *inputs, **options)
+            else:
+                normed, summed = layer(*inputs)
         return normed
 
     def first_norm(self) -> Any:

@@ -17,6 +17,7 @@ from .outputs import TextOutput
 from .packing import IGNORED, PackedBatch, pack_padded
 from .pretrained import TextModel, Texts
 from .seq2seq import language_model_output
+from .transformers_call import own_loss
 
 
 class LanguageModel(Generator, TextModel):
@@ -49,6 +50,11 @@ class LanguageModel(Generator, TextModel):
     >>> outputs.num_tokens  # characters and </s>
     15
     """
+
+    #: Of transformers' Trainer: it counts the tokens that are predicted in all of a step's batches
+    #: and gives their number to the call.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
 
     def __init__(
         self,
@@ -113,7 +119,10 @@ class LanguageModel(Generator, TextModel):
         ends = batch.cu_seqlens[1:][batch.cu_seqlens.diff() > 0].long()
         wanted[ends - 1] = IGNORED
         hidden = self.decoder(batch).hidden
-        return language_model_output(self, hidden, wanted, batch, num_items_in_batch)
+        output = language_model_output(self, hidden, wanted, batch, num_items_in_batch)
+        if input_ids is not None and labels is None and target is None:
+            output._guard = own_loss
+        return output
 
     def _continued(self, source: Texts, target: Texts) -> tuple[PackedBatch, Tensor]:
         """Prompts with their continuations, and the latter as labels. What is too long loses the

@@ -14,23 +14,62 @@ import itertools
 import math
 import re
 import string
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-_CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+_CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+#: Kana, Thai, Lao, Burmese and Khmer, which like Chinese have no spaces between words.
+_UNSPACED = re.compile(
+    r"[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9d\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+)
 _INSTALL = "pip install 'fasttransformer[train]'"
 
 
 class _Words:
-    """rouge-score's tokenizer for texts that its own has no words for: each Chinese character is a
-    word, others are runs of letters and digits."""
+    """ROUGE's words in any script. rouge-score's own tokenizer knows a to z and 0 to 9 alone, and
+    of such words this gives the same, stemmed by Porter's rules where they are longer than three.
+    Others are runs of letters, digits and their marks, or, where a script has no spaces, single
+    letters."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._latin = DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+",
-                          text.lower())  # fmt: skip
+        """The words of a text.
+
+        >>> _Words().tokenize("The cats' Кошки 猫が")
+        ['the', 'cat', 'кошки', '猫', 'が']
+        """
+        if text.isascii():
+            return self._latin.tokenize(text)
+        words: list[str] = []
+        for run in _runs(unicodedata.normalize("NFC", text.lower())):
+            words += self._latin.tokenize(run) if run.isascii() else [run]
+        return words
+
+
+def _runs(text: str) -> Iterator[str]:
+    """Runs of letters, digits and marks; letters of scripts without spaces each with its marks."""
+    run, ends = "", False
+    for character in text:
+        kind = unicodedata.category(character)[0]
+        if kind == "M" and run:
+            run += character
+            continue
+        single = bool(_CHINESE.match(character) or _UNSPACED.match(character))
+        if run and (ends or single or kind not in "LN"):
+            yield run
+            run = ""
+        if kind in "LNM":
+            run, ends = run + character, single
+    if run:
+        yield run
 
 
 @dataclass(frozen=True)
@@ -100,8 +139,9 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> Tally:
-    """F-measures of common words, of pairs of words, and of the longest common subsequence, words
-    stemmed (Lin, ROUGE, 2004); means over the texts.
+    """F-measures of common words, of pairs of words, and of the longest common subsequence (Lin,
+    ROUGE, 2004); means over the texts. Words of a to z are stemmed; in other scripts they are runs
+    of letters, or single letters where there are no spaces between words (Chinese, Japanese, Thai).
 
     >>> rouge(["the cat sat"], ["a cat sat"]).scores()["rougeL"]
     66.7
@@ -112,15 +152,15 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> Tally:
         raise ImportError(f"ROUGE needs rouge-score: {_INSTALL}") from error
     _check(predictions, references)
     names = ["rouge1", "rouge2", "rougeL"]
-    own = _Words() if any(_CHINESE.search(text) for text in references) else None
-    scorer = RougeScorer(names, use_stemmer=True, tokenizer=own)
+    scorer = RougeScorer(names, tokenizer=_Words())
     found = [scorer.score(r, p) for p, r in zip(predictions, references)]
     return _means(**{name: [x[name].fmeasure for x in found] for name in names})
 
 
 def translation(predictions: Sequence[str], references: Sequence[str]) -> Tally:
-    """BLEU of the whole set, on words, or for Chinese references on characters; chrF; and the part
-    that is equal. With references in both languages BLEU has a value for each.
+    """BLEU of the whole set, on words, or on characters for references in Chinese ("bleu_zh") or
+    another script without spaces ("bleu_char": Japanese, Thai); chrF; and the part that is equal.
+    With references of several kinds BLEU has a value for each.
 
     >>> translation(["二十一", "the third"], ["二十一", "the third"]).scores()["exact"]
     100.0
@@ -130,10 +170,13 @@ def translation(predictions: Sequence[str], references: Sequence[str]) -> Tally:
     except ImportError as error:
         raise ImportError(f"BLEU and chrF need sacrebleu: {_INSTALL}") from error
     _check(predictions, references)
-    chinese = [bool(_CHINESE.search(reference)) for reference in references]
+    unspaced = [bool(_UNSPACED.search(reference)) for reference in references]
+    chinese = [bool(_CHINESE.search(r)) and not other for r, other in zip(references, unspaced)]
+    spaced = [not (first or second) for first, second in zip(chinese, unspaced)]
     measures: dict[str, tuple[Any, list[bool]]] = {
-        "bleu": (BLEU(tokenize="13a", force=True), [not is_chinese for is_chinese in chinese]),
+        "bleu": (BLEU(tokenize="13a", force=True), spaced),
         "bleu_zh": (BLEU(tokenize="zh", force=True), chinese),
+        "bleu_char": (BLEU(tokenize="char", force=True), unspaced),
         "chrf": (CHRF(), [True] * len(chinese)),
     }
     measures = {name: pair for name, pair in measures.items() if any(pair[1])}

@@ -27,6 +27,8 @@ class TextOutput:
             (batch, labels).
         hidden: what the logits are computed from: (tokens, features), packed.
 
+    A copy (``copy.deepcopy``) or a pickle has the numbers alone, without their graph.
+
     It also reads like the tuple (loss, logits), without the loss where there is none, and by name,
     as transformers' Trainer does. It is a dataclass of loss and hidden alone: FSDP2 finds the
     tensors of an output, on which it hangs its backward hooks, by a dataclass's fields (torch 2.13)
@@ -43,6 +45,7 @@ class TextOutput:
         logits: Callable[[Tensor], Any],
         num_tokens: int = 0,
         divisor: Any = None,
+        guard: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.loss = loss
         self.hidden = hidden
@@ -50,6 +53,7 @@ class TextOutput:
         self._divisor = num_tokens if divisor is None else divisor
         self._compute = logits
         self._logits: Any = None
+        self._guard = guard
 
     @property
     def logits(self) -> Any:
@@ -77,21 +81,45 @@ class TextOutput:
             return getattr(self, key)
         names = self.keys()[key]
         if isinstance(names, str):
-            return getattr(self, names)
+            value = getattr(self, names)
+            return value if self._guard is None or names != "loss" else self._guard(value)
         return tuple(getattr(self, name) for name in names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: the numbers, logits included, without graph and model."""
+        with torch.no_grad():
+            logits = self.logits
+        return {
+            **self.__dict__,
+            "loss": None if self.loss is None else self.loss.detach(),
+            "hidden": self.hidden.detach(),
+            "_compute": _Known(logits.detach()),
+            "_logits": None,
+        }
 
     def __repr__(self) -> str:
         return f"TextOutput(loss={self.loss}, num_tokens={self.num_tokens})"
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Logits that have been computed, in the place of what computes them."""
+
+    logits: Tensor
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.logits
+
+
 def _flatten(output: TextOutput) -> tuple[list[Any], Any]:
-    return [output.loss, output.hidden], (output._compute, output.num_tokens, output._divisor)
+    return [output.loss, output.hidden], (
+        output._compute, output.num_tokens, output._divisor, output._guard,
+    )  # fmt: skip
 
 
 def _unflatten(leaves: Any, context: Any) -> TextOutput:
     loss, hidden = leaves
-    compute, num_tokens, divisor = context
-    return TextOutput(loss, hidden, compute, num_tokens, divisor)
+    return TextOutput(loss, hidden, *context)
 
 
 torch.utils._pytree.register_pytree_node(TextOutput, _flatten, _unflatten)

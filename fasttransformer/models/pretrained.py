@@ -17,10 +17,12 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..ops._front import FLOATS
 from .config import CheckedOptions, TransformerConfig
 from .packing import PackedBatch, pack, pack_padded
 from .tokenizer import FILE as TOKENIZER_FILE
 from .tokenizer import Tokenizer, write_atomically
+from .transformers_call import Checkpointed
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 M = TypeVar("M", bound="TextModel")
@@ -45,7 +47,7 @@ def _places(part: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[_Pla
                 yield _Place(module, name, path), parameter
 
 
-class TextModel(nn.Module):
+class TextModel(Checkpointed, nn.Module):
     """Base of the models: not to be made itself, but ``TextModel.from_pretrained(directory)`` gives
     whichever model was saved there."""
 
@@ -258,24 +260,32 @@ class TextModel(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another model's folder; weights that don't fit the config, or a tokenizer
-                that doesn't fit the vocabulary, with both sizes.
+            ValueError: another model's folder; a file that is broken; weights that don't fit the
+                config or are no floats, or a tokenizer that doesn't fit the vocabulary, with both
+                sizes.
         """
         folder = Path(directory)
-        try:
+        with _refusing(f"{cls.__name__}: {folder / CONFIG_FILE} is no config of this package"):
             description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            name, configs = description["class"], description["configs"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{cls.__name__}: {folder / CONFIG_FILE} is no config of this package: {error!r}"
-            ) from error
-        found = TextModel._classes.get(name)
+            name, written = description["class"], description["configs"]
+            found = TextModel._classes.get(name)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{cls.__name__}: {folder} holds a {name}")
-        model = found.from_configs(
-            {part: found._config_class.from_dict(config) for part, config in configs.items()}
-        )
-        state = _safetensors().load((folder / WEIGHTS_FILE).read_bytes())
+        library = _safetensors()
+        with _refusing(f"{cls.__name__}: {folder / WEIGHTS_FILE} is no safetensors file"):
+            state = library.load((folder / WEIGHTS_FILE).read_bytes())
+        with _refusing(f"{cls.__name__}: {folder / CONFIG_FILE} is no config of a {name}"):
+            kind = found._config_class
+            configs: Any = {part: kind.from_dict(config) for part, config in written.items()}
+            layers = sum(getattr(config, "num_layers", 0) for config in configs.values())
+            if layers > len(state):
+                raise ValueError(
+                    f"{cls.__name__}: {folder / CONFIG_FILE} makes {layers} layers, but "
+                    f"{folder / WEIGHTS_FILE} has {len(state)} weights in all"
+                )
+            # Sizes are compared before there is memory for them.
+            with torch.device("meta"):
+                model: Any = found.from_configs(configs)
         model._load(state, folder)
         if (folder / TOKENIZER_FILE).exists():
             model.tokenizer = Tokenizer.load(folder)
@@ -302,10 +312,30 @@ class TextModel(nn.Module):
                 f"{type(self).__name__}: {name} in {folder / WEIGHTS_FILE} has {sizes[0]}, but "
                 f"its config makes it {sizes[1]}"
             )
-        dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
+        for name, weight in state.items():
+            if weight.dtype not in FLOATS:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} in {folder / WEIGHTS_FILE} has dtype "
+                    f"{weight.dtype}; weights are of {', '.join(map(str, FLOATS))}"
+                )
+        self.to_empty(device="cpu")
+        dtypes = {weight.dtype for weight in state.values()}
         if len(dtypes) == 1:
             self.to(dtypes.pop())
         self.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """What files of any content may raise, as a ValueError; what is one already stays."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"{message}: {type(error).__name__}: {error}") from error
 
 
 def _safetensors() -> Any:

@@ -52,6 +52,9 @@ class Seq2SeqModel(Generator, TextModel):
     (15, torch.Size([2, 9, 260]))
     """
 
+    #: transformers' Trainer gives the number of a step's tokens to the call.
+    accepts_loss_kwargs = True
+
     def __init__(
         self,
         src_encoder: Encoder,
@@ -107,16 +110,29 @@ class Seq2SeqModel(Generator, TextModel):
         target_lengths: Tensor | Sequence[int] | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
         labels: Texts = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> TextOutput:
         """Loss and logits. ``num_items_in_batch`` divides the sum of the losses in place of the
-        number of real target tokens."""
+        number of real target tokens. Without a target ``decoder_input_ids``, which
+        :meth:`prepare_decoder_input_ids_from_labels` makes, are what the decoder reads; there is no
+        loss then."""
         source = input_ids if source is None else source
         target = labels if target is None else target
-        if source is None or target is None:
-            raise ValueError("Seq2SeqModel: source and target must be given")
+        if source is None or (target is None and decoder_input_ids is None):
+            raise ValueError(
+                "Seq2SeqModel: source and target must be given, or input_ids with labels or "
+                "decoder_input_ids. transformers' Trainer takes the labels away with "
+                "label_smoothing_factor and compute_loss_func; a batch must have decoder_input_ids "
+                "then, which DataCollatorForSeq2Seq(tokenizer, model) adds (or set label_smoothing "
+                "in the model's config)"
+            )
         memory = self.encode(source, lengths=source_lengths, attention_mask=attention_mask)
+        if target is None:
+            return self._unlabelled(decoder_input_ids, memory)
+        if decoder_input_ids is not None:
+            self._check_shifted(decoder_input_ids, target)
         batch, labels_ids = self._targets(target, target_lengths)
         if len(batch) != len(memory.batch):
             raise ValueError(
@@ -145,6 +161,34 @@ class Seq2SeqModel(Generator, TextModel):
         starts = labels.cu_seqlens[:-1][labels.cu_seqlens.diff() > 0].long()
         shifted[starts] = self.config.bos_id
         return from_lengths(shifted, labels.lengths), wanted
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """``labels`` (B, L), in which −100 is padding, shifted right by one place with ``<s>``
+        first: what transformers' DataCollatorForSeq2Seq puts beside them."""
+        shifted = labels.roll(1, 1)
+        shifted[:, :1] = self.config.bos_id
+        return shifted.masked_fill(shifted == IGNORED, self.config.pad_id)
+
+    def _check_shifted(self, ids: Tensor, labels: Any) -> None:
+        """Raises unless the decoder is to read what it reads anyhow."""
+        shifted = self.prepare_decoder_input_ids_from_labels(torch.as_tensor(labels))
+        if ids.shape != shifted.shape or not torch.equal(ids, shifted.to(ids)):
+            raise ValueError(
+                "Seq2SeqModel: decoder_input_ids are not the labels shifted by one place; with "
+                "labels the decoder reads nothing else"
+            )
+
+    def _unlabelled(self, ids: Any, memory: EncoderOutput) -> TextOutput:
+        """The logits (B, L, vocabulary) for what the decoder reads (B, L)."""
+        batch = self.packed("decoder_input_ids", ids, self.config)
+        hidden = self.decoder(batch, memory).hidden
+        width = ids.shape[-1] if isinstance(ids, Tensor) else batch.max_seqlen
+
+        def logits(hidden: Tensor) -> Tensor:
+            found = batch.padded(self.lm_head(hidden))
+            return torch.nn.functional.pad(found, (0, 0, 0, width - found.shape[1]))
+
+        return TextOutput(None, hidden, logits)
 
     def _output(
         self, hidden: Tensor, labels: Tensor, batch: PackedBatch, divisor: Any

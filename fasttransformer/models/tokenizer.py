@@ -242,6 +242,12 @@ class Tokenizer:
             tokenizer = cls(_library().Tokenizer.from_str(text))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"Tokenizer: {path} is no tokenizer: {error}") from error
+        known = sorted(tokenizer._bpe.get_vocab().values())
+        if known != list(range(len(known))):
+            gap = next(i for i, known_id in enumerate([*known, -1]) if i != known_id)
+            raise ValueError(
+                f"Tokenizer: {path} has {len(known)} tokens, but none or several with the id {gap}"
+            )
         ids = [tokenizer._bpe.token_to_id(special) for special in SPECIALS]
         if ids != list(range(len(SPECIALS))):
             raise ValueError(f"Tokenizer: {path} lacks {', '.join(SPECIALS)} as ids 0 to 3")

@@ -1,4 +1,8 @@
-"""``generate`` as transformers' Seq2SeqTrainer calls it: its options, and its tensor of ids."""
+"""What transformers' Trainer and Seq2SeqTrainer ask of a model beyond a call by name.
+
+``generate`` by their options, and its tensor of ids; what the decoder reads where the labels are
+taken away; checkpointed layers; and the options that can't be had, refused by their name.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,72 @@ from torch import Tensor
 _OPTIONS = ("num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
             "length_penalty")  # fmt: skip
 _DRAWN = ("temperature", "top_k", "top_p")
+
+
+class _OwnLoss(Tensor):
+    """The loss of a language model whose call had no labels. Trainer's LabelSmoother takes the
+    labels away, takes the first output for logits, and, of a class that is not transformers' own,
+    compares each token with itself; so the loss refuses what it does first."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.log_softmax:
+            raise ValueError(
+                "LanguageModel: transformers' Trainer takes the labels away with "
+                "label_smoothing_factor, and can't smooth the loss of this model, which shifts "
+                "its labels itself; set label_smoothing in the model's config instead"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def own_loss(loss: Tensor) -> Tensor:
+    """``loss`` as :class:`_OwnLoss`, with its graph."""
+    return loss.as_subclass(_OwnLoss)
+
+
+class Checkpointed:
+    """Models whose layers keep their inputs alone, and compute the rest once more in the backward
+    pass; TrainingArguments' ``gradient_checkpointing`` and ``activation_checkpointing``."""
+
+    #: Every how many layers, and torch.utils.checkpoint's options; None keeps everything.
+    _checkpointing: tuple[int, dict[str, Any]] | None = None
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Every n-th layer is computed again in the backward pass, in training.
+
+        Raises:
+            ValueError: ``offload``, which these models don't have; a model without layers.
+        """
+        model: Any = self
+        if offload:
+            raise ValueError(f"{type(self).__name__}: activation checkpointing has no offload")
+        stacks = [module for module in model.modules() if hasattr(module, "layers")]
+        if not stacks:
+            raise ValueError(f"{type(self).__name__}: it has no layers to checkpoint")
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        for stack in stacks:
+            stack._checkpointing = (every_n_layers, options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The same by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Everything is kept again."""
+        model: Any = self
+        for module in model.modules():
+            if isinstance(module, Checkpointed):
+                module._checkpointing = None
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
 
 def resolved(model: Any, input_ids: Tensor, config: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Kernel, choose
-from ..nn import FeedForward, LayerNorm, RotaryEmbedding, TokenPositionEmbedding
-from ..nn._plain import is_plain
-from ..nn.linear import LINEAR
+from ..nn import FeedForward, RotaryEmbedding, TokenPositionEmbedding
+from ..nn._plain import plain_part
+from ..nn.linear import LINEAR_FORWARDS
+from ..nn.norms import LAYER_NORM_FORWARDS
 from ..ops import KVCache
 from ..ops._activation import activated
 from ..ops._front import autocast_dtype
@@ -47,7 +48,6 @@ Linear = tuple[Tensor, Tensor] | nn.Module
 #: A block's last linear layer and the norm behind it, by weights (those of the norm with its eps),
 #: or both as modules.
 End = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, float]] | tuple[nn.Module, nn.Module]
-_NORM = (nn.LayerNorm.forward, LayerNorm.forward)
 
 
 class _Calls:
@@ -124,10 +124,10 @@ class _LayerWeights:
             return module.weight.contiguous(), bias
 
         def of(module: Any) -> Linear:
-            return weights(module) if is_plain(module, LINEAR) else module
+            return weights(module) if plain_part(module, LINEAR_FORWARDS) else module
 
         def end(linear: Any, norm: Any) -> End:
-            if not (is_plain(linear, LINEAR) and is_plain(norm, _NORM)):
+            if not (plain_part(linear, LINEAR_FORWARDS) and plain_part(norm, LAYER_NORM_FORWARDS)):
                 return linear, norm
             return weights(linear), (*weights(norm), norm.eps)
 
@@ -165,13 +165,13 @@ def _steps_by_weights(decoder: Any) -> bool:
         (decoder, Decoder), (decoder.embedding, TokenPositionEmbedding),
     ]  # fmt: skip
     for layer in decoder.layers:
-        if not is_plain(layer, (Layer.forward,)):
+        if not plain_part(layer, (Layer.forward,)):
             return False
         cross, rotary = layer.cross_attn, layer.self_attn.rotary
         parts += [(layer.self_attn, SelfAttention), (layer.feed_forward, FeedForward)]
         parts += [(cross, CrossAttention)] if cross is not None else []
         parts += [(rotary, RotaryEmbedding)] if rotary is not None else []
-    return all(is_plain(part, (kind.forward,)) for part, kind in parts)
+    return all(plain_part(part, (kind.forward,)) for part, kind in parts)
 
 
 class UncachedState:

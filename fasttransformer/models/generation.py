@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn._plain import is_plain
+from ..nn._plain import plain_part
 from ..nn.lm_head import HEADS
 from .beam_search import beam_search
 from .decoding import State, decoding_state
@@ -245,7 +245,7 @@ class Generator:
         head = model.lm_head
         strings = _are_strings(sources)
         size = model.tokenizer.vocab_size if strings else model.config.vocab_size
-        if not is_plain(head, HEADS):
+        if not plain_part(head, HEADS):
             return OutputLayer(size, None, None, head)
         weight, bias = head.weight, head.bias
         if strings:

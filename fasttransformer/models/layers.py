@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FeedForward, LayerNorm, Linear, RotaryEmbedding
-from ..nn._blocks import NORM
-from ..nn._plain import is_plain
+from ..nn._plain import plain_part
 from ..nn._project import project_add_norm, project_norm
-from ..nn.linear import LINEAR
+from ..nn.linear import LINEAR_FORWARDS
+from ..nn.norms import NORM_FORWARDS
 from ..ops._activation import dropout
 from ..ops.attention_varlen import attention_varlen
 from .config import TransformerConfig
@@ -170,7 +170,7 @@ class Layer(nn.Module):
             assert memory is not None and source is not None
             context = cross(normed, batch, memory, source)
             normed, summed = self._end(context, cross.out_proj, summed, norms[1])
-        if not is_plain(feed_forward, (FeedForward.forward,)):
+        if not plain_part(feed_forward, (FeedForward.forward,)):
             return self._sum(feed_forward(normed), summed, norms[-1])
         hidden = feed_forward.hidden(normed)
         return self._end(hidden, feed_forward.linear2, summed, norms[-1])
@@ -180,7 +180,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A block's last linear layer, dropout, residual sum and the norm behind it."""
         assert norm is not None
-        if not (is_plain(linear, LINEAR) and is_plain(norm, NORM)):
+        if not (plain_part(linear, LINEAR_FORWARDS) and plain_part(norm, NORM_FORWARDS)):
             return self._sum(linear(x), summed, norm)
         p = self.dropout if self.training else 0.0
         if self.pre_norm:

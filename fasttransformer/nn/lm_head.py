@@ -12,8 +12,8 @@ from ..ops.linear_add import linear_add
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.linear_topk import linear_topk
 from ..ops.softmax import softmax
-from ._plain import is_plain
-from .linear import LINEAR
+from ._plain import plain_part
+from .linear import LINEAR_FORWARDS
 
 
 class LMHead(nn.Linear):
@@ -90,19 +90,19 @@ class LMHead(nn.Linear):
     def topk(self, input: Tensor, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The ``k`` largest probabilities and their ids, (..., k) each; see
         :func:`fasttransformer.linear_topk`."""
-        if is_plain(self, HEADS):
+        if plain_part(self, HEADS):
             return linear_topk(input, self.weight, self.bias, k=k, temperature=temperature)
         return topk_of(self(input), k, temperature)
 
 
 #: The forwards of an output layer whose weight may be read instead of calling it.
-HEADS = (*LINEAR, LMHead.forward)
+HEADS = (*LINEAR_FORWARDS, LMHead.forward)
 
 
 def head_loss(head: nn.Module, input: Tensor, target: Tensor, **options: Any) -> Tensor:
     """Cross entropy of an output layer of any kind: from its weight, without the logits, unless
     there is more to it (an adapter, a hook), and then from the logits that it is called for."""
-    if is_plain(head, HEADS):
+    if plain_part(head, HEADS):
         weight: Any = head.weight
         bias: Any = head.bias
         return linear_cross_entropy(input, weight, target, linear_bias=bias, **options)

@@ -39,6 +39,14 @@ UNMEASURED: Mapping[str, str] = {
 }
 
 
+#: Options that no kernel of any operation has → the reason.
+BEYOND_KERNELS: Mapping[str, str] = {
+    "second_derivative": "a gradient of a gradient is wanted, or more; kernels have the first only",
+    "forward_mode": "a derivative in forward mode is wanted (torch.func.jvp, jacfwd, "
+    "forward_ad); kernels have gradients only",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """What one backend's kernel for one operation covers.
@@ -69,6 +77,9 @@ class Kernel:
         if dtype not in self.dtypes:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"dtype {str(dtype).removeprefix('torch.')} (it has {allowed})"
+        for option, reason in BEYOND_KERNELS.items():
+            if option in options:
+                return reason
         missing = sorted(options & self.lacks)
         if missing:
             return f"no {' or '.join(missing)} in this kernel yet"
@@ -390,7 +401,8 @@ def choose(
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
-        RuntimeError: a forced backend can't do the case; the message has its reason.
+        RuntimeError: a forced backend can't do the case; the message has its reason. Where that
+            is a derivative which kernels don't have, NotImplementedError, which is one.
     """
     forced = backend if backend is not None else _forced
     key = (op, device_type, dtype, options, sizes, forced)
@@ -416,7 +428,8 @@ def _decide(op, device_type, dtype, options, sizes, forced) -> Kernel:
         if reason is None:
             return kernel
         if forced is not None:
-            raise RuntimeError(f"{op}: backend {name!r} was asked for but can't do this: {reason}")
+            error = NotImplementedError if options & {*BEYOND_KERNELS} else RuntimeError
+            raise error(f"{op}: backend {name!r} was asked for but can't do this: {reason}")
     raise AssertionError("the torch backend does every case")
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..backends import STEPS, Kernel, choose
 from ..reference.feed_forward import GATES
-from ._front import device_type_of, fake, needs_grad, new_seed
+from ._front import GRAD_OPTIONS, device_type_of, fake, needs_grad, new_seed
 from ._function import differentiable, vmap_rule
-from ._norm import GRAD, NO_OPTIONS
 
 
 def step_of(backend: str, input: Tensor, options: frozenset[str]) -> Kernel | None:
@@ -31,7 +30,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def activated(input: Tensor, name: str, dropout_p: float = 0.0) -> Tensor:
     """:func:`activation` by the backend that runs linear layers here, or by torch's operations."""
-    options = GRAD if needs_grad(input) else NO_OPTIONS
+    options = GRAD_OPTIONS[needs_grad(input)]
     on = choose("linear_add", device_type_of(input), input.dtype, options).backend
     step = step_of(on, input, options)
     if step is not None:

@@ -19,6 +19,7 @@ from ._attention_checks import (
     check_softcap,
     check_window,
 )
+from ._front import needs_grad
 
 
 def check_options(
@@ -57,12 +58,12 @@ def option_names(**used: Any) -> frozenset[str]:
 # ---- for the kernels ----------------------------------------------------------------------------
 
 
-def kernel_bias(bias: Tensor, query: Tensor, grad: bool) -> Tensor:
+def kernel_bias(bias: Tensor, query: Tensor, grad: int) -> Tensor:
     """A bias in a dtype that kernels read; without stride-0 dimensions if it wants a gradient, of
     which those would have one number each."""
     if bias.dtype != torch.float32 and bias.dtype != query.dtype:
         bias = bias.float()
-    if grad and bias.requires_grad and 0 in bias.stride():
+    if grad and needs_grad(bias) and 0 in bias.stride():
         bias = bias.contiguous()
     return bias
 
@@ -74,8 +75,8 @@ def needs_wide_inputs(
     the inputs' dtype. The CPU kernel computes in float32 anyway, so this costs memory only."""
     if kernel.backend != "cpu" or query.dtype == torch.float32:
         return False
-    wide_bias = bias is not None and bias.dtype == torch.float32 and bias.requires_grad
-    return wide_bias or (sinks is not None and sinks.requires_grad)
+    wide = bias if bias is not None and bias.dtype == torch.float32 else None
+    return bool(needs_grad(wide, sinks))
 
 
 def kernel_slopes(alibi_slopes: Tensor | None, batch: int, heads: int) -> Tensor | None:

@@ -17,8 +17,9 @@ _OPTIONS = ("mask", "bias", "is_causal", "bottom_right", "window_left", "window_
 _FORWARD = ("query", "key", "value", *_OPTIONS)
 _BACKWARD = ("grad_out", "grad_lse", "query", "key", "value", "out", "lse", *_OPTIONS, "bias_grad",
              "sinks_grad")  # fmt: skip
-#: Expanded views of the scores' shape; every other tensor must have a last stride of 1.
-_VIEWS = ("mask", "bias")
+_VIEWS = ("mask", "bias")  # of the scores' shape, of any strides
+#: Of any strides with the last one 1; what remains must be contiguous.
+_STRIDED = ("query", "key", "value", "grad_out", "out")
 _SHARED = ("sinks", "seed")  # have no batch dimension
 
 
@@ -34,7 +35,7 @@ def _fold_batch(
     for name, x, dim in zip(names, args, in_dims):
         if isinstance(x, Tensor) and name not in _SHARED:
             x = _fold(x, dim, count)
-            if name not in _VIEWS and x.stride(-1) != 1:
+            if name not in _VIEWS and (name not in _STRIDED or x.stride(-1) != 1):
                 x = x.contiguous()
         folded.append(x)
     outs = operator(*folded)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends import operator_namespaces
+from ._derivatives import GRAD_OPTIONS as GRAD_OPTIONS
+from ._derivatives import needs_grad as needs_grad
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -77,15 +79,6 @@ def probability(op: str, dropout_p: float) -> None:
 def positive_eps(op: str, eps: float) -> None:
     if not (eps >= 0.0 and math.isfinite(eps)):
         raise ValueError(f"{op}: eps is {eps}; it must be a finite number, 0 or more")
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 def device_type_of(tensor: Tensor) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from ..backends import operator_namespaces
+from ._derivatives import level_of, recorded, transforms_active, wanted_levels
 
-_transforms_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -42,7 +42,7 @@ def differentiable(form: type, tensors: int, outputs: int | None = None) -> Call
     the others are kept for the backward pass. torch.func needs them as outputs all the same, the
     plain path is spared the wrapping (1 µs each).
 
-    Second derivatives are refused with torch's own message.
+    What no kernel can do, a derivative of the gradient, raises NotImplementedError.
     """
     run, setup = form.forward, form.setup_context  # type: ignore[attr-defined]
     grads_of = form.backward  # type: ignore[attr-defined]
@@ -56,6 +56,7 @@ def differentiable(form: type, tensors: int, outputs: int | None = None) -> Call
 
     def setup_transformed(ctx: Any, inputs: tuple, output: Any) -> None:
         setup(ctx, inputs, output)
+        ctx.recorded = recorded(inputs)
         if outputs is not None:
             ctx.mark_non_differentiable(*output[outputs:])
 
@@ -77,7 +78,7 @@ def differentiable(form: type, tensors: int, outputs: int | None = None) -> Call
         {
             "forward": staticmethod(run),
             "setup_context": staticmethod(setup_transformed),
-            "backward": staticmethod(once_differentiable(backward_transformed)),
+            "backward": staticmethod(_once_differentiable(backward_transformed)),
             "generate_vmap_rule": True,
             "__doc__": form.__doc__,
         },
@@ -90,7 +91,7 @@ def differentiable(form: type, tensors: int, outputs: int | None = None) -> Call
     unwrap = _unwrap_if_dead
 
     def apply(*args: Any) -> Any:
-        if _transforms_active():
+        if transforms_active():
             output = apply_transformed(*args)
             if outputs is None:
                 return output
@@ -104,14 +105,66 @@ def differentiable(form: type, tensors: int, outputs: int | None = None) -> Call
 
 
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's ``once_differentiable``, entered only where a second derivative could be asked for:
-    it switches gradients off and on again (1.5 µs), and an ordinary backward has them off."""
-    refusing = once_differentiable(backward)
+    """``backward``, whose results refuse to be differentiated. An ordinary backward pass, which
+    can't be asked for that, is passed straight on to it."""
 
     def run(ctx: Any, *grads: Any) -> Any:
-        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        plain = not (
+            torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_active()
+        )
+        if plain or _is_compiling():  # torch.compile has a refusal of its own
+            return backward(ctx, *grads)
+        return _guarded(backward, ctx, grads)
 
     return run
+
+
+def _guarded(backward: Callable[..., Any], ctx: Any, grads: tuple[Any, ...]) -> Any:
+    """The gradients by ``backward``, where someone might want a derivative of them."""
+    leaves = getattr(ctx, "recorded", ())
+    own = level_of(leaves[0]) if leaves else -1
+    wanted = wanted_levels(x for x in grads if isinstance(x, Tensor))
+    # torch.func records the gradients wherever it records this node, though hardly anyone
+    # differentiates them there; whoever else records them has come to do just that. So has
+    # whoever asks autograd itself to (create_graph=True).
+    if wanted is None or wanted - {own} or (own == -1 and torch.is_grad_enabled()):
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+    with torch.no_grad():
+        gradients = backward(ctx, *grads)
+    if not torch.is_grad_enabled():
+        return gradients
+    alone = isinstance(gradients, Tensor)
+    given = (gradients,) if alone else gradients
+    kept = iter(_Refusing.apply(len(leaves), *leaves, *(x for x in given if x is not None)))
+    given = tuple(x if x is None else next(kept) for x in given)
+    return given[0] if alone else given
+
+
+_NO_SECOND_DERIVATIVE = (
+    "a derivative of a gradient is wanted, which kernels don't have. The reference has every "
+    'derivative: call the operation with backend="torch", or the model within '
+    'fasttransformer.use_backend("torch")'
+)
+
+
+class _Refusing(torch.autograd.Function):
+    """Tensors as they are; but whoever differentiates them with respect to one of the ``leaves``
+    is told that it can't be done. (torch's ``once_differentiable`` says nothing where the gradient
+    of a loss is constant, or where only some inputs are asked for: the derivative is then 0.)"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(leaves, *tensors):
+        return tuple(x.view_as(x) for x in tensors[leaves:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
 
 
 def vmap_rule(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

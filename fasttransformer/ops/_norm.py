@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._derivatives import with_gradient
 from ._front import (
     FLOATS,
     autocast_enabled,
@@ -22,15 +23,8 @@ from ._front import (
 )
 from ._function import fold, unfold, vmap_rule
 
-NO_OPTIONS: frozenset[str] = frozenset()
-GRAD = frozenset({"grad"})
-#: (gradient needed, dropout on) → options of the add + norm operations.
-ADD_OPTIONS = {
-    (False, False): NO_OPTIONS,
-    (True, False): GRAD,
-    (False, True): frozenset({"dropout"}),
-    (True, True): frozenset({"grad", "dropout"}),
-}
+#: (needs_grad's answer, dropout on) → options of the add + norm operations.
+ADD_OPTIONS = with_gradient("dropout")
 
 
 def checked_shape(

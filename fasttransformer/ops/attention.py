@@ -35,9 +35,11 @@ from ._attention_options import (
     kernel_slopes,
     kernel_softcap,
     needs_wide_inputs,
+    option_names,
     own_bias_gradient,
 )
 from ._front import (
+    GRAD_OPTIONS,
     alike,
     autocast_dtype,
     autocast_enabled,
@@ -53,12 +55,12 @@ from ._front import (
 )
 from ._function import differentiable
 
-_transforms_active = torch._C._are_functorch_transforms_active
-_OPTION_NAMES = ("grad", "mask", "bias", "is_causal", "bottom_right", "window", "softcap",
+_OPTION_NAMES = ("mask", "bias", "is_causal", "bottom_right", "window", "softcap",
                  "alibi_slopes", "sinks", "key_lengths", "dropout",
                  "alibi_slopes_grad")  # fmt: skip
-#: flags in the order of _OPTION_NAMES → the names that are in use; calls repeat, so sets are kept.
-_options: dict[tuple[bool, ...], frozenset[str]] = {}
+#: needs_grad's answer and flags in the order of _OPTION_NAMES → the names that are in use; calls
+#: repeat, so sets are kept.
+_options: dict[tuple[int, ...], frozenset[str]] = {}
 
 
 def attention(
@@ -285,7 +287,7 @@ def _attend(
     )  # fmt: skip
     options = _options.get(flags)
     if options is None:
-        options = frozenset(name for name, used in zip(_OPTION_NAMES, flags) if used)
+        options = GRAD_OPTIONS[flags[0]] | option_names(**dict(zip(_OPTION_NAMES, flags[1:])))
         _options[flags] = options
     sizes = (("head_dim", max(head_dim, value.shape[3])),)
     kernel = choose(op, device_type, query.dtype, options, sizes, backend)
@@ -319,8 +321,7 @@ def _attend(
         is_causal, bottom_right, window_left, window_right, softcap, alibi_slopes, sinks,
         key_lengths, scale, dropout_p, seed,
     )  # fmt: skip
-    # Under torch.func's transforms a level further out may want the gradient: autograd decides.
-    if flags[0] or _transforms_active():
+    if flags[0]:
         out, lse = _differentiable(*arguments, kernel)
         return out.to(dtype), lse
     return _Attention.forward(*arguments, kernel)

@@ -23,6 +23,7 @@ from ._attention_options import (
     option_names,
 )
 from ._front import (
+    GRAD_OPTIONS,
     autocast_dtype,
     cast,
     fake,
@@ -126,8 +127,7 @@ def attention_decode(
         _check_rotary(
             op, query, rotary, rotary_interleaved, shortest + count - tokens, longest + count
         )
-    options = option_names(
-        grad=needs_grad(query, bias, sinks, alibi_slopes),
+    options = GRAD_OPTIONS[needs_grad(query, bias, sinks, alibi_slopes)] | option_names(
         mask=mask,
         bias=bias,
         is_causal=is_causal,

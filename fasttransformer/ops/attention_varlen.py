@@ -25,6 +25,7 @@ from ._attention_options import (
     own_bias_gradient,
 )
 from ._front import (
+    GRAD_OPTIONS,
     autocast_dtype,
     cast,
     fake,
@@ -38,8 +39,6 @@ from ._front import (
 )
 from ._function import differentiable
 from ._index import is_index
-
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def attention_varlen(
@@ -132,8 +131,7 @@ def attention_varlen(
         query, key, value = cast(query, autocast), cast(key, autocast), cast(value, autocast)
     same_dtype(op, query, key=key, value=value)
     grad = needs_grad(query, key, value, bias, sinks, alibi_slopes)
-    options = option_names(
-        grad=grad,
+    options = GRAD_OPTIONS[grad] | option_names(
         mask=mask,
         bias=bias,
         is_causal=is_causal,
@@ -199,7 +197,7 @@ def attention_varlen(
         seed,
         kernel,
     )
-    if grad or _transforms_active():
+    if grad:
         out, lse = _differentiable(*arguments)
     else:
         out, lse = _AttentionVarlen.forward(*arguments)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Kernel, choose
 from ._front import (
+    GRAD_OPTIONS,
     autocast_dtype,
     cast,
     fake,
@@ -19,9 +20,6 @@ from ._front import (
 from ._function import differentiable, fold, unfold, vmap_rule
 from ._index import checked_first, checked_for, kernel_ids
 from ._output_layer import by_rows, check_loss, in_one_piece, reduced, reduced_losses
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
 
 
 def cross_entropy(
@@ -120,11 +118,10 @@ def cross_entropy(
 
 
 def _options(input: Tensor, target: Tensor, weight: Tensor | None) -> frozenset[str]:
-    grad, weight_grad = needs_grad(input, target, weight), needs_grad(weight)
-    if not weight_grad and not target.is_floating_point():
-        return _GRAD if grad else _NONE
-    used = {"grad": grad, "weight_grad": weight_grad, "probabilities": target.is_floating_point()}
-    return frozenset(name for name, value in used.items() if value)
+    options = GRAD_OPTIONS[needs_grad(input, target, weight)]
+    if needs_grad(weight):
+        options |= {"weight_grad"}
+    return options | {"probabilities"} if target.is_floating_point() else options
 
 
 def _on_kernel(

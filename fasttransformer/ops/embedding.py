@@ -7,12 +7,18 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
-from ._front import FLOATS, fake, is_float, last_stride_one, needs_grad, same_device, same_dtype
+from ._front import (
+    FLOATS,
+    GRAD_OPTIONS,
+    fake,
+    is_float,
+    last_stride_one,
+    needs_grad,
+    same_device,
+    same_dtype,
+)
 from ._function import differentiable, vmap_rule
 from ._index import checked_first, checked_for, is_index, kernel_ids
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
 
 
 def embedding(
@@ -99,7 +105,7 @@ def embedding(
             "says what to add for them"
         )
     index = checked_first(op, "input", input, rows)
-    options = _GRAD if needs_grad(weight, position_weight) else _NONE
+    options = GRAD_OPTIONS[needs_grad(weight, position_weight)]
     kernel = choose(op, weight.device.type, weight.dtype, options, (), backend)
     index = checked_for(kernel, op, "input", index, rows)
     if positions is not None and position_weight is not None:

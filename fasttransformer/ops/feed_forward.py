@@ -14,7 +14,15 @@ from ..backends import Kernel, choose
 from ..reference.feed_forward import GATES
 from ._activation import activate, step_of
 from ._activation import activation as _activation
-from ._front import is_float, needs_grad, new_seed, probability, same_device, same_dtype
+from ._front import (
+    GRAD_OPTIONS,
+    is_float,
+    needs_grad,
+    new_seed,
+    probability,
+    same_device,
+    same_dtype,
+)
 from ._function import differentiable
 from .linear_add import (
     ACTIVATIONS,
@@ -24,9 +32,6 @@ from .linear_add import (
     linear_gradients,
     viewed,
 )
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
 
 
 def feed_forward(
@@ -83,7 +88,7 @@ def feed_forward(
     )
     _check(op, input, weight_in, bias_in, weight_out, bias_out, activation)
     probability(op, dropout_p)
-    options = _GRAD if needs_grad(input, weight_in, bias_in, weight_out, bias_out) else _NONE
+    options = GRAD_OPTIONS[needs_grad(input, weight_in, bias_in, weight_out, bias_out)]
     kernel = choose(op, input.device.type, input.dtype, options, (), backend)
     step = None if kernel.forward is None else step_of(kernel.backend, input, options)
     on = kernel.backend

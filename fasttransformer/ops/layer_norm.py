@@ -8,11 +8,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import device_type_of, fake, needs_grad
+from ._front import GRAD_OPTIONS, device_type_of, fake, needs_grad
 from ._function import differentiable
 from ._norm import (
-    GRAD,
-    NO_OPTIONS,
     autocast_input,
     checked_shape,
     fake_statistic,
@@ -64,7 +62,7 @@ def layer_norm(
     b = vector_of("layer_norm", "bias", bias, input, shape)
     input = autocast_input(input)
     grad = needs_grad(input, weight, bias)
-    options = GRAD if grad else NO_OPTIONS
+    options = GRAD_OPTIONS[grad]
     kernel = choose("layer_norm", device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None or 0 in shape:
         return reference.layer_norm(input, shape, weight, bias, eps)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
+from ._derivatives import many_cotangents, transforms_active
 from ._front import (
+    GRAD_OPTIONS,
     autocast_dtype,
     fake,
     float32_at_most,
@@ -87,13 +89,13 @@ def linear_cross_entropy(
     autocast = autocast_dtype(input.device.type) is not None
     input, linear_weight, linear_bias = autocast_linear(input, linear_weight, linear_bias)
     same_dtype(op, input, linear_weight=linear_weight, linear_bias=linear_bias)
+    grad = needs_grad(input, linear_weight, linear_bias, target, weight)
     used = {
-        "grad": needs_grad(input, linear_weight, linear_bias, target, weight),
         "weight_grad": needs_grad(weight),
         "probabilities": target.is_floating_point(),
         "more_dimensions": linear_weight.dim() > 2,
     }
-    options = frozenset(name for name, value in used.items() if value)
+    options = GRAD_OPTIONS[grad] | {name for name, value in used.items() if value}
     kernel = choose(op, input.device.type, input.dtype, options, (), backend)
     wide = torch.promote_types(input.dtype, torch.float32)
     out_dtype = wide if autocast else input.dtype
@@ -266,7 +268,7 @@ def _graph_is_kept() -> bool:
 def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
     """``gradient * grad``: as it is where grad is 1, in place where nothing will read it again."""
     plain = type(grad) is Tensor and not torch.compiler.is_compiling()
-    if not plain or not grad.is_cpu or torch._C._are_functorch_transforms_active():
+    if not plain or not grad.is_cpu or transforms_active() or many_cotangents(grad):
         return gradient * grad
     if _graph_is_kept():
         return gradient * grad

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import TABLE, choose
-from ._front import fake, needs_grad
+from ._front import GRAD_OPTIONS, fake, needs_grad
 from ._function import differentiable, fold, vmap_rule
-from ._norm import GRAD, NO_OPTIONS
 from ._output_layer import check_output_layer, check_temperature, kernel_operands
 from .linear_add import autocast_linear, linear_gradients
 
@@ -52,7 +51,7 @@ def linear_softmax(
     check_output_layer(op, input, weight, bias)
     check_temperature(op, temperature)
     grad = needs_grad(input, weight, bias)
-    kernel = choose(op, input.device.type, input.dtype, GRAD if grad else NO_OPTIONS, (), backend)
+    kernel = choose(op, input.device.type, input.dtype, GRAD_OPTIONS[grad], (), backend)
     if kernel.forward is None:
         return reference.linear_softmax(input, weight, bias, temperature=temperature)
     operands = kernel_operands(input, weight, bias)

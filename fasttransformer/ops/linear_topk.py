@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import fake, needs_grad
-from ._norm import GRAD, NO_OPTIONS, fold_rows
+from ._front import GRAD_OPTIONS, fake, needs_grad
+from ._norm import fold_rows
 from ._output_layer import by_rows, check_output_layer, check_temperature, kernel_operands
 from .linear_add import autocast_linear
 
@@ -62,7 +62,7 @@ def linear_topk(
         raise TypeError(f"{op}: k is {k!r}; it must be an integer")
     if not 0 <= k <= classes:
         raise ValueError(f"{op}: k is {k}; it must be in [0, {classes}], the number of classes")
-    options = GRAD if needs_grad(input, weight, bias) else NO_OPTIONS
+    options = GRAD_OPTIONS[needs_grad(input, weight, bias)]
     kernel = choose(op, input.device.type, input.dtype, options, (), backend)
     if kernel.forward is not None:
         values, indices = kernel.forward(

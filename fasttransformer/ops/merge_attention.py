@@ -9,14 +9,20 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
-from ._front import fake, is_float, last_stride_one, needs_grad, same_device, same_dtype
+from ._derivatives import many_cotangents
+from ._front import (
+    GRAD_OPTIONS,
+    fake,
+    is_float,
+    last_stride_one,
+    needs_grad,
+    same_device,
+    same_dtype,
+)
 from ._function import differentiable, vmap_rule
 
-_transforms_active = torch._C._are_functorch_transforms_active
 #: Of one call of a kernel (csrc/params/merge_attention.h); more are merged in turns.
 _MOST_PARTS = 16
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
 
 
 def merge_attention(
@@ -87,7 +93,7 @@ def merge_attention(
                 f"{tuple(first.shape[:-1])}"
             )
     grad = needs_grad(*given)
-    kernel = choose(op, first.device.type, first.dtype, _GRAD if grad else _NONE, (), backend)
+    kernel = choose(op, first.device.type, first.dtype, GRAD_OPTIONS[grad], (), backend)
     if kernel.forward is None:
         return reference.merge_attention(outs, lses)
     if first.dim() > 4:
@@ -104,7 +110,7 @@ def _merge(outs: list[Tensor], lses: list[Tensor], kernel: Kernel) -> tuple[Tens
         first = _merge(outs[:_MOST_PARTS], lses[:_MOST_PARTS], kernel)
         outs, lses = [first[0], *outs[_MOST_PARTS:]], [first[1], *lses[_MOST_PARTS:]]
     outs = [last_stride_one(out) for out in outs]
-    if needs_grad(*outs, *lses) or _transforms_active():
+    if needs_grad(*outs, *lses):
         return _differentiable(kernel, False, *outs, *lses)
     return kernel.forward(outs, lses)
 
@@ -125,6 +131,11 @@ class _MergeAttention:
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         outs, lses = _outs_and_lses(ctx.stacked, ctx.saved_tensors)
+        if many_cotangents(grad_out, grad_lse):
+            raise NotImplementedError(
+                "merge_attention: no gradients for several cotangents at once "
+                '(is_grads_batched=True); backend="torch" has them, and so has torch.func.vmap'
+            )
         if grad_out is None:
             if grad_lse is None:
                 return (None,) * (2 + len(ctx.saved_tensors))

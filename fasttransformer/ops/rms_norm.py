@@ -8,11 +8,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._front import device_type_of, fake, needs_grad
+from ._front import GRAD_OPTIONS, device_type_of, fake, needs_grad
 from ._function import differentiable
 from ._norm import (
-    GRAD,
-    NO_OPTIONS,
     autocast_input,
     checked_shape,
     default_eps,
@@ -61,7 +59,7 @@ def rms_norm(
     if eps is None:
         eps = default_eps(input)
     grad = needs_grad(input, weight)
-    options = GRAD if grad else NO_OPTIONS
+    options = GRAD_OPTIONS[grad]
     kernel = choose("rms_norm", device_type_of(input), input.dtype, options, (), backend)
     if kernel.forward is None or 0 in shape:
         return reference.rms_norm(input, shape, weight, eps)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Kernel, choose
 from ._front import (
+    GRAD_OPTIONS,
     fake,
     float32_at_most,
     is_float,
@@ -18,10 +19,6 @@ from ._front import (
 )
 from ._function import differentiable, vmap_rule
 from ._index import checked_first, checked_for, is_index, kernel_ids
-
-_NONE: frozenset[str] = frozenset()
-_GRAD = frozenset({"grad"})
-_TABLE_GRAD = frozenset({"grad", "table_grad"})
 
 
 def rotary_embedding(
@@ -111,9 +108,8 @@ def rotary_embedding(
 
 
 def _options(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> frozenset[str]:
-    if needs_grad(cos, sin):
-        return _TABLE_GRAD
-    return _GRAD if needs_grad(query, key) else _NONE
+    options = GRAD_OPTIONS[needs_grad(query, key, cos, sin)]
+    return options | {"table_grad"} if needs_grad(cos, sin) else options
 
 
 def _on_kernel(

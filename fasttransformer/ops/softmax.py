@@ -7,21 +7,14 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
+from ._derivatives import with_gradient
 from ._front import FLOATS, fake, is_float, needs_grad, same_device
 from ._function import differentiable, vmap_rule
 
 _MOST_DIMS = 7  # of an input, in the kernels
 
-_OPTIONS = {
-    (grad, mask, causal): frozenset(
-        name
-        for name, used in (("grad", grad), ("mask", mask), ("is_causal", causal))
-        if used
-    )
-    for grad in (False, True)
-    for mask in (False, True)
-    for causal in (False, True)
-}  # fmt: skip
+#: (needs_grad's answer, mask given, is_causal) → options
+_OPTIONS = with_gradient("mask", "is_causal")
 
 
 def softmax(

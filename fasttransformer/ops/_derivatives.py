@@ -110,6 +110,8 @@ def many_cotangents(*grads: Tensor | None) -> bool:
     """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` runs a backward pass. Its vmap is
     an older one than torch.func's: it knows no rules of our operators, and runs each one in turn
     for every cotangent, if its arguments let it."""
+    if _is_compiling():
+        return False
     return any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in grads)
 
 

@@ -357,9 +357,20 @@ def test_the_pad_row_is_trained_by_the_output_layer_alone():
 def test_weights_start_as_the_docs_say():
     model = Seq2SeqModel(Encoder(V, 64, 128, 3, 4, True), Decoder(V, 64, 128, 3, 4, True))
     assert abs(model.decoder.embedding.weight[1:].std().item() * 8 - 1) < 0.1
-    layer = model.decoder.layers[0]
-    assert layer.self_attn.in_proj.weight.abs().max() <= (6 / (4 * 64)) ** 0.5
-    assert layer.self_attn.out_proj.weight.abs().max() <= (6 / (2 * 64)) ** 0.5 / 3
+    alone = LanguageModel(V, 64, 128, 3, 4)
+    post = Seq2SeqModel(Encoder(V, 64, 128, 3, 4), Decoder(V, 64, 128, 3, 4))
+    for stack in (model.encoder, model.decoder, alone.decoder, post.encoder, post.decoder):
+        layer, cross = stack.layers[0], stack.layers[0].cross_attn
+        places = {layer.self_attn.in_proj: 4 * 64, layer.self_attn.out_proj: 2 * 64,
+                  layer.feed_forward.linear1: 192, layer.feed_forward.linear2: 192}  # fmt: skip
+        if cross is not None:
+            places |= {cross.q_proj: 4 * 64, cross.kv_proj: 4 * 64, cross.out_proj: 2 * 64}
+        for linear, features in places.items():
+            bound = (6 / features) ** 0.5
+            assert 0.98 * bound < linear.weight.abs().max().item() <= bound
+    for one in (model, post):
+        logits = one.eval()(ids_of(*[9] * 9), ids_of(*[9] * 9, seed=1)).logits
+        assert 0.7 < logits[:, :8].std().item() < 1.3
     assert all((p == 0).all() for n, p in model.named_parameters()
                if n.endswith("bias"))  # fmt: skip
     first = [m.self_attn.in_proj.weight for m in model.encoder.layers]

@@ -16,6 +16,7 @@ from ..ops.cross_entropy import cross_entropy
 from ..ops.softmax import softmax
 from .config import TransformerConfig
 from .encoder import Encoder
+from .initialization import start_encoder_head
 from .modes import evaluating
 from .outputs import TextOutput
 from .packing import PackedBatch, pack
@@ -343,6 +344,5 @@ def _tokens_of(
 
 def _head(features: int, classes: int) -> Linear:
     head = Linear(features, classes)
-    torch.nn.init.normal_(head.weight, std=0.02)
-    torch.nn.init.zeros_(head.bias)
+    start_encoder_head(head)
     return head

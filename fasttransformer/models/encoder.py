@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..nn import LayerNorm, TokenPositionEmbedding
 from .config import TransformerConfig
-from .layers import Layer, reset_parameters
+from .initialization import start_layers
+from .layers import Layer
 from .packing import PackedBatch
 from .pretrained import TextModel, Texts
 
@@ -45,7 +46,7 @@ class Stack(TextModel):
             Layer(config, is_causal=is_causal, cross=cross) for _ in range(config.num_layers)
         )
         self.norm = LayerNorm(config.embed_dim, config.norm_eps) if config.pre_norm else None
-        reset_parameters(self.layers, config.pre_norm)
+        start_layers(self.layers)
 
     def configs(self) -> dict[str, TransformerConfig]:
         return {"config": self.config}

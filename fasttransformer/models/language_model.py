@@ -13,6 +13,7 @@ from ..nn import LMHead
 from .config import TransformerConfig
 from .decoder import Decoder
 from .generation import Generator
+from .initialization import start_output_layer
 from .outputs import TextOutput
 from .packing import IGNORED, PackedBatch, pack_padded
 from .pretrained import TextModel, Texts
@@ -74,7 +75,7 @@ class LanguageModel(Generator, TextModel):
     def _build(self, decoder: Decoder) -> None:
         self.decoder, self.config = decoder, decoder.config
         self.lm_head = LMHead(self.config.embed_dim, self.config.vocab_size)
-        torch.nn.init.normal_(self.lm_head.weight, std=self.config.embed_dim**-0.5)
+        start_output_layer(self.lm_head)
         self._tie()
 
     def configs(self) -> dict[str, TransformerConfig]:

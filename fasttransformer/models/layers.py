@@ -194,24 +194,3 @@ class Layer(nn.Module):
         summed = summed + dropout(y, self.dropout if self.training else 0.0)
         normed = norm(summed)
         return normed, summed if self.pre_norm else normed
-
-
-@torch.no_grad()
-def reset_parameters(layers: nn.ModuleList, pre_norm: bool) -> None:
-    """Glorot and Bengio's uniform weights and zero biases, as torch's Transformer has them: the
-    packed input projection counts as one matrix (3C, C). In a pre-norm stack the layers that write
-    to the residual stream are scaled by 1 / sqrt(their number), so that its variance does not grow
-    with depth (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)."""
-    blocks = sum(3 if layer.cross_attn is not None else 2 for layer in layers)
-    for layer in layers:
-        for name, module in layer.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            rows, columns = module.weight.shape
-            if name.endswith(("in_proj", "q_proj", "kv_proj")):
-                rows = 3 * columns
-            bound = math.sqrt(6.0 / (rows + columns))
-            if pre_norm and name.endswith(("out_proj", "linear2")):
-                bound /= math.sqrt(blocks)
-            module.weight.uniform_(-bound, bound)
-            module.bias.zero_()

@@ -14,6 +14,7 @@ from .config import TransformerConfig
 from .decoder import Decoder
 from .encoder import Encoder, EncoderOutput
 from .generation import Generator
+from .initialization import start_output_layer
 from .outputs import TextOutput
 from .packing import IGNORED, PackedBatch, from_lengths, pack_padded
 from .pretrained import TextModel, Texts
@@ -82,7 +83,7 @@ class Seq2SeqModel(Generator, TextModel):
             )
         self.encoder, self.decoder = src_encoder, tgt_decoder
         self.lm_head = LMHead(target.embed_dim, target.vocab_size)
-        torch.nn.init.normal_(self.lm_head.weight, std=target.embed_dim**-0.5)
+        start_output_layer(self.lm_head)
         self._tie()
 
     def configs(self) -> dict[str, TransformerConfig]:

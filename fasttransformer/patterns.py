@@ -80,6 +80,13 @@ def short_name(cls: type) -> str:
     return cls.__name__
 
 
+def long_name(cls: type) -> str:
+    """As :func:`short_name`, with the module of a class that is not in torch.nn: many are called
+    Linear."""
+    short = short_name(cls)
+    return short if short.startswith("torch.nn.") else path_of(cls)
+
+
 def own_code(source: type, function: Any) -> bool:
     """Whether a function, and all that it wraps, is written in the package that ``source`` comes
     from, and so was not put there by someone else."""
@@ -159,7 +166,10 @@ def children_reason(module: Module, kinds: Mapping[str, str]) -> str | None:
         if kind == "called":
             continue
         if kind != "activation" and type(child) not in KINDS[kind]:
-            return f"{name} is a {short_name(type(child))}, not a plain {kind}"
+            return (
+                f"its part {name} is not torch.nn.{kind} itself but a {long_name(type(child))}, "
+                "which has to be called"
+            )
         problem = _bypass_reason(child, name)
         if problem is not None:
             return problem

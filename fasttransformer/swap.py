@@ -15,7 +15,7 @@ True
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,19 +45,27 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What :func:`swap` did: ``swapped``, ``skipped`` (each with its reason), and ``already``, the
-    names of the modules that an earlier swap had changed."""
+    """What :func:`swap` did: ``swapped``, ``skipped`` (each with its reason), ``already``, the
+    names of the modules that an earlier swap had changed, and ``without_pattern``, how many modules
+    that compute there are of each class that has no pattern."""
 
-    model: Module = field(repr=False)
+    model: Module
     swapped: tuple[Swapped, ...]
     skipped: tuple[Skipped, ...]
     already: tuple[str, ...] = ()
+    without_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    def _count(self) -> str:
+        count = f"{len(self.swapped)} module{'' if len(self.swapped) == 1 else 's'} swapped"
+        return f"{count}, {len(self.skipped)} left alone"
+
+    def __repr__(self) -> str:
+        return f"<swap of a {type(self.model).__name__}: {self._count()}; print it for the list>"
 
     def __str__(self) -> str:
-        count = f"{len(self.swapped)} module{'' if len(self.swapped) == 1 else 's'} swapped"
-        lines = [f"swap: {count}, {len(self.skipped)} left alone"]
+        lines = [f"swap: {self._count()}"]
         groups: dict[str, list[str]] = {}
         for s in self.swapped:
             key = f"{patterns.short_name(s.source)} -> {s.target.__name__}"
@@ -74,6 +82,9 @@ class Report:
         for k in self.skipped:
             groups.setdefault(f"{patterns.short_name(k.source)}: {k.reason}", []).append(k.name)
         lines += [f"  {key}: {len(names)} ({_places(names)})" for key, names in groups.items()]
+        if self.without_pattern:
+            counts = sorted(self.without_pattern.items(), key=lambda item: -item[1])
+            lines.append("no pattern for: " + ", ".join(f"{n} {name}" for name, n in counts))
         return "\n".join(lines)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
@@ -147,7 +158,9 @@ def swap(model: Module) -> Report:
         module.__class__ = target
         swapped.append(Swapped(name, source, target))
     skipped += _attention_without_pattern(model)
-    return Report(model, tuple(swapped), tuple(skipped), tuple(already))
+    listed = {entry.name for entry in skipped}
+    without = _without_pattern(m for name, m in model.named_modules() if name not in listed)
+    return Report(model, tuple(swapped), tuple(skipped), tuple(already), without)
 
 
 def restore(model: Module) -> int:
@@ -224,6 +237,19 @@ def _attention_without_pattern(model: Module) -> list[Skipped]:
         parts = (m for m in module.modules() if m is not module)
         if not any("Attention" in type(part).__name__ for part in parts):
             found.append(Skipped(name, type(module), "there is no pattern for this class yet"))
+    return found
+
+
+def _without_pattern(modules: Iterable[Module]) -> dict[str, int]:
+    """Class → how many of these compute something and have no row: they hold parameters or buffers
+    of their own, or are a model's own feed-forward or rotary embedding."""
+    found: dict[str, int] = {}
+    for module in modules:
+        held = any(p is not None for p in (*module._parameters.values(), *module._buffers.values()))
+        named = type(module).__name__.endswith(("MLP", "FeedForward", "RotaryEmbedding"))
+        if (held or named) and not (_has_row(module) or isinstance(module, patterns.PARTS)):
+            name = patterns.short_name(type(module))
+            found[name] = found.get(name, 0) + 1
     return found
 
 

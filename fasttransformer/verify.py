@@ -27,12 +27,10 @@ for the others, and what is less accurate in truth is so in the mean.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +40,7 @@ from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._contract import DRAWS, Comparison, mean, rounding_step
+from ._runs import Progress, Results, Subject, cast, disable_dropout, repeats, run, tensors
 
 #: A float64 gradient this far below the model's largest is what rounding left of zero.
 _ZERO = 2.0**-40
@@ -84,17 +83,21 @@ class Verification:
     """The result of ``report.verify``: ``outputs`` and ``gradients`` in the model's own dtype, and
     ``float64``, both of them in float64; each entry with ``name``, ``max_error``,
     ``reference_error``, ``allowed`` and ``ok``. ``problem`` says what kept the comparison from
-    being made, and is None otherwise."""
+    being made, and is None otherwise; ``judged`` is False of a model that runs, but can't be
+    compared with itself in float64."""
 
     outputs: tuple[Compared, ...] = ()
     gradients: tuple[Compared, ...] = ()
     float64: tuple[Compared, ...] = ()
     problem: str | None = None
     notes: tuple[str, ...] = field(default=())
+    judged: bool = True
 
     @property
-    def ok(self) -> bool:
-        """Whether every output and every gradient is within its bounds."""
+    def ok(self) -> bool | None:
+        """Whether every output and every gradient is within its bounds; None if not judged."""
+        if not self.judged:
+            return None
         entries = self.outputs + self.gradients + self.float64
         return self.problem is None and bool(entries) and all(entry.ok for entry in entries)
 
@@ -117,7 +120,8 @@ class Verification:
 
     def __str__(self) -> str:
         if self.problem is not None:
-            return f"verify: not compared: {self.problem}"
+            lines = [f"verify: not compared: {self.problem}"]
+            return "\n".join(lines + [f"  note: {note}" for note in self.notes])
         good = sum(g.ok for g in self.gradients)
         verdict = "ok" if self.ok else "FAILED"
         line = f"verify: {verdict}; {good} of {len(self.gradients)} gradients within bounds"
@@ -140,7 +144,7 @@ def verify(
 ) -> Verification:
     """See :meth:`fasttransformer.swap.Report.verify`; ``show`` and ``gradients`` are its own."""
     try:
-        result = _verify(model, args, kwargs, gradients)
+        result = _verify(model, args, kwargs, gradients, show)
     except Exception as error:  # whatever a model does on its inputs is an answer, not a crash
         result = Verification(problem=f"{type(error).__name__}: {error}")
     if show:
@@ -170,63 +174,75 @@ def _show(result: Verification) -> None:
 
 
 def _verify(
-    model: Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool
+    model: Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool, show: bool
 ) -> Verification:
-    from .swap import restore
-
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        original = copy_of(model)
-        restore(original)
+        progress = Progress(model, gradients, show)
+        narrow = Subject(model)
         notes: list[str] = []
-        calm = _make_calm(original)
-        if calm and not _repeats(original, args, kwargs):
+        calm = disable_dropout(narrow.module)
+        if calm and not repeats(narrow.original(), args, kwargs):
             calm = False
             notes.append("compared in eval mode: the model draws random numbers in training mode")
 
-        def prepare(module: Module) -> Module:
-            _make_calm(module)
-            return module if calm else module.eval()
+        def prepare(subject: Subject) -> Subject:
+            disable_dropout(subject.module)
+            if not calm:
+                subject.module.eval()
+            return subject
 
-        noise = _Noise()
-        wide = prepare(copy_of(original).double())
+        progress("the original in float64")
+        prepare(narrow).reset(model)
+        wide = prepare(Subject(model).double())
         narrowest = _Narrowest()
-        truth = _run(wide, args, kwargs, gradients, torch.float64, narrowest)
-        ours = prepare(copy_of(model))
         try:
-            ours64 = _run(copy_of(ours).double(), args, kwargs, gradients, torch.float64)
+            truth = run(wide.original(), args, kwargs, gradients, torch.float64, narrowest)
+        except Exception as error:
+            peer = run(narrow.original(), args, kwargs, False)  # wrong inputs are named by this
+            return _not_judged(error, peer, run(narrow.swapped(), args, kwargs, False))
+        progress("the swapped model in float64")
+        noise = _Noise()
+        formula: tuple[Compared, ...] = ()
+        try:
+            wide.reset(model)
+            ours64 = _errors(run(wide.swapped(), args, kwargs, gradients, torch.float64), truth)
         except Exception as error:  # a forced backend, or a device, without float64
             notes.append(f"not compared in float64: {type(error).__name__}: {error}")
-            formula: tuple[Compared, ...] = ()
         else:
             move = max(_MOVE, 16 * narrowest.step)
             if move > _MOVE:
-                notes.append("the original rounds inside, so in float64 no finer than its rounding")
-            moved = []
-            for _ in range(_MOVES):
-                twin = copy_of(wide)
-                noise.move([twin], move)
+                notes.append(_rounds_inside(narrowest.step))
+            moved: dict[str, float] = {}
+            for count in range(_MOVES):
+                progress(f"the original in float64, moved: {count + 1} of {_MOVES}")
+                wide.reset(model)
+                noise.move([wide.original()], move)
                 inputs = noise.moved(args, move), noise.moved(kwargs, move)
-                moved.append(_run(twin, *inputs, gradients))
+                errors = _errors(run(wide.module, *inputs, gradients), truth)
+                moved = {name: max(error, moved.get(name, 0.0)) for name, error in errors.items()}
             formula = _compare_formula(ours64, truth, moved)
-        given = (*original.parameters(), *(t for _, t in tensors((args, kwargs))))
+        given = (*model.parameters(), *(t for _, t in tensors((args, kwargs))))
         if {t.dtype for t in given if t.is_floating_point()} == {torch.float64}:
             return Verification(*_split(formula), notes=tuple(notes))
+        wide.reset(model)
 
-        plain = prepare(original)
-
-        def draw(truth: _Results) -> tuple[Compared, ...]:
-            got, peer = (_run(m, args, kwargs, gradients) for m in (ours, plain))
+        def draw(truth: Results) -> tuple[Compared, ...]:
+            got = run(narrow.swapped(), args, kwargs, gradients)
+            peer = run(narrow.original(), args, kwargs, gradients)
             found = _compare("", got.outputs, truth.outputs, peer.outputs)
             return found + _compare("grad ", got.gradients, truth.gradients, peer.gradients)
 
+        progress("both in the model's own dtype")
         first = draw(truth)
+        del truth
         broken: dict[str, list[Compared]] = {e.name: [] for e in first if not e.ok and e.allowed}
         means: dict[str, Compared] = {}
         again = broken and all(entry.ok for entry in formula)  # else the answer is known
         for count in range(1, DRAWS + 1 if again else 0):
-            noise.move([plain, wide, ours], 8.0)
-            for entry in draw(_run(wide, args, kwargs, gradients, torch.float64)):
+            progress(f"{len(broken)} of {len(first)} drawn anew: {count} of at most {DRAWS}")
+            noise.move([narrow.module, wide.module], 8.0)
+            for entry in draw(run(wide.original(), args, kwargs, gradients, torch.float64)):
                 if entry.name in broken:
                     broken[entry.name].append(entry)
             means = {name: Compared.mean(draws) for name, draws in broken.items()}
@@ -236,6 +252,34 @@ def _verify(
             notes.append(f"geometric means of {count} draws of the rounding: {', '.join(means)}")
     entries = [means.get(entry.name, entry) for entry in first]
     return Verification(*_split(entries), formula, notes=tuple(notes))
+
+
+def _rounds_inside(step: float) -> str:
+    dtype = next(d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+                 if torch.finfo(d).eps >= step)  # fmt: skip
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"the model computes a part in {name} whatever its own dtype; so the comparison in float64 "
+        f"finds a difference only if it is larger than {name}'s rounding, {step:.0e}"
+    )
+
+
+def _not_judged(error: Exception, peer: Results, ours: Results) -> Verification:
+    """For a model that runs in its own dtype alone, one of int8 weights for instance."""
+    differences = _errors(ours, peer)
+    sizes = {name: _largest(t) for name, t in peer.outputs.items()}
+    name = max(differences, key=lambda n: differences[n], default="")
+    return Verification(
+        problem=f"the original can't be judged in float64 ({type(error).__name__}: "
+        f"{str(error).splitlines()[0]})",
+        judged=False,
+        notes=(
+            f"swapped and original differ by at most {differences[name]:.2e} in {name}, whose "
+            f"largest number is {sizes.get(name, 0.0):.2e}",
+        )
+        if name
+        else (),
+    )
 
 
 def _split(entries: Sequence[Compared]) -> tuple[tuple[Compared, ...], tuple[Compared, ...]]:
@@ -264,7 +308,7 @@ class _Noise:
 
     def moved(self, value: Any, size: float) -> Any:
         """Inputs for a run in float64, moved."""
-        value = _cast(value, torch.float64)
+        value = cast(value, torch.float64)
         with torch.no_grad():
             for _, tensor in tensors(value):
                 if tensor.is_floating_point():
@@ -300,25 +344,39 @@ class _Narrowest(TorchDispatchMode):
         return out
 
 
+def _errors(found: Results, truth: Results) -> dict[str, float]:
+    """The error of each output and gradient; infinite where only one of the two has it, or where
+    it has another size."""
+    errors = {}
+    for name, got, want in _pairs(found, truth):
+        missing = got is None or want is None or got.shape != want.shape
+        errors[name] = math.inf if missing else _error(got, want)
+    return errors
+
+
+def _pairs(found: Results, truth: Results) -> Iterator[tuple[str, Any, Any]]:
+    for prefix, mine, theirs in (
+        ("", found.outputs, truth.outputs),
+        ("grad ", found.gradients, truth.gradients),
+    ):
+        for name in dict.fromkeys([*theirs, *mine]):
+            yield prefix + name, mine.get(name), theirs.get(name)
+
+
 def _compare_formula(
-    ours: _Results, truth: _Results, moved: Sequence[_Results]
+    ours: dict[str, float], truth: Results, moved: dict[str, float]
 ) -> tuple[Compared, ...]:
     """Both in float64; the bound is what moving the weights and inputs does to the original."""
     found = []
-    for kind in ("outputs", "gradients"):
-        got, want = getattr(ours, kind), getattr(truth, kind)
-        largest = max((_largest(t) for t in want.values()), default=0.0)
-        for name in dict.fromkeys([*want, *got]):
-            label = f"float64 {'grad ' if kind == 'gradients' else ''}{name}"
-            if name not in got or name not in want or got[name].shape != want[name].shape:
-                found.append(Compared(label, math.inf, 0.0, 0.0))
-                continue
-            noise = max(_error(getattr(run, kind)[name], want[name]) for run in moved)
-            # Some gradients are zero but for rounding, which is of the size of the others'.
-            size = largest if kind == "gradients" else _largest(want[name])
-            steps = 64 * rounding_step(torch.float64, size) if size else 0.0
-            error = _error(got[name], want[name])
-            found.append(Compared(label, error, noise, 16 * noise + steps))
+    largest = max((_largest(t) for t in truth.gradients.values()), default=0.0)
+    sizes = {name: _largest(t) for name, t in truth.outputs.items()}
+    # Some gradients are zero but for rounding, which is of the size of the others'.
+    sizes |= {f"grad {name}": largest for name in truth.gradients}
+    for name, error in ours.items():
+        noise, size = moved.get(name, 0.0), sizes.get(name, 0.0)
+        steps = 64 * rounding_step(torch.float64, size) if size else 0.0
+        allowed = 16 * noise + steps if math.isfinite(noise) and error < math.inf else 0.0
+        found.append(Compared(f"float64 {name}", error, noise, allowed))
     return tuple(found)
 
 
@@ -327,125 +385,6 @@ def _error(out: Tensor, truth: Tensor) -> float:
     if not truth.is_floating_point():
         return (out != truth).sum().item()
     return _largest(out - truth, truth)
-
-
-def copy_of(model: Module) -> Module:
-    """A deep copy without gradients (which deepcopy would take along) on the original's flags.
-
-    torch's ``TransformerDecoderLayer`` puts ReLU before an activation that is a module when it is
-    copied (pytorch/pytorch#81832 for the encoder's); here a copy's attributes are the original's.
-    """
-    held = [(p, p.grad) for p in model.parameters()]
-    try:
-        for p, _ in held:
-            p.grad = None
-        copied = copy.deepcopy(model)
-    finally:
-        for p, grad in held:
-            p.grad = grad
-    for module, twin in zip(model.modules(), copied.modules()):
-        for name in module._modules.keys() - vars(module).keys():
-            vars(twin).pop(name, None)
-    return copied
-
-
-def _make_calm(model: Module) -> bool:
-    """Sets every dropout probability that is found to 0; whether the model is in training mode."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name.lower():
-                setattr(module, name, 0.0)
-    return any(module.training for module in model.modules())
-
-
-def _repeats(model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether two runs from different random states agree."""
-    with torch.no_grad():
-        runs = []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            runs.append(dict(tensors(model(*_cast(args, None), **_cast(kwargs, None)))))
-    return all(
-        torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-        if a.is_floating_point()
-        else torch.equal(a, b)
-        for a, b in zip(runs[0].values(), runs[1].values())
-    )
-
-
-@dataclass
-class _Results:
-    outputs: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-
-def _run(
-    model: Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    gradients: bool,
-    dtype: torch.dtype | None = None,
-    watch: contextlib.AbstractContextManager[Any] | None = None,
-) -> _Results:
-    torch.manual_seed(0)
-    args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
-    wanted: dict[str, Tensor]
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wanted |= {name: t for name, t in tensors((args, kwargs), "input") if t.requires_grad}
-    with watch or contextlib.nullcontext():
-        outputs = dict(tensors(model(*args, **kwargs)))
-    loss: Any = 0.0
-    generator = torch.Generator().manual_seed(7)
-    for out in outputs.values():
-        if out.is_floating_point() and out.requires_grad:
-            # One random cotangent per output, in the rounding of the model's own dtype.
-            weight = torch.randn(out.shape, generator=generator, dtype=torch.float32)
-            weight = weight.bfloat16().to(out)
-            loss = loss + (torch.where(out.isfinite(), out, 0) * weight).sum()
-    found: dict[str, Tensor] = {}
-    if gradients and isinstance(loss, Tensor) and wanted:
-        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-        found = {name: g for name, g in zip(wanted, grads) if g is not None}
-    return _Results({name: out.detach() for name, out in outputs.items()}, found)
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """Inputs anew for each run: detached copies, floating-point ones in ``dtype``."""
-    if isinstance(value, Tensor):
-        new = value.detach().clone()
-        if dtype is not None and new.is_floating_point():
-            new = new.to(dtype)
-        return new.requires_grad_(value.requires_grad)
-    if isinstance(value, Mapping) and type(value) is dict:
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_cast(item, dtype) for item in value)
-    return copy.deepcopy(value)
-
-
-def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a model's output (tensors, sequences, mappings, dataclasses), with their path.
-
-    >>> [name for name, _ in tensors({"loss": torch.zeros(()), "states": (torch.zeros(1),)})]
-    ['loss', 'states.0']
-    """
-
-    def under(key: Any) -> str:
-        return f"{name}.{key}" if name else str(key)
-
-    if isinstance(value, Tensor):
-        yield name or "output", value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors(item, under(key))
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from tensors(item, under(index))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for entry in dataclasses.fields(value):
-            yield from tensors(getattr(value, entry.name), under(entry.name))
 
 
 def _compare(

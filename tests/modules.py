@@ -21,8 +21,8 @@ import contract
 import fasttransformer as ft
 from fasttransformer._contract import Comparison
 from fasttransformer._contract import compare as compare_tensors
+from fasttransformer._runs import copy_of
 from fasttransformer.backends import TABLE
-from fasttransformer.verify import copy_of
 
 OURS: dict[type, type] = {
     nn.MultiheadAttention: ft.nn.MultiheadAttention,

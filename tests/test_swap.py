@@ -70,6 +70,42 @@ def test_nothing_to_swap_says_so():
     assert "nothing to swap" in str(report)
 
 
+def test_classes_without_a_pattern_are_counted():
+    class QwenRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    class QwenMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(4, 8)
+
+    class QwenRotaryEmbedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("inv_freq", torch.ones(2))
+
+    class QwenAttention(nn.Module):  # listed with a reason, and so not counted
+        scale = nn.Parameter(torch.ones(()))
+
+    parts = [QwenRMSNorm(), QwenRMSNorm(), QwenMLP(), QwenRotaryEmbedding(), QwenAttention(),
+             nn.Embedding(3, 4), nn.Dropout(), nn.ReLU(), nn.LayerNorm(4)]  # fmt: skip
+    report = ft.swap(nn.Sequential(*parts))
+    assert report.without_pattern == {"QwenRMSNorm": 2, "QwenMLP": 1, "QwenRotaryEmbedding": 1,
+                                      "torch.nn.Embedding": 1}  # fmt: skip
+    line = "no pattern for: 2 QwenRMSNorm, 1 QwenMLP, 1 QwenRotaryEmbedding, 1 torch.nn.Embedding"
+    assert line in str(report).splitlines()
+
+
+def test_the_reports_repr_is_short():
+    report = ft.swap(Net())
+    assert repr(report) == (
+        f"<swap of a Net: {len(report.swapped)} modules swapped, 0 left alone; print it for the "
+        "list>"
+    )
+
+
 def test_the_model_itself_can_be_swapped():
     norm = nn.LayerNorm(4)
     report = ft.swap(norm)

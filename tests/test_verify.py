@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 from swap_model import D, Net, ids
@@ -253,7 +258,7 @@ def test_a_model_that_rounds_inside_is_compared_as_finely_as_it_computes():
             model.norm.__class__ = fault
         check = report.verify(torch.randn(4, D), show=False)
         assert check.ok == (fault is None), str(check)
-        assert any("rounds inside" in note for note in check.notes)
+        assert any("a part in float32 whatever its own dtype" in note for note in check.notes)
 
 
 def test_a_decoder_whose_activation_is_a_module():
@@ -261,3 +266,61 @@ def test_a_decoder_whose_activation_is_a_module():
     layer = nn.TransformerDecoderLayer(D, 2, 32, batch_first=True, activation=nn.SiLU())
     check = ft.swap(layer).verify(torch.randn(2, 3, D), torch.randn(2, 5, D), show=False)
     assert check.ok, str(check)
+
+
+def test_a_model_of_int8_weights_is_not_judged():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        check = ft.swap(model).verify(torch.randn(4, D), show=False)
+    assert check.ok is None and not check.judged
+    assert "can't be judged in float64" in str(check) and "swapped and original differ" in str(
+        check
+    )
+    assert ft.swap(nn.LayerNorm(D)).verify(torch.randn(4, 3), show=False).ok is False
+
+
+class Counter(nn.Module):
+    """Each call changes a buffer that the result depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.norm(x) * self.calls
+
+
+def test_a_model_that_counts_its_calls():
+    model = Counter()
+    check = ft.swap(model).verify(torch.randn(4, D), show=False)
+    assert check.ok and model.calls == 0
+
+
+MEMORY = """
+import resource, sys, torch, fasttransformer as ft
+torch.manual_seed(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(4)))
+report = ft.swap(model)
+x = torch.randn(2, 2048)
+model.double()(x.double()), model.float()(x)  # what a first call of each kind takes for good
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+check = report.verify(x)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert check.ok, check
+print("times", (after - before) * 1024 / (4 * 2048 * 2048 * 4))
+"""
+
+
+def test_the_memory_that_it_takes_is_bounded_and_told():
+    """Copies and gradients of 25 to 30 times the parameters once lived at a time."""
+    found = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    times = float(re.search(r"times ([\d.]+)", found.stdout)[1])
+    assert 2 < times < 11, times
+    said = re.search(r"verify: takes about ([\d.]+) GB beside the model", found.stderr)
+    assert said is not None and float(said[1]) == pytest.approx(9 / 16, abs=0.06)

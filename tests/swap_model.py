@@ -1,9 +1,13 @@
-"""The model that the tests of swap and verify work on."""
+"""The models that the tests of swap and verify work on."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
+
+import fasttransformer as ft
 
 D = 16
 
@@ -34,3 +38,48 @@ class Net(nn.Module):
 
 def ids():
     return torch.arange(12).view(2, 6)
+
+
+def encoder(**options):
+    return nn.TransformerEncoderLayer(D, 2, 32, 0.0, batch_first=True, **options)
+
+
+class SelfAttention(nn.Module):
+    """An attention module on one input, so that every model here takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+MODELS = {
+    "Linear": lambda: nn.Linear(D, D),
+    "LayerNorm": lambda: nn.LayerNorm(D),
+    "RMSNorm": lambda: nn.RMSNorm(D),
+    "Softmax": lambda: nn.Softmax(-1),
+    "MultiheadAttention": SelfAttention,
+    "TransformerEncoderLayer": encoder,
+    "TransformerEncoder": lambda: nn.TransformerEncoder(
+        encoder(), 2, nn.LayerNorm(D), enable_nested_tensor=False
+    ),
+}
+
+
+def twins(kind, **options):
+    """The original in eval mode and its swapped copy."""
+    torch.manual_seed(1)
+    original = nn.Sequential(MODELS[kind](**options)).eval()
+    swapped = copy.deepcopy(original)
+    assert ft.swap(swapped).swapped
+    return original, swapped
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def reasons_of(model):
+    return {reason for counts in ft.nn.fallbacks(model).values() for reason in counts}

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import linear as torch_linear
-from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from .. import patterns
 from ..nn._blocks import DROPOUT_FORWARDS as DROPOUT
 from ..nn._drop_in import DropIn
 from ..nn._fallback import record
-from ..nn._plain import activation_name, kernels_take, parameter, part_reason
+from ..nn._plain import activation_name, called_everywhere, kernels_take, parameter, part_reason
 from ..nn.linear import LINEAR_FORWARDS as LINEAR
 from ..nn.norms import LAYER_NORM_FORWARDS as LAYER_NORM
 from ..ops.add_layer_norm import add_layer_norm
@@ -68,8 +67,9 @@ class Swapped(Base):
         (name, the forwards that are known for it) has more to it than its parameters."""
         if self._ft_swapped_from.forward is not self._source_forward:  # type: ignore[attr-defined]
             return f"the forward of {self._ft_swapped_from.__name__} is replaced"  # type: ignore
-        if has_global_hook():
-            return "global module hooks"
+        everywhere = called_everywhere()
+        if everywhere is not None:
+            return everywhere
         modules: Any = self._modules  # type: ignore[attr-defined]
         for name, forwards in parts:
             found = part_reason(modules[name], forwards)
@@ -141,18 +141,22 @@ class Attention(Swapped):
 
     _ft_projections: tuple[str, ...]
     _ft_functions: tuple[Any, ...]
+    _ft_parts: tuple[tuple[str, tuple], ...]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         source = cls.__dict__.get("_ft_swapped_from")
         if source is not None:
             cls._ft_functions = attention_functions(source)
+            cls._ft_parts = (
+                *((name, LINEAR) for name in cls._ft_projections),
+                ("dropout", DROPOUT),
+            )
 
     def _why_original_attention(
         self: Any, hidden_states: Tensor, mask: Any, options: dict[str, Any]
     ) -> str | None:
-        parts = [(name, LINEAR) for name in self._ft_projections]
-        reason = self._why_original(*parts, ("dropout", DROPOUT))
+        reason = self._why_original(*self._ft_parts)
         if reason is not None:
             return reason
         if hidden_states.dim() != 3:
@@ -170,9 +174,10 @@ class Attention(Swapped):
         if implementation not in _IMPLEMENTATIONS:
             return f"its attention implementation is {implementation!r}"
         function = _attention_function(self._ft_swapped_from, implementation)
-        if not any(function is known for known in self._ft_functions):
-            return f"the attention function {implementation!r} is replaced"
-        return "the attention weights are read" if _wants_weights(self, options) else None
+        for known in self._ft_functions:
+            if function is known:
+                return "the attention weights are read" if _wants_weights(self, options) else None
+        return f"the attention function {implementation!r} is replaced"
 
 
 def _attention_function(source: type, implementation: str) -> Any:
@@ -195,7 +200,7 @@ class SelfAttention(Attention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any
     ) -> Any:
-        if cache is None and kernels_take(hidden_states):
+        if cache is None and kernels_take(None, hidden_states):
             reason = self._why_original_attention(hidden_states, attention_mask, kwargs)
         else:
             reason = _CACHE if cache is not None else TENSORS
@@ -230,7 +235,7 @@ class CrossAttention(Attention):
         reason: str | None = None
         if cache is not None:
             reason = _CACHE
-        elif not kernels_take(hidden_states, encoder_hidden_states):
+        elif not kernels_take(None, hidden_states, encoder_hidden_states):
             reason = TENSORS
         elif encoder_hidden_states is None or encoder_hidden_states.dim() != 3 or self.is_causal:
             reason = "it is not attention to an encoder's states"
@@ -252,7 +257,7 @@ class OutputNorm(Swapped):
     """``LayerNorm(dropout(dense(x)) + residual)``; children dense, LayerNorm, dropout."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        if kernels_take(hidden_states, input_tensor):
+        if kernels_take(None, hidden_states, input_tensor):
             reason = self._why_original(
                 ("dense", LINEAR), ("LayerNorm", LAYER_NORM), ("dropout", DROPOUT)
             )
@@ -288,7 +293,7 @@ class Intermediate(Swapped):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         activation = activation_name(self.intermediate_act_fn)
-        if not kernels_take(hidden_states):
+        if not kernels_take(None, hidden_states):
             reason: str | None = TENSORS
         elif activation is None:
             reason = "its activation has no kernel"

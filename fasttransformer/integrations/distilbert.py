@@ -33,7 +33,7 @@ class SelfAttention(Attention):
     _ft_projections = ("q_lin", "k_lin", "v_lin", "out_lin")
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
-        if kernels_take(hidden_states):
+        if kernels_take(None, hidden_states):
             reason = self._why_original_attention(hidden_states, attention_mask, kwargs)
         else:
             reason = TENSORS
@@ -54,7 +54,7 @@ class FeedForward(Swapped):
 
     def ff_chunk(self, input: Tensor) -> Tensor:
         activation = activation_name(self.activation)
-        if not kernels_take(input):
+        if not kernels_take(None, input):
             reason: str | None = TENSORS
         elif activation is None:
             reason = "its activation has no kernel"
@@ -72,7 +72,7 @@ class Block(Swapped):
     """Attention and feed-forward, each followed by ``LayerNorm(x + residual)`` in one kernel."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-        if kernels_take(hidden_states):
+        if kernels_take(None, hidden_states):
             reason = self._why_original(
                 ("sa_layer_norm", LAYER_NORM), ("output_layer_norm", LAYER_NORM)
             )

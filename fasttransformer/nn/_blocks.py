@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.linear_add import linear_add
-from ._plain import activation_name, part_reason
+from ._plain import activation_name, called_everywhere, part_reason
 from .attention import MultiheadAttention, why_not
 from .linear import LINEAR_FORWARDS
 from .norms import NORM_FORWARDS
@@ -43,8 +42,9 @@ DECODER = (*ENCODER, "multihead_attn", "norm3", "dropout3")
 
 def why_not_fused(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     """Why the named submodules must be called one by one, or None."""
-    if _has_any_global_hook():
-        return "global module hooks: submodules are called one by one"
+    everywhere = called_everywhere()
+    if everywhere is not None:
+        return f"{everywhere}: submodules are called one by one"
     modules: dict[str, Any] = layer._modules
     for name in names:
         module: Any = modules.get(name)

@@ -25,22 +25,38 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops._front import FLOATS
 from ._fallback import record
 
+_SOURCES = (
+    torch.nn.Embedding,
+    torch.nn.LayerNorm,
+    torch.nn.Linear,
+    torch.nn.MultiheadAttention,
+    torch.nn.RMSNorm,
+    torch.nn.Softmax,
+    torch.nn.TransformerDecoder,
+    torch.nn.TransformerDecoderLayer,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerEncoderLayer,
+)
 #: What stands for a tensor while torch.compile and torch.export trace our operators.
 _TRACED = frozenset({FakeTensor, FunctionalTensor})
 _PLAIN = frozenset({Tensor, Parameter}) | _TRACED
 _FLOATS = frozenset(FLOATS)
 _STRIDED = torch.strided
+#: torch's own forwards: somebody may put another one on a class later.
+_FORWARDS = {cls: cls.forward for cls in _SOURCES}
 _jit_tracing = torch._C._get_tracing_state
 
 
-def kernels_take(input: Tensor, *others: Tensor | None) -> bool:
-    """Whether our kernels may compute with these tensors, the first of which is floating point.
+def kernels_take(source: type | None, input: Tensor, *others: Tensor | None) -> bool:
+    """Whether our kernels may compute with these tensors, the first of which is floating point, in
+    place of the forward of ``source``, torch's class.
 
-    If not, :func:`run_torchs` runs torch's forward. Takes 0.4 µs for three tensors.
+    If not, :func:`run_torchs` runs torch's forward. Takes 0.5 µs for three tensors.
     """
     kind = type(input)
     if (
-        _jit_tracing() is not None
+        (source is not None and source.forward is not _FORWARDS[source])  # type: ignore
+        or _jit_tracing() is not None
         or kind not in _PLAIN
         or input.dtype not in _FLOATS
         or input.layout is not _STRIDED
@@ -101,7 +117,7 @@ def _why(module: Module, given: Mapping[str, Any]) -> str:
     for name, x in reversed(tensors.items()):
         if x.dtype not in _FLOATS:
             return f"{name} has dtype {x.dtype}"
-    return "it is not called with tensors"
+    return "the forward of torch's class is replaced, or it is not called with tensors"
 
 
 def oddity(x: Tensor) -> str | None:
@@ -135,22 +151,43 @@ def addition(module: Module) -> str | None:
 
 def odd_parameter(module: Module) -> str | None:
     """Which parameter of a module is no plain tensor, in words, or None."""
-    for name, x in module._parameters.items():
-        if x is not None and (type(x) not in _PLAIN or x.layout is not _STRIDED):
+    for x in module._parameters.values():
+        if x is not None and (
+            (type(x) is not Parameter and type(x) not in _PLAIN) or x.layout is not _STRIDED
+        ):
+            name = next(name for name, y in module._parameters.items() if y is x)
             return f"has a {name} that {_no_plain_tensor(x)}"
+    return None
+
+
+_OF_PARTS = (
+    torch.nn.LayerNorm,
+    torch.nn.Linear,
+    torch.nn.MultiheadAttention,
+    torch.nn.RMSNorm,
+)
+
+
+def called_everywhere() -> str | None:
+    """Why every part must be called at present, whatever it is, in words, or None."""
+    if _has_any_global_hook():
+        return "global module hooks"
+    for cls in _OF_PARTS:
+        if cls.forward is not _FORWARDS[cls]:
+            return f"the forward of torch.nn.{cls.__name__} is replaced"
     return None
 
 
 def part_reason(part: Any, forwards: tuple[Callable[..., Any], ...]) -> str | None:
     """Why a part must be called, rather than its parameters read, in words; None if there is no
-    more to it than its parameters and one of ``forwards``. Global hooks are not looked at."""
+    more to it than its parameters and one of ``forwards``. See :func:`called_everywhere`, too."""
     if getattr(type(part), "forward", None) not in forwards:
         return f"is a {type(part).__name__}"
     return addition(part)
 
 
 def plain_part(part: Module, forwards: tuple[Callable[..., Any], ...]) -> bool:
-    return part_reason(part, forwards) is None and not _has_any_global_hook()
+    return part_reason(part, forwards) is None and called_everywhere() is None
 
 
 def parameter(module: Module, name: str) -> Any:

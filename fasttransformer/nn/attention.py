@@ -14,7 +14,7 @@ from ..ops.softmax import softmax
 from ._drop_in import DropIn
 from ._fallback import record
 from ._masks import attention_masks
-from ._plain import kernels_take, odd_parameter, run_torchs
+from ._plain import kernels_take, odd_parameter, parameter, run_torchs
 
 
 class MultiheadAttention(DropIn, nn.MultiheadAttention):
@@ -82,7 +82,9 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights or None); see the class and :class:`torch.nn.MultiheadAttention`."""
         parameters = self._parameters.values()
-        if not kernels_take(query, key, value, attn_mask, key_padding_mask, *parameters):
+        if not kernels_take(
+            nn.MultiheadAttention, query, key, value, attn_mask, key_padding_mask, *parameters
+        ):
             return run_torchs(
                 self, super().forward, query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
@@ -106,12 +108,12 @@ def why_not(mha: nn.MultiheadAttention) -> str | None:
     """Why our kernels can't do what torch's forward may be able to do, or None."""
     if mha.training and mha.dropout >= 1.0:
         return f"dropout of {mha.dropout}"
-    bias_k, bias_v = mha.bias_k, mha.bias_v
+    bias_k, bias_v = parameter(mha, "bias_k"), parameter(mha, "bias_v")
     if bias_k is not None or bias_v is not None:
         shape = (1, 1, mha.embed_dim)
         if bias_k is None or bias_v is None or bias_k.shape != shape or bias_v.shape != shape:
             return "bias_k and bias_v are not both of shape (1, 1, embed_dim)"
-    added = odd_parameter(mha.out_proj)
+    added = odd_parameter(mha._modules["out_proj"])  # type: ignore[arg-type]
     return None if added is None else f"out_proj {added}"
 
 

@@ -86,7 +86,7 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """The layer's output, shaped like ``src``."""
-        if not kernels_take(src, src_mask, src_key_padding_mask):
+        if not kernels_take(nn.TransformerEncoderLayer, src, src_mask, src_key_padding_mask):
             return run_torchs(self, super().forward, src, src_mask, src_key_padding_mask, is_causal)
         reason = why_not_fused(self, ENCODER) or _overridden(self, TransformerEncoderLayer)
         if reason is not None:
@@ -168,7 +168,7 @@ class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
     ) -> Tensor:
         """The layer's output, shaped like ``tgt``."""
         masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
-        if not kernels_take(tgt, memory, *masks):
+        if not kernels_take(nn.TransformerDecoderLayer, tgt, memory, *masks):
             return run_torchs(
                 self, super().forward, tgt, memory, *masks, tgt_is_causal, memory_is_causal
             )

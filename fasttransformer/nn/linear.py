@@ -36,7 +36,7 @@ class Linear(DropIn, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        if not kernels_take(input, weight, bias):
+        if not kernels_take(nn.Linear, input, weight, bias):
             return run_torchs(self, super().forward, input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             return super().forward(input)  # raises torch's error; heads are not for this module
@@ -74,7 +74,7 @@ class Softmax(DropIn, nn.Softmax):
 
     def forward(self, input: Tensor) -> Tensor:
         """Of any shape; the entries along ``dim`` sum to one."""
-        if not kernels_take(input):
+        if not kernels_take(nn.Softmax, input):
             return run_torchs(self, super().forward, input)
         if self.dim is None:
             record(self, "dim is None")
@@ -101,7 +101,7 @@ class Embedding(DropIn, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape to (\\*input.shape, embedding_dim)."""
         weight = parameter(self, "weight")
-        if not kernels_take(weight, input):
+        if not kernels_take(nn.Embedding, weight, input):
             return run_torchs(self, super().forward, input)
         reason = self._why_not()
         if reason is not None:

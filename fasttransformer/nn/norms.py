@@ -37,7 +37,7 @@ class LayerNorm(DropIn, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(..., \\*normalized_shape) normalized."""
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        if not kernels_take(input, weight, bias):
+        if not kernels_take(nn.LayerNorm, input, weight, bias):
             return run_torchs(self, super().forward, input)
         return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
@@ -63,7 +63,7 @@ class RMSNorm(DropIn, nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(..., \\*normalized_shape) normalized."""
         weight = parameter(self, "weight")
-        if not kernels_take(x, weight):
+        if not kernels_take(nn.RMSNorm, x, weight):
             return run_torchs(self, super().forward, x)
         return rms_norm(x, self.normalized_shape, weight, self.eps)
 

@@ -55,7 +55,7 @@ class TransformerEncoder(DropIn, nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """The stack's output; ``is_causal=None`` detects a causal ``mask``, as in torch."""
-        if not kernels_take(src, mask, src_key_padding_mask):
+        if not kernels_take(nn.TransformerEncoder, src, mask, src_key_padding_mask):
             return run_torchs(self, super().forward, src, mask, src_key_padding_mask, is_causal)
         causal = _is_causal(mask, is_causal, src, self.layers)
         if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
@@ -108,7 +108,7 @@ class TransformerDecoder(DropIn, nn.TransformerDecoder):
     ) -> Tensor:
         """The stack's output; ``tgt_is_causal=None`` detects a causal ``tgt_mask``, as in torch."""
         masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
-        if not kernels_take(tgt, memory, *masks):
+        if not kernels_take(nn.TransformerDecoder, tgt, memory, *masks):
             return run_torchs(
                 self, super().forward, tgt, memory, *masks, tgt_is_causal, memory_is_causal
             )

@@ -55,6 +55,18 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class SelfDecoder(nn.Module):
+    """A decoder whose memory is its own input."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(D, 2, 32, 0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 1)
+
+    def forward(self, x):
+        return self.decoder(x, x)
+
+
 MODELS = {
     "Linear": lambda: nn.Linear(D, D),
     "LayerNorm": lambda: nn.LayerNorm(D),
@@ -65,6 +77,7 @@ MODELS = {
     "TransformerEncoder": lambda: nn.TransformerEncoder(
         encoder(), 2, nn.LayerNorm(D), enable_nested_tensor=False
     ),
+    "TransformerDecoder": SelfDecoder,
 }
 
 

@@ -355,8 +355,18 @@ def test_the_plain_path_stays_ours():
     with torch.inference_mode():
         model(ids())
     torch.func.functional_call(model, dict(model.named_parameters()), (ids(),))
-    torch.compile(model, backend="eager", fullgraph=True)(ids())
     assert not ft.nn.fallbacks(model)
+    graphs = []  # where fallbacks are not counted
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(ids())
+    for operator in ("linear_add", "layer_norm", "rms_norm", "softmax", "attention"):
+        assert f"torch.ops.fasttransformer.{operator}" in graphs[0]
+    assert "torch.nn.functional.layer_norm" not in graphs[0] and "_C._nn.linear" not in graphs[0]
 
 
 def flops(model, *args, backward=False):

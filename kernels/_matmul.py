@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import dot, keep_mask, keep_of, keep_rows, tanh
-from ._norm import row_stride
+from ._norm import row_statistics, row_stride
 from ._reduce import sum_dtype, sum_partials
 from ._target import family
 
@@ -242,14 +242,11 @@ def matmul_norm_kernel(
     inside = (m < M)[:, None] & (n < N)[None, :]
     if HAS_SUM:
         tl.store(summed_ptr + at, summed, mask=inside)
-    s = summed.to(tl.float32)
+    s = tl.where((n < N)[None, :], summed.to(tl.float32), 0.0)
+    mean, rstd = row_statistics(s, (n < N)[None, :], length, eps, RMS)
     if not RMS:
-        mean = tl.div_rn(tl.sum(tl.where((n < N)[None, :], s, 0.0), axis=1), length)
         tl.store(mean_ptr + m, mean, mask=m < M)
         s -= mean[:, None]
-    s = tl.where((n < N)[None, :], s, 0.0)
-    variance = tl.div_rn(tl.sum(s * s, axis=1), length)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     tl.store(rstd_ptr + m, rstd, mask=m < M)
     s *= rstd[:, None]
     if HAS_NORM_WEIGHT:
@@ -335,6 +332,8 @@ def matmul(
 ) -> None:  # fmt: skip
     """c[M, N] = dropout(activation(a @ b + bias)) + residual; ``heads`` names the operand that has
     heads."""
+    if M == 0 or N == 0:
+        return
     tile = tile_for(a, M, N)
     programs = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     splits = max(1, min(SPLIT_PROGRAMS // programs, K // SPLIT_K)) if split else 1
@@ -358,6 +357,8 @@ def matmul(
 def column_sums(x: Tensor, out: Tensor) -> None:
     """The sum of x's rows, in a fixed order."""
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    if columns == 0:
+        return
     splits = max(1, min(64, triton.cdiv(rows, 64)))
     partial = torch.empty((splits, columns), dtype=torch.float32, device=x.device)
     column_sums_kernel[(splits * triton.cdiv(columns, 128),)](

@@ -136,7 +136,10 @@ def run(
     d_input = input.new_empty(input.shape if wanted[0] else (0,))
     d_weight = input.new_empty(weight.shape if wanted[1] else (0,))
     d_bias = input.new_empty((classes,) if wanted[2] else (0,))
-    if rows == 0 or classes == 0:
+    if rows == 0 or classes == 0:  # of no classes every row is left out
+        if losses is not None:
+            losses.zero_()
+            statistics.zero_()
         return d_input.zero_(), d_weight.zero_(), d_bias.zero_()
     if class_weight is None:
         weight_sum = torch.full((), float(classes), device=input.device)
@@ -201,7 +204,7 @@ def linear_cross_entropy(
     losses = torch.empty(rows, dtype=torch.float32, device=input.device)
     statistics = torch.empty((rows, 4), dtype=torch.float32, device=input.device)
     grad = torch.ones((), dtype=torch.float32, device=input.device)
-    if mean:
+    if mean and weight.shape[0] > 0:
         kept = target != ignore_index
         if class_weight is None:
             grad = grad / kept.sum()

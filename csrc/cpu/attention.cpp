@@ -42,7 +42,7 @@ Plan make_plan(const AttentionParams& p, int threads) {
   constexpr bool tiles = Unit::step > 1;
   // Rows that are worth a block, and what its rows are a multiple of.
   constexpr int64_t least = tiles ? Unit::rows : 2 * MR, whole = tiles ? Unit::rows : 1;
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = p.group();
   int64_t most = (tiles ? kTileBlockFloats : kBlockFloats) / (p.head_dim + p.value_dim + 1);
   most = max64(2 * least, min64(most, kMostRows));
   const int64_t groups = p.batch * p.kv_heads, total = groups * group * p.q_len;
@@ -207,7 +207,7 @@ void run(const AttentionParams& p) {
   const int64_t threads = max64(1, min64(num_threads(), work / kWorkPerThread));
   const Plan plan = make_plan<Unit>(p, static_cast<int>(threads));
   const Units u = units_of_case(p);
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = p.group();
   int64_t next = 0;
   // Items are taken one by one, the longest first, as their lengths differ with a causal mask.
   parallel_for(threads, 1, [&](int64_t, int64_t) {
@@ -241,7 +241,7 @@ void run(const AttentionParams& p) {
 
 void attention(const AttentionParams& p) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
-  if (p.heads / p.kv_heads * p.q_len <= kFewRows) return attention_few(p);
+  if (p.group() * p.q_len <= kFewRows) return attention_few(p);
   with_type(p.dtype, [&]<class T>() { with_unit<T>([&]<class Unit>() { run<Unit, T>(p); }); });
 }
 

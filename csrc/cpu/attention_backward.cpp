@@ -382,7 +382,7 @@ inline void write_row(T* to, const float* from, int64_t n, float factor) {
 template <class Unit, class T>
 void item(const AttentionBackwardParams& p, const Units& u, Workspace& w, const Sums& sums,
           const Sequence& seq, int64_t b, int64_t g, int64_t tile, int64_t tile_end) {
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = p.group();
   // Keys that no row may see are not read: they may be anything.
   const int64_t first = make_row(p, seq, b, 0, 0).first;
   int64_t last = 0;
@@ -435,7 +435,7 @@ void run(const AttentionBackwardParams& p) {
     parallel_for(bias_total, kGrain,
                  [&](int64_t begin, int64_t end) { clear(d_bias + begin, end - begin); });
   }
-  const int64_t group = p.heads / p.kv_heads, columns = round_up(p.head_dim, 16);
+  const int64_t group = p.group(), columns = round_up(p.head_dim, 16);
   const bool all_batches = p.d_bias && p.d_bias_sizes[0] == 1;
   const bool all_heads = p.d_bias && p.d_bias_sizes[1] == 1;
   const int64_t batches = all_batches ? 1 : p.batch, heads = all_heads ? 1 : p.kv_heads;

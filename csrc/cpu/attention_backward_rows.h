@@ -18,7 +18,7 @@ void find_sum(const AttentionBackwardParams& p, const Units& u, const Sequence& 
               int64_t h, int64_t i, float* top_out, float* shift_out) {
   alignas(64) float s[kKeys];
   Row row = make_row(p, seq, b, h, i);
-  const int64_t g = h / (p.heads / p.kv_heads), dim = p.head_dim, whole = dim / W * W;
+  const int64_t g = h / p.group(), dim = p.head_dim, whole = dim / W * W;
   const T* query = at<T>(p.query, b, h, row.token);
   const int rest = static_cast<int>(dim - whole);
   float top = -__builtin_inff();

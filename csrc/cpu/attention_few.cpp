@@ -224,7 +224,7 @@ Plan make_plan(const AttentionParams& p, int64_t threads) {
 }
 
 int64_t make_rows(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t g, Row* rows) {
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = p.group();
   int64_t count = 0;
   for (int64_t h = g * group; h < (g + 1) * group; ++h) {
     for (int64_t i = 0; i < seq.queries; ++i) rows[count++] = make_row(p, seq, b, h, i);

@@ -480,6 +480,7 @@ void run_chunk(const Chunk& c, float* d_bias, const Sum& d_weight) {
   const LinearCrossEntropyParams& p = c.call.p;
   const Gradient gradient = {c, d_bias};
   if (p.losses == nullptr) {  // backward
+    if (c.lines == nullptr) return;  // gradients without elements
     for (int64_t j = 0; j < c.count; ++j) {
       const RowStatistics& s = p.statistics[c.rows[j]];
       c.top[j] = s.top;

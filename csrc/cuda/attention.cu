@@ -51,7 +51,7 @@ double filled(int64_t rows, int64_t tile) {
 
 Plan plan_of(const AttentionParams& p) {
   Plan plan;
-  const int64_t size = p.dtype == DType::f32 ? 4 : 2, group = p.heads / p.kv_heads;
+  const int64_t size = p.dtype == DType::f32 ? 4 : 2, group = p.group();
   const bool packed = p.cu_seqlens_q != nullptr;
   plan.head = head_bucket(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
   plan.query_aligned = aligned(p.query, p.batch, p.heads, packed ? 2 : p.q_len, size);
@@ -181,7 +181,7 @@ int64_t attention_workspace(const AttentionParams& p) {
 
 void attention(const AttentionParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
-  if (p.q_len > kLongest || p.kv_len > kLongest || p.q_len * p.heads / p.kv_heads > kLongest) {
+  if (p.q_len > kLongest || p.kv_len > kLongest || p.q_len * p.group() > kLongest) {
     throw std::invalid_argument("fasttransformer: attention takes up to 2^30 queries and keys");
   }
   if (p.cu_seqlens_q != nullptr) {
@@ -201,7 +201,7 @@ void attention(const AttentionParams& p, void* stream) {
   const int64_t size = p.dtype == DType::f32 ? 4 : 2;
   const int64_t bytes = (p.kv_len + 1) * (p.head_dim + p.value_dim + 1) * size;
   const int64_t key_heads = kSectionBytes / bytes + 1;
-  a.section = static_cast<int>(key_heads * (p.heads / p.kv_heads) / plan.pack);
+  a.section = static_cast<int>(key_heads * p.group() / plan.pack);
   a.partial = p.workspace;
   a.query_aligned = plan.query_aligned;
   a.key_aligned = plan.key_aligned;

@@ -16,7 +16,7 @@ struct ScoresView {
 };
 
 // What forward and backward share: inputs and every option. See fasttransformer/reference/
-// attention.py for the meaning; query head h reads key head h / (heads / kv_heads).
+// attention.py for the meaning; query head h reads key head h / group().
 struct AttentionCase {
   DType dtype = DType::f32;
   int64_t batch = 0, heads = 0, kv_heads = 0, q_len = 0, kv_len = 0;
@@ -44,6 +44,7 @@ struct AttentionCase {
   int64_t key_rows = 0;  // of key: kv_len, or all tokens
   constexpr int64_t entries() const { return cu_seqlens_q != nullptr ? 1 : batch; }
   constexpr int64_t rows() const { return entries() * heads * head_rows; }
+  constexpr int64_t group() const { return kv_heads == 0 ? 0 : heads / kv_heads; }
 };
 
 struct AttentionParams : AttentionCase {

@@ -46,16 +46,19 @@ def cross_entropy(
 
     if target.is_floating_point():
         probability = target.to(logp.dtype).movedim(class_dim, -1)
-        if label_smoothing:
+        if label_smoothing and classes:
             probability = (1.0 - label_smoothing) * probability + label_smoothing / classes
         loss = -(weight * probability * logp).sum(-1)
         divisor = torch.full_like(loss, 1.0)
     else:
         ignored = target == ignore_index
         target = torch.where(ignored, 0, target).long()
-        divisor = torch.where(ignored, 0.0, weight[target])
-        loss = -divisor * logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        if label_smoothing:
+        if classes == 0:  # then every row is left out
+            divisor = loss = logp.sum(-1)
+        else:
+            divisor = torch.where(ignored, 0.0, weight[target])
+            loss = -divisor * logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        if label_smoothing and classes:
             smooth = -(weight * logp).sum(-1) / classes
             loss = (1.0 - label_smoothing) * loss + label_smoothing * smooth
         loss = torch.where(ignored, 0.0, loss)

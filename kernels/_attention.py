@@ -271,8 +271,10 @@ def forward_kernel(
             begin = tl.maximum(begin, i + shift - left)
         some = begin < end
     base = tl.where(top == float("-inf"), 0.0, top)
+    without_keys = float("-inf")
     if SINKS:
-        sink = tl.load(sinks_ptr + h).to(tl.float32) * UNIT
+        without_keys = tl.load(sinks_ptr + h).to(tl.float32)
+        sink = without_keys * UNIT
         new_base = tl.where(top == float("-inf"), sink, tl.maximum(top, sink))
         alpha = tl.where(top == float("-inf"), 1.0, power(base - new_base, UNIT))
         total = total * alpha + power(sink - new_base, UNIT)
@@ -283,7 +285,7 @@ def forward_kernel(
     else:
         out = acc * (keep_scale / total)[:, None]
     out = tl.where(some[:, None], out, 0.0)
-    lse = tl.where(some, base * (1.0 / UNIT) + tl.log(total), float("-inf"))
+    lse = tl.where(some, base * (1.0 / UNIT) + tl.log(total), without_keys)
     tl.store(lse_ptr + head * R + start_q + i, lse, mask=i < S)
     out_ptr += b * out_strides[0] + h * out_strides[1] + row0 * out_strides[2]
     tl.store(

@@ -201,7 +201,8 @@ def forward(
     if lse.numel() == 0 or B * S == 0:
         return out, lse
     if T == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        alone = float("-inf") if sinks is None else sinks.float()[:, None]
+        return out.zero_(), lse.copy_(torch.as_tensor(alone, device=lse.device))
     call = _describe(
         sizes, packing, query, key, value, mask, bias, is_causal, bottom_right, window_left,
         window_right, softcap, alibi_slopes, key_lengths, scale, dropout_p, seed, (out,), False,
@@ -264,6 +265,9 @@ def backward(
     if lse.numel() == 0 or B * S * T == 0:
         for empty in (d_query, d_key, d_value, d_bias, d_sinks):
             empty.zero_()
+        if sinks_grad and sinks is not None and grad_lse is not None:  # where lse is the sink
+            d_lse = grad_lse.view(batches, H, R).masked_fill(sinks[:, None] == float("-inf"), 0.0)
+            d_sinks.copy_(d_lse.sum((0, 2)))
         return d_query, d_key, d_value, d_bias, d_sinks
     call = _describe(
         sizes, packing, query, key, value, mask, bias, is_causal, bottom_right, window_left,

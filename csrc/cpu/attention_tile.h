@@ -421,7 +421,7 @@ void write_rows(const AttentionParams& p, const Units& u, const Sequence& seq, i
     float* lse = p.lse + first_row_of(p, seq, b, row.head) + row.index;
     if (!row.any) {  // told by the masks, never by the sum
       for (int64_t e = 0; e < dim; ++e) out[e] = from_float<T>(0.f);
-      *lse = -__builtin_inff();
+      *lse = p.sinks ? p.sinks[row.head] : -__builtin_inff();
       continue;
     }
     float total = reduce_add(load(totals + i * W));

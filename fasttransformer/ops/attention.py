@@ -91,11 +91,12 @@ def attention(
         \text{out}_i = \sum_j e^{s_{ij} - \text{lse}_i} v_j
 
     A key takes part where every rule lets it: ``mask`` is True, ``bias`` is not −inf, and the
-    causal rule, the window and ``key_lengths`` allow it. A query without any key gives output 0,
-    lse −inf and gradient 0. NaN in a query, or in a key or value that a query sees, makes that
-    query's output NaN and no other's. A masked key is not felt, whatever it holds; a masked *value*
-    that is NaN or inf may give NaN (0·NaN) to queries that are computed beside others that see it.
-    Keys and values behind ``key_lengths`` are never read.
+    causal rule, the window and ``key_lengths`` allow it. A query without any key gives output 0
+    and gradient 0; its lse is its sink, or −inf where it has none. NaN in a query, or in a key or
+    value that a query sees, makes that query's output NaN and no other's. A masked key never
+    affects the result, whatever it holds; a masked *value* that is NaN or inf may give NaN (0·NaN)
+    to queries that are computed next to others that see it. Keys and values behind ``key_lengths``
+    are never read.
 
     Args:
         query: (batch, heads, q_len, head_dim); float32, float16, bfloat16 (or float64: reference).

@@ -70,7 +70,7 @@ def attention_varlen(
 
     with q and k the boundaries ``cu_seqlens_q`` and ``cu_seqlens_k``. Every other rule is
     :func:`~fasttransformer.attention`'s; positions count from the start of each sequence. A
-    sequence may be empty; a query without any key gives 0 and lse −inf.
+    sequence may be empty; a query without any key gives 0 and lse −inf, or its sink.
 
     Args:
         query: (tokens_q, heads, head_dim).

@@ -16,8 +16,9 @@ memory is linear.
 
 Masked means False in `mask`, -inf in `bias` (any other number is a number, finfo.min too), or cut
 off by the causal rule, the window or `key_lengths`. Masked scores are replaced, not added to, so
-a masked key is not felt, whatever it holds. A query without any key gives out 0, lse -inf (sinks
-or not) and gradient 0. Keys that no query sees (those behind `key_lengths` among them) are not
+a masked key is not felt, whatever it holds. A query without any key gives out 0 and gradient 0; its
+lse is its sink, or -inf where it has none, so that parts of the keys, the sinks given to one of
+them, can be merged. Keys that no query sees (those behind `key_lengths` among them) are not
 felt in any way. A key that only some queries see and that holds NaN or inf in its *value* gives
 the others 0 * NaN = NaN; in its key, it leaves their output alone but not their query's gradient.
 
@@ -214,7 +215,7 @@ def attend(
     if bias is not None:
         bias = torch.atleast_2d(bias).to(wide)
         allowed = bias != -math.inf if allowed is None else allowed & (bias != -math.inf)
-    if allowed is None and key.shape[-2] == 0:
+    if key.shape[-2] == 0:
         allowed = torch.zeros(1, 0, dtype=torch.bool, device=query.device)
     if allowed is not None:
         allowed = torch.atleast_2d(allowed)
@@ -232,8 +233,12 @@ def attend(
     if allowed is not None and empty is not None:
         scores = torch.where(allowed, scores, -math.inf)
         scores = torch.where(empty, 0.0, scores)  # any number: softmax of -inf alone is NaN
+    alone: float | Tensor = -math.inf  # lse of a query without keys
     if sinks is not None:
         sink = sinks.to(wide).expand(*scores.shape[:-1], 1)
+        alone = sink.squeeze(-1)
+        if empty is not None:
+            sink = torch.where(empty, 0.0, sink)  # likewise
         scores = torch.cat([scores, sink], dim=-1)
 
     weights = torch.softmax(scores, dim=-1)
@@ -249,5 +254,5 @@ def attend(
         return out, None
     lse = torch.logsumexp(scores, dim=-1)
     if empty is not None:
-        lse = torch.where(empty.squeeze(-1), -math.inf, lse)
+        lse = torch.where(empty.squeeze(-1), alone, lse)
     return out, lse

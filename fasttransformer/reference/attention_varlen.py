@@ -3,7 +3,7 @@ r"""Attention over a packed batch: sequences of different lengths, laid end to e
 Sequence b owns query tokens cu_seqlens_q[b] .. cu_seqlens_q[b+1] and the keys that cu_seqlens_k
 says likewise; a query sees the keys of its own sequence only. Everything else is attention's:
 positions, causal rule and window count from the start of each sequence, and a sequence without
-keys gives out 0 and lse -inf.
+keys gives out 0 and lse -inf (or the sink).
 
 Shapes: query (tokens_q, H, D), key (tokens_k, G, D), value (tokens_k, G, E), cu_seqlens (B+1,)
 int, starting with 0; out (tokens_q, H, E), lse (tokens_q, H). mask and bias broadcast to

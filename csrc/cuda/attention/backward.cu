@@ -67,10 +67,11 @@ FT_GLOBAL void __launch_bounds__(kSinksBlock) attention_backward_sinks(const Sin
     for (int64_t b = 0; b < p.entries(); ++b) {
       const int64_t first = (b * p.heads + h) * p.head_rows;
       for (int64_t r = first + thread_index(); r < first + p.head_rows; r += kSinksBlock) {
-        if (load_scalar(p.lse + r) == -infinity()) continue;
-        const float top = load_scalar(p.top + r);
-        const float power =
-            a.plain ? sink * kLog2E - top : (sink - top) * kLog2E + load_scalar(p.shift + r);
+        const float lse = load_scalar(p.lse + r);
+        if (lse == -infinity()) continue;
+        const float power = a.plain ? (sink - lse) * kLog2E
+                                    : (sink - load_scalar(p.top + r)) * kLog2E +
+                                          load_scalar(p.shift + r);
         float delta = load_scalar(p.delta + r);
         if (!a.plain && p.grad_lse != nullptr) delta -= load_scalar(p.grad_lse + r);
         const float term = -power_of_2<float>(power) * delta - lost;

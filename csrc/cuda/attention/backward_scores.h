@@ -213,7 +213,7 @@ FT_DEVICE void add_quad(RowSums* row, RowSums sums, const Units& u) {
 }
 
 // A row's weights from its sums, left in memory for this kernel and those that follow. NaN stays:
-// only a row without keys has no top and no sum.
+// only a row without keys has no top and no sum. Its sink, where it has one, has the weight 1.
 template <class T>
 FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t h, int64_t at) {
   const AttentionBackwardParams& p = a.p;
@@ -230,6 +230,8 @@ FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t h, int64_t
     }
     w.delta /= sums.sum;
     w.shift = -natural_log(sums.sum) * kLog2E;
+  } else if (p.sinks != nullptr && load_scalar(p.sinks + h) != -infinity()) {
+    w.top = load_scalar(p.sinks + h);  // the sink alone
   }
   store_scalar(p.top + at, w.top);
   store_scalar(p.shift + at, w.shift);

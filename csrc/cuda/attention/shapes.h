@@ -75,7 +75,7 @@ struct Finish {
 // sink is one more score without a value.
 FT_DEVICE Finish finish_row(const AttentionParams& p, float lse_scale, bool some, float top,
                             float total, int64_t head) {
-  if (!some) return {-infinity(), 0.f};
+  if (!some) return {p.sinks == nullptr ? -infinity() : load_scalar(p.sinks + head), 0.f};
   top = top == -infinity() ? top : top * lse_scale;
   float factor = 1.f;
   if (p.sinks != nullptr) {

@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "mean, Tensor rstd)");
   m.def(
       "layer_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor rstd, "
-      "bool weight_grad, bool bias_grad) -> (Tensor d_input, Tensor d_weight, Tensor d_bias)");
+      "bool weight_grad, bool bias_grad, bool wide_bias=False) -> (Tensor d_input, Tensor d_weight, "
+      "Tensor d_bias)");
   m.def("rms_norm(Tensor input, Tensor? weight, float eps) -> (Tensor out, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor rstd, bool weight_grad) "
@@ -46,7 +47,8 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
   m.def(
       "add_layer_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? "
       "weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, bool weight_grad, bool "
-      "bias_grad) -> (Tensor d_residual, Tensor d_input, Tensor d_weight, Tensor d_bias)");
+      "bias_grad, bool wide_bias=False) -> (Tensor d_residual, Tensor d_input, Tensor d_weight, "
+      "Tensor d_bias)");
   m.def(
       "add_rms_norm(Tensor input, Tensor residual, Tensor? weight, float eps, float dropout_p, "
       "Tensor? seed) -> (Tensor normed, Tensor summed, Tensor rstd)");

@@ -66,6 +66,54 @@ def _rstd(variance, eps):
 
 
 @triton.jit
+def _is_ordinary(variance):
+    """Whether a variance + eps is that of squares that neither overflow nor lose their digits."""
+    return (variance >= 1e-30) & (variance <= 3.4e38)  # NaN is not
+
+
+@triton.jit
+def _scale_for(variance):
+    """1, or the power of 2 that a row is multiplied by before its statistics are taken again."""
+    scale = tl.where(variance < 1e-30, 3.7778931862957162e22, 2.6469779601696886e-23)
+    return tl.where(_is_ordinary(variance), 1.0, scale)
+
+
+@triton.jit
+def _scaled_rstd(variance, eps, scale):
+    """rstd from the variance of a row times ``scale``, beside which eps may have vanished."""
+    rstd = _rstd(variance, eps * scale * scale) * scale
+    return tl.where(variance == 0.0, _rstd(variance, eps), rstd)
+
+
+@triton.jit
+def _moments(s, in_row, length, RMS: tl.constexpr):
+    """(mean, variance) of whole rows, which are 0 outside ``in_row``."""
+    if RMS:
+        variance = tl.div_rn(tl.sum(s * s, axis=1), length)
+        return variance * 0.0, variance
+    else:
+        about = tl.div_rn(tl.sum(s, axis=1), length)
+        centred = tl.where(in_row, s - about[:, None], 0.0)
+        off = tl.div_rn(tl.sum(centred, axis=1), length)  # what centring left
+        variance = tl.div_rn(tl.sum(centred * centred, axis=1), length) - off * off
+        return about + off, tl.where(variance < 0.0, 0.0, variance)
+
+
+@triton.jit
+def row_statistics(s, in_row, length, eps, RMS: tl.constexpr):
+    """(mean, rstd) of whole rows, which are 0 outside ``in_row``."""
+    mean, variance = _moments(s, in_row, length, RMS)
+    variance += eps
+    rstd = _rstd(variance, 0.0)
+    if tl.min(_is_ordinary(variance).to(tl.int32), axis=0) == 0:
+        scale = _scale_for(variance)
+        mean, variance = _moments(s * scale[:, None], in_row, length, RMS)
+        mean = tl.div_rn(mean, scale)
+        rstd = _scaled_rstd(variance, eps, scale)
+    return mean, rstd
+
+
+@triton.jit
 def _summed(
     x_ptr, residual_ptr, x_at, residual_at, position, seed, threshold, keep_scale, inside,
     DTYPE: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
@@ -110,16 +158,42 @@ def _forward(
     )  # fmt: skip
     if ADD:
         _store(summed_ptr, at, s, inside)
-    if RMS:
-        centred = s
-    else:
-        mean = tl.div_rn(tl.sum(s, axis=1), length)
+    mean, rstd = row_statistics(s, in_row, length, eps, RMS)
+    if not RMS:
         tl.store(mean_ptr + row, mean, mask=row < rows)
-        centred = tl.where(in_row, s - mean[:, None], 0.0)
-    rstd = _rstd(tl.div_rn(tl.sum(centred * centred, axis=1), length), eps)
+        s -= mean[:, None]
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = _affine(centred * rstd[:, None], weight_ptr, bias_ptr, column, in_row, HAS_WEIGHT, HAS_BIAS)
+    y = _affine(s * rstd[:, None], weight_ptr, bias_ptr, column, in_row, HAS_WEIGHT, HAS_BIAS)
     _store(normed_ptr, at, y, inside)
+
+
+@triton.jit
+def _add_moments(mean, square, count, s, inside, RMS: tl.constexpr):
+    """Adds an entry of each lane to the mean of those that it has met and the squared distances
+    from it (Welford); for RMS to the sum of the squares."""
+    if RMS:
+        square += s * s
+    else:
+        step = s - mean
+        new_mean = mean + step / count
+        square = tl.where(inside, square + step * (s - new_mean), square)
+        mean = tl.where(inside, new_mean, mean)
+    return mean, square
+
+
+@triton.jit
+def _join_moments(mean, square, lane, columns, length, RMS: tl.constexpr, BLOCK: tl.constexpr):
+    """(mean, variance) of a row from its lanes'."""
+    if RMS:
+        return 0.0, tl.div_rn(tl.sum(square, axis=0), length)
+    else:
+        steps = (columns - lane + BLOCK - 1) // BLOCK  # entries that each lane has met
+        met = steps.to(tl.float32)
+        row_mean = tl.div_rn(tl.sum(mean * met, axis=0), length)
+        apart = tl.where(steps > 0, mean - row_mean, 0.0)
+        row_mean += tl.div_rn(tl.sum(apart * met, axis=0), length)  # what centring left
+        apart = tl.where(steps > 0, mean - row_mean, 0.0)
+        return row_mean, tl.div_rn(tl.sum(square + met * apart * apart, axis=0), length)
 
 
 @triton.jit
@@ -150,29 +224,30 @@ def _forward_looped(
         )  # fmt: skip
         if ADD:
             _store(summed_ptr, column, s, inside)
-        if RMS:
-            square += s * s
-        else:
-            count += 1.0
-            step = s - mean
-            new_mean = mean + step / count
-            square = tl.where(inside, square + step * (s - new_mean), square)
-            mean = tl.where(inside, new_mean, mean)
-    if RMS:
-        row_mean = 0.0
-        variance = tl.div_rn(tl.sum(square, axis=0), length)
-    else:
-        steps = (columns - lane + BLOCK - 1) // BLOCK  # entries that each lane has met
-        met = steps.to(tl.float32)
-        row_mean = tl.div_rn(tl.sum(mean * met, axis=0), length)
-        apart = tl.where(steps > 0, mean - row_mean, 0.0)
-        variance = tl.div_rn(tl.sum(square + met * apart * apart, axis=0), length)
-        tl.store(mean_ptr + row, row_mean)
-    rstd = _rstd(variance, eps)
-    tl.store(rstd_ptr + row, rstd)
+        count += 1.0
+        mean, square = _add_moments(mean, square, count, s, inside, RMS)
+    row_mean, variance = _join_moments(mean, square, lane, columns, length, RMS, BLOCK)
+    variance += eps
+    rstd = _rstd(variance, 0.0)
     if ADD:
         tl.debug_barrier()  # `summed` is read back below, perhaps by another thread than wrote it
         x_ptr = summed_ptr
+    if not _is_ordinary(variance):
+        scale = _scale_for(variance)
+        mean = tl.zeros([BLOCK], tl.float32)
+        square = tl.zeros([BLOCK], tl.float32)
+        count = 0.0
+        for start in range(0, columns, BLOCK):
+            inside = start + lane < columns
+            count += 1.0
+            s = _load(x_ptr, start + lane, inside) * scale
+            mean, square = _add_moments(mean, square, count, s, inside, RMS)
+        row_mean, variance = _join_moments(mean, square, lane, columns, length, RMS, BLOCK)
+        row_mean /= scale
+        rstd = _scaled_rstd(variance, eps, scale)
+    if not RMS:
+        tl.store(mean_ptr + row, row_mean)
+    tl.store(rstd_ptr + row, rstd)
     for start in range(0, columns, BLOCK):
         column = start + lane
         inside = column < columns
@@ -356,14 +431,17 @@ def forward(
 def backward(
     grad: Tensor, grad_summed: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor | None,
     rstd: Tensor, dropout_p: float, seed: Tensor | None, weight_grad: bool, bias_grad: bool,
+    wide_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(d_summed, d_input, d_weight, d_bias); what is not wanted has shape (0,)."""
+    """(d_summed, d_input, d_weight, d_bias); what is not wanted has shape (0,). d_bias has the
+    weight's dtype, or is float32 if ``wide_bias``."""
     rows, columns = math.prod(s.shape[:-1]), s.shape[-1]
     d_summed = s.new_empty(s.shape)
     d_input = s.new_empty((0,) if seed is None else s.shape)
     dtype = torch.float32 if weight is None else weight.dtype
     d_weight = s.new_empty((columns if weight_grad else 0,), dtype=dtype)
-    d_bias = s.new_empty((columns if bias_grad else 0,), dtype=dtype)
+    bias_dtype = torch.float32 if wide_bias else dtype
+    d_bias = s.new_empty((columns if bias_grad else 0,), dtype=bias_dtype)
     if d_summed.numel() == 0:
         return d_summed, d_input, d_weight.zero_(), d_bias.zero_()
     per_program, block, warps, looped = tiling(columns, BACKWARD_TILE, MAX_BACKWARD)

@@ -31,8 +31,9 @@ def add_layer_norm_backward(
     seed: Tensor | None,
     weight_grad: bool,
     bias_grad: bool,
+    wide_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _norm.backward(
         grad_normed, grad_summed, summed, weight, mean, rstd, dropout_p, seed, weight_grad,
-        bias_grad,
+        bias_grad, wide_bias,
     )  # fmt: skip

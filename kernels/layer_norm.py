@@ -23,8 +23,9 @@ def layer_norm_backward(
     rstd: Tensor,
     weight_grad: bool,
     bias_grad: bool,
+    wide_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_input, _, d_weight, d_bias = _norm.backward(
-        grad, None, input, weight, mean, rstd, 0.0, None, weight_grad, bias_grad
+        grad, None, input, weight, mean, rstd, 0.0, None, weight_grad, bias_grad, wide_bias
     )
     return d_input, d_weight, d_bias

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& grad_normed, const OptionalTensor& grad_summed, const Tensor& summed,
     const OptionalTensor& weight, const Tensor& mean, const Tensor& rstd, double dropout_p,
-    const OptionalTensor& seed, bool weight_grad, bool bias_grad) {
+    const OptionalTensor& seed, bool weight_grad, bool bias_grad, bool wide_bias) {
   RowNormBackwardParams p = row_norm_backward_params(grad_normed, summed, weight);
   p.grad_summed = data(grad_summed);
   if (grad_summed) p.grad_summed_stride = row_stride(*grad_summed);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   Tensor d_residual = make(summed, summed.sizes());
   Tensor d_input = make_if(seed.has_value(), summed, summed.sizes());
   Tensor d_weight = vector_grad(summed, weight, weight_grad, &p.d_weight);
-  Tensor d_bias = vector_grad(summed, weight, bias_grad, &p.d_bias);
+  Tensor d_bias = bias_grad_of(p, summed, weight, bias_grad, wide_bias);
   p.mean = static_cast<const float*>(data(mean));
   p.rstd = static_cast<const float*>(data(rstd));
   p.d_residual = d_residual.mutable_data_ptr();

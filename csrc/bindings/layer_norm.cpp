@@ -21,11 +21,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, const Optiona
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& input,
                                                        const OptionalTensor& weight,
                                                        const Tensor& mean, const Tensor& rstd,
-                                                       bool weight_grad, bool bias_grad) {
+                                                       bool weight_grad, bool bias_grad, bool wide_bias) {
   RowNormBackwardParams p = row_norm_backward_params(grad, input, weight);
   Tensor d_input = make(input, input.sizes());
   Tensor d_weight = vector_grad(input, weight, weight_grad, &p.d_weight);
-  Tensor d_bias = vector_grad(input, weight, bias_grad, &p.d_bias);
+  Tensor d_bias = bias_grad_of(p, input, weight, bias_grad, wide_bias);
   p.mean = static_cast<const float*>(data(mean));
   p.rstd = static_cast<const float*>(data(rstd));
   p.d_residual = d_input.mutable_data_ptr();

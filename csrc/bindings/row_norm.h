@@ -31,17 +31,25 @@ inline RowNormBackwardParams row_norm_backward_params(const Tensor& grad_normed,
   p.grad_normed_stride = row_stride(grad_normed);
   p.summed_stride = row_stride(summed);
   if (weight) p.weight_dtype = dtype_of(*weight);
+  p.bias_dtype = p.weight_dtype;
   return p;
 }
 
-// A d_weight or d_bias: weight's dtype, float32 without a weight; shape (0,) and a null pointer in
-// the params where it is not wanted.
+// A d_weight or d_bias: weight's dtype, or float32 if `wide` or without a weight; shape (0,) and a
+// null pointer in the params where it is not wanted.
 inline Tensor vector_grad(const Tensor& like, const OptionalTensor& weight, bool wanted,
-                          void** pointer) {
-  const ScalarType dtype = weight ? weight->scalar_type() : ScalarType::Float;
+                          void** pointer, bool wide = false) {
+  const ScalarType dtype = weight && !wide ? weight->scalar_type() : ScalarType::Float;
   Tensor out = make_if(wanted, like, {features_of(like)}, dtype);
   *pointer = wanted ? out.mutable_data_ptr() : nullptr;
   return out;
+}
+
+// The bias's; `wide` where its dtype is another than the weight's, so that it is not rounded twice.
+inline Tensor bias_grad_of(RowNormBackwardParams& p, const Tensor& like,
+                           const OptionalTensor& weight, bool wanted, bool wide) {
+  if (wide) p.bias_dtype = DType::f32;
+  return vector_grad(like, weight, wanted, &p.d_bias, wide);
 }
 
 // The weight gradients' scratch memory on CUDA, for as long as the tensor lives.

@@ -36,6 +36,11 @@ constexpr int64_t kChunkRows = 8;          // … unless that is fewer rows than
 constexpr int64_t kChunks = 64;            // … and at most as many chunks
 constexpr int64_t kPlainSumRows = 32;      // rows added one by one before a sum goes up a level
 
+// A variance + eps outside these numbers comes of squares that overflow, or lose their digits; and a
+// rstd outside of the others has no square that a gradient could be multiplied by.
+constexpr float kLeastVariance = 1e-30f, kMostVariance = 3.4e38f;
+constexpr float kLeastRstd = 1e-12f, kMostRstd = 1e12f;
+
 enum class Add { none, residual, dropped };  // what is added to what before the norm
 
 // ---- forward ------------------------------------------------------------------------------------
@@ -49,6 +54,28 @@ float variance_about(const T* x, int64_t n, float mean) {
     squares = fma(d, d, squares);
   });
   return reduce_add(squares) / static_cast<float>(n);
+}
+
+inline bool is_ordinary(float variance) {  // NaN is not
+  return variance >= kLeastVariance && variance <= kMostVariance;
+}
+
+struct NormStatistics {
+  float mean, rstd;
+};
+
+// The statistics in double, for a row whose variance is not ordinary.
+template <class T, bool Center>
+__attribute__((noinline, cold)) NormStatistics wide_statistics(const T* x, int64_t n, float eps) {
+  double sum = 0, squares = 0;
+  for (int64_t j = 0; Center && j < n; ++j) sum += double{to_float(x[j])};
+  const double mean = sum / static_cast<double>(n);
+  for (int64_t j = 0; j < n; ++j) {
+    const double d = double{to_float(x[j])} - mean;
+    squares += d * d;
+  }
+  const double variance = squares / static_cast<double>(n) + double{eps};
+  return {static_cast<float>(mean), static_cast<float>(1 / __builtin_sqrt(variance))};
 }
 
 template <class T, bool Center, Add A, int R, bool Past = false>
@@ -113,6 +140,11 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
       mean[r] = about[r] + shift;
       if (shift * shift > kFar * variance) variance = variance_about(x[r], n, mean[r]);
       rstd[r] = 1.f / __builtin_sqrtf(variance + p.eps);
+      if (!is_ordinary(variance + p.eps)) [[unlikely]] {
+        const NormStatistics wide = wide_statistics<T, Center>(x[r], n, p.eps);
+        mean[r] = wide.mean;
+        rstd[r] = wide.rstd;
+      }
       p.mean[row + r] = mean[r];
     }
   } else {
@@ -123,7 +155,11 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
       }
     });
     FT_UNROLL for (int r = 0; r < R; ++r) {
-      rstd[r] = 1.f / __builtin_sqrtf(reduce_add(squares[r][0] + squares[r][1]) / count + p.eps);
+      const float variance = reduce_add(squares[r][0] + squares[r][1]) / count + p.eps;
+      rstd[r] = 1.f / __builtin_sqrtf(variance);
+      if (!is_ordinary(variance)) [[unlikely]] {
+        rstd[r] = wide_statistics<T, Center>(x[r], n, p.eps).rstd;
+      }
     }
   }
   FT_UNROLL for (int r = 0; r < R; ++r) p.rstd[row + r] = rstd[r];
@@ -194,7 +230,9 @@ void add_norm_forward(const RowNormParams& p) {
 // ---- backward -----------------------------------------------------------------------------------
 
 // The input gradients of R rows; adds their part of the weight gradients to dw and db unless null.
-template <class T, bool Center, int R, bool Past = false>
+// `Wide` is for a row whose rstd has no square: its values are normalized before they are
+// multiplied by anything.
+template <class T, bool Center, int R, bool Past = false, bool Wide = false>
 void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w, float* dw,
                     float* db, uint32_t* random) {
   const int64_t n = p.features;
@@ -208,6 +246,28 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
     mean[r] = Center ? p.mean[row + r] : 0.f;
     rstd[r] = p.rstd[row + r];
   }
+  if constexpr (!Wide) {
+    const auto is_wide = [&](int r) {  // 0, inf and NaN give what they give
+      return rstd[r] > 0.f && rstd[r] <= kMostVariance &&
+             (rstd[r] < kLeastRstd || rstd[r] > kMostRstd);
+    };
+    bool any = false;
+    FT_UNROLL for (int r = 0; r < R; ++r) any = any || is_wide(r);
+    if (any) [[unlikely]] {
+      for (int r = 0; r < R; ++r) {
+        if (is_wide(r)) {
+          norm_grad_rows<T, Center, 1, Past, true>(p, row + r, w, dw, db, random);
+        } else {
+          norm_grad_rows<T, Center, 1, Past, false>(p, row + r, w, dw, db, random);
+        }
+      }
+      return;
+    }
+  }
+  const auto centre = [&](int r, auto v) __attribute__((always_inline)) {
+    const auto centred = Center ? v - splat(mean[r]) : v;
+    return Wide ? centred * splat(rstd[r]) : centred;
+  };
   vf sum_grad[R][1] = {}, sum_product[R][1] = {};
   over_columns<1, T>(n, [&](int64_t j, int, auto part) __attribute__((always_inline)) {
     const auto weight = load(w + j, part);
@@ -215,15 +275,16 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
       const auto g = load(grad[r] + j, part) * weight;
       const auto v = load(x[r] + j, part);
       if (Center) accumulate(sum_grad[r], 0, g);
-      accumulate(sum_product[r], 0, g, Center ? v - splat(mean[r]) : v);
+      accumulate(sum_product[r], 0, g, centre(r, v));
     }
   });
-  // d = rstd·(g·w) + v·across + level with v = x − mean. With one feature v is 0 and g·w is its own
-  // mean; the difference must be 0 and no rounding of it.
+  // d = rstd·(g·w) + v·across + level with v = x − mean, or where `Wide` with v = x̂ and rstd as a
+  // factor of all three. With one feature v is 0 and g·w is its own mean; the difference must be 0
+  // and no rounding of it.
   const bool constant = Center && n == 1;
   float scale[R], across[R], level[R];
   FT_UNROLL for (int r = 0; r < R; ++r) {
-    scale[r] = constant ? 0.f : rstd[r];
+    scale[r] = constant ? 0.f : Wide ? 1.f : rstd[r];
     // In this order no factor overflows while g·x̂ and the result don't.
     across[r] = -(reduce_add(sum_product[r][0]) * scale[r] / count) * scale[r] * scale[r];
     level[r] = Center ? -scale[r] * (reduce_add(sum_grad[r][0]) / count) : 0.f;
@@ -245,13 +306,14 @@ void norm_grad_rows(const RowNormBackwardParams& p, int64_t row, const float* w,
     FT_UNROLL for (int r = 0; r < R; ++r) {
       const auto g = load(grad[r] + j, part);
       const auto v = load(x[r] + j, part);
-      const auto centred = Center ? v - splat(mean[r]) : v;
+      const auto centred = centre(r, v);
       const auto scaled = g * splat(scale[r]);
       sum_w = fma(scaled, centred, sum_w);
       sum_b = sum_b + g;
       auto d = centred * splat(across[r]);
       if (Center) d = d + splat(level[r]);
       d = fma(scaled, weight, d);
+      if (Wide) d = d * splat(rstd[r]);
       if (grad_summed != nullptr) {
         d = d + load(grad_summed + (row + r) * p.grad_summed_stride + j, part);
       }
@@ -360,7 +422,7 @@ void norm_backward(const RowNormBackwardParams& p) {
       if (past) end_past();
     });
     if (wants_weight) add_chunks<T>(sums, chunks, 2 * room, n, p.weight_dtype, p.d_weight);
-    if (wants_bias) add_chunks<T>(sums + room, chunks, 2 * room, n, p.weight_dtype, p.d_bias);
+    if (wants_bias) add_chunks<T>(sums + room, chunks, 2 * room, n, p.bias_dtype, p.d_bias);
   });
 }
 

@@ -12,6 +12,7 @@
 #include "cuda/device/dropout.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/scalar.h"
+#include "cuda/norm_scale.h"
 #include "cuda/row_plan.h"
 #include "params/row_norm.h"
 
@@ -142,51 +143,64 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(con
         r[k] = load_chunk(at.residual, start + k * step, width, residual_aligned);
       }
     }
-    Pair sums = {0.f, 0.f};  // of the values, or for kRms of their squares
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
+    for (int k = 0; k < kHeld && kAdd; ++k) {
       const int column = start + k * step;
       if (column >= width) continue;
-      if constexpr (kAdd) {
-        x[k] = add_chunk<T>(x[k], r[k], p.dropout, seed, at.begin + column);
-        store_chunk(at.summed, column, width, chunks_aligned(at.summed, at.shift), x[k]);
-      }
-      float value[kLanes<T>];
-      unpack<T>(x[k], value);
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) {  // 0 outside the row
-        sums.a += kRms ? value[i] * value[i] : value[i];
-      }
+      x[k] = add_chunk<T>(x[k], r[k], p.dropout, seed, at.begin + column);
+      store_chunk(at.summed, column, width, chunks_aligned(at.summed, at.shift), x[k]);
       keep_packed(x[k]);
     }
-    float mean = 0.f, variance = 0.f;
-    if constexpr (kRms) {
-      variance = group_sum(sums, a.group, scratch).a * share;
-    } else {
-      const float about = group_sum(sums, a.group, scratch).a * share;
-      sums = {0.f, 0.f};  // of what centring left, and of its squares
+    float mean = 0.f, rstd = 0.f, factor = 1.f;
+#pragma unroll 1
+    for (int round = 0; round < 2; ++round) {  // of which the second is all but never needed
+      Pair sums = {0.f, 0.f};  // of the values, or for kRms of their squares
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
-        const int column = start + k * step;
-        if (column >= width) continue;
+        if (start + k * step >= width) continue;
         float value[kLanes<T>];
         unpack<T>(x[k], value);
-        fill_outside<T>(value, column, width, about);
 #pragma unroll
-        for (int i = 0; i < kLanes<T>; ++i) {
-          const float apart = value[i] - about;
-          sums.a += apart;
-          sums.b += apart * apart;
+        for (int i = 0; i < kLanes<T>; ++i) {  // 0 outside the row
+          const float scaled = value[i] * factor;
+          sums.a += kRms ? scaled * scaled : scaled;
         }
         keep_packed(x[k]);
       }
-      sums = group_sum(sums, a.group, scratch);
-      const float off = sums.a * share;
-      mean = about + off;
-      variance = sums.b * share - off * off;
-      if (variance < 0.f) variance = 0.f;  // by rounding; a NaN stays
+      float variance = 0.f;
+      if constexpr (kRms) {
+        variance = group_sum(sums, a.group, scratch).a * share;
+      } else {
+        const float about = group_sum(sums, a.group, scratch).a * share;
+        sums = {0.f, 0.f};  // of what centring left, and of its squares
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) {
+          const int column = start + k * step;
+          if (column >= width) continue;
+          float value[kLanes<T>];
+          unpack<T>(x[k], value);
+          fill_outside<T>(value, column, width, about / factor);
+#pragma unroll
+          for (int i = 0; i < kLanes<T>; ++i) {
+            const float apart = value[i] * factor - about;
+            sums.a += apart;
+            sums.b += apart * apart;
+          }
+          keep_packed(x[k]);
+        }
+        sums = group_sum(sums, a.group, scratch);
+        const float off = sums.a * share;
+        mean = (about + off) / factor;
+        variance = sums.b * share - off * off;
+        if (variance < 0.f) variance = 0.f;  // by rounding; a NaN stays
+      }
+      rstd = scaled_rstd(variance, p.eps, factor);
+      variance += p.eps * factor * factor;
+      // Lanes of a warp stay together; of a larger group all threads decide alike.
+      const float other = width > 0 ? scale_for(variance) : 1.f;
+      if (round > 0 || !any_lane(other != 1.f)) break;
+      factor = other;
     }
-    const float rstd = reciprocal_sqrt(variance + p.eps);
     if (lane == 0 && width > 0) store_statistics<kRms>(p, row, mean, rstd);
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
@@ -198,11 +212,11 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(con
   }
 }
 
-// Adds the row's elements among `held` chunks to the moments of those before; for kRms `m2` is the
-// sum of the squares, and nothing else is used.
+// Adds the row's elements among `held` chunks, times `factor`, to the moments of those before; for
+// kRms `m2` is the sum of the squares, and nothing else is used.
 template <class T, bool kRms, int kHeld>
 FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_t first,
-                            int64_t step, int64_t features) {
+                            int64_t step, int64_t features, float factor) {
   Moments own = {0.f, 0.f, 0.f};
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
@@ -211,10 +225,11 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
     if constexpr (!kRms) own.count += count_inside<T>(first + k * step, features);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) {  // 0 outside the row
+      const float scaled = value[i] * factor;
       if constexpr (kRms) {
-        own.m2 += value[i] * value[i];
+        own.m2 += scaled * scaled;
       } else {
-        own.mean += value[i];
+        own.mean += scaled;
       }
     }
   }
@@ -222,17 +237,23 @@ FT_DEVICE void take_moments(Moments& moments, const Chunk (&held)[kHeld], int64_
     moments.m2 += own.m2;
   } else {
     own.mean /= own.count;
+    float off = 0.f;  // what centring left
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       float value[kLanes<T>];
       unpack<T>(held[k], value);
-      fill_outside<T>(value, first + k * step, features, own.mean);
+      fill_outside<T>(value, first + k * step, features, own.mean / factor);
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) {
-        const float apart = value[i] - own.mean;
+        const float apart = value[i] * factor - own.mean;
+        off += apart;
         own.m2 += apart * apart;
       }
     }
+    off /= own.count;
+    own.mean += off;
+    own.m2 -= own.count * off * off;
+    if (own.m2 < 0.f) own.m2 = 0.f;
     moments = merge(moments, own);
   }
 }
@@ -274,22 +295,36 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) forward_wide(const ForwardArgs a
         const int64_t own = c + k * kWideBlock;
         if (own < a.cached) shared_store(cache + own, x[k]);  // read back by this thread only
       }
-      take_moments<T, kRms>(moments, x, column, kWideBlock * kCount, p.features);
+      take_moments<T, kRms>(moments, x, column, kWideBlock * kCount, p.features, 1.f);
     }
-    moments = group_reduce(moments, kWideBlock, Moments{0.f, 0.f, 0.f}, scratch,
-                           [](const Moments& x, const Moments& y) {
-                             return kRms ? Moments{0.f, 0.f, x.m2 + y.m2} : merge(x, y);
-                           });
-    const float mean = kRms ? 0.f : moments.mean;
-    const float rstd = reciprocal_sqrt(moments.m2 / static_cast<float>(p.features) + p.eps);
-    if (threadIdx.x == 0) store_statistics<kRms>(p, row, mean, rstd);
     const T* again = kAdd ? at.summed : at.input;
     const bool again_aligned = kAdd ? summed_aligned : input_aligned;
+    const auto read_again = [&](int64_t c) {
+      return c < a.cached ? shared_load(cache + c)
+                          : load_chunk<T>(again, c * kCount - at.shift, p.features, again_aligned);
+    };
+    float variance, factor = 1.f;
+    for (;;) {
+      moments = group_reduce(moments, kWideBlock, Moments{0.f, 0.f, 0.f}, scratch,
+                             [](const Moments& x, const Moments& y) {
+                               return kRms ? Moments{0.f, 0.f, x.m2 + y.m2} : merge(x, y);
+                             });
+      variance = moments.m2 / static_cast<float>(p.features);
+      if (factor != 1.f || is_ordinary(variance + p.eps)) break;
+      factor = scale_for(variance + p.eps);
+      moments = {0.f, 0.f, 0.f};
+      for (int64_t c = threadIdx.x; c < chunks; c += kWideBlock) {
+        const Chunk x[1] = {read_again(c)};
+        take_moments<T, kRms>(moments, x, c * kCount - at.shift, 0, p.features, factor);
+      }
+    }
+    const float mean = kRms ? 0.f : moments.mean / factor;
+    const float rstd = scaled_rstd(variance, p.eps, factor);
+    if (threadIdx.x == 0) store_statistics<kRms>(p, row, mean, rstd);
 #pragma unroll 2
     for (int64_t c = threadIdx.x; c < chunks; c += kWideBlock) {
       const int64_t column = c * kCount - at.shift;
-      const Chunk x = c < a.cached ? shared_load(cache + c)
-                                   : load_chunk<T>(again, column, p.features, again_aligned);
+      const Chunk x = read_again(c);
       store_chunk(at.normed, column, p.features, normed_aligned,
                   norm_chunk<T, kRms>(x, mean, rstd, p, column, p.features));
     }

@@ -93,12 +93,11 @@ FT_DEVICE void write_gradients(const RowNormBackwardParams& p, int64_t row, Inde
   unpack<T>(grad, d);
   unpack<T>(summed, x);
   load_vector(p.weight, column, end, 1.f, weight);
-  // rstd · (g − mean(g) − x̂ · mean(g · x̂)), with what a row's elements have in common first.
-  const float across = -means.b * s.rstd * s.rstd, level = -means.a * s.rstd;
+  // rstd · (g − mean(g) − x̂ · mean(g · x̂)): rstd alone may be so small that it has no square.
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) {
-    const float rest = kRms ? x[i] * across : (x[i] - s.mean) * across + level;
-    d[i] = d[i] * s.rstd * weight[i] + rest;
+    const float rest = normalized<kRms>(x[i], s) * means.b + (kRms ? 0.f : means.a);
+    d[i] = (d[i] * weight[i] - rest) * s.rstd;
   }
   if (p.grad_summed != nullptr) {
     unpack<T>(grad_summed, x);
@@ -394,8 +393,8 @@ static FT_GLOBAL void __launch_bounds__(kReduceColumns* kReduceRows)
       shared_store(sums + threadIdx.x, sum);
     }
     if (slice != 0 || column >= p.features) continue;
-    void* out = vector == 0 && p.d_weight != nullptr ? p.d_weight : p.d_bias;
-    store_as(out, p.weight_dtype, column, sum);
+    const bool weight = vector == 0 && p.d_weight != nullptr;
+    store_as(weight ? p.d_weight : p.d_bias, weight ? p.weight_dtype : p.bias_dtype, column, sum);
   }
 }
 

@@ -40,7 +40,8 @@ struct RowNormBackwardParams {
   void* d_weight = nullptr;  // null: not wanted; else of weight_dtype
   void* d_bias = nullptr;
   DType dtype = DType::f32;
-  DType weight_dtype = DType::f32;  // of d_weight and d_bias: weight's, float32 without a weight
+  DType weight_dtype = DType::f32;  // of d_weight: weight's, float32 without a weight
+  DType bias_dtype = DType::f32;    // of d_bias: the same, or float32 where the two differ
   int64_t rows = 0, features = 0;
   int64_t grad_normed_stride = 0, grad_summed_stride = 0, summed_stride = 0;
   Dropout dropout;

@@ -18,6 +18,7 @@ from ._norm import (
     fake_statistic,
     fake_vector_grad,
     fold_rows,
+    is_wide_bias,
     rows_of,
     shaped,
     vector_of,
@@ -100,7 +101,8 @@ class _AddLayerNorm:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, weight, _, seed, _, ctx.dropout_p, ctx.shape, ctx.kernel = inputs
+        _, _, weight, bias, seed, _, ctx.dropout_p, ctx.shape, ctx.kernel = inputs
+        ctx.wide_bias = is_wide_bias(weight, bias)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, seed, *output[1:])
 
@@ -117,6 +119,7 @@ class _AddLayerNorm:
             rows_of(grad_normed, shape),
             None if grad_summed is None else rows_of(grad_summed, shape),
             s, weight, mean, rstd, ctx.dropout_p, seed, needs[2], needs[3],
+            ctx.wide_bias,
         )  # fmt: skip
         d_residual = shaped(d_residual, s, summed)
         d_input = d_residual if seed is None else shaped(d_input, s, summed)
@@ -141,14 +144,15 @@ def _(input, residual, weight, bias, eps, dropout_p, seed):
 
 @fake("add_layer_norm_backward")
 def _(
-    grad_normed, grad_summed, summed, weight, mean, rstd, dropout_p, seed, weight_grad, bias_grad
-):
+    grad_normed, grad_summed, summed, weight, mean, rstd, dropout_p, seed, weight_grad, bias_grad,
+    wide_bias=False,
+):  # fmt: skip
     features = summed.shape[-1]
     return (
         summed.new_empty(summed.shape),
         summed.new_empty((0,) if seed is None else summed.shape),
         fake_vector_grad(summed, weight, features, weight_grad),
-        fake_vector_grad(summed, weight, features, bias_grad),
+        fake_vector_grad(summed, weight, features, bias_grad, wide_bias),
     )
 
 

@@ -16,6 +16,7 @@ from ._norm import (
     fake_statistic,
     fake_vector_grad,
     fold_rows,
+    is_wide_bias,
     rows_of,
     shaped,
     vector_of,
@@ -81,7 +82,8 @@ class _LayerNorm:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _, _, ctx.shape, ctx.kernel = inputs
+        input, weight, bias, _, ctx.shape, ctx.kernel = inputs
+        ctx.wide_bias = is_wide_bias(weight, bias)
         ctx.save_for_backward(input, weight, *output[1:])
 
     @staticmethod
@@ -91,7 +93,7 @@ class _LayerNorm:
         x = rows_of(input, shape)
         d_input, d_weight, d_bias = ctx.kernel.backward(
             rows_of(grad, shape), x, weight, mean, rstd, needs[1],
-            needs[2],
+            needs[2], ctx.wide_bias,
         )  # fmt: skip
         return (
             shaped(d_input, x, input), d_weight if needs[1] else None, d_bias if needs[2] else None,
@@ -108,12 +110,12 @@ def _(input, weight, bias, eps):
 
 
 @fake("layer_norm_backward")
-def _(grad, input, weight, mean, rstd, weight_grad, bias_grad):
+def _(grad, input, weight, mean, rstd, weight_grad, bias_grad, wide_bias=False):
     features = input.shape[-1]
     return (
         input.new_empty(input.shape),
         fake_vector_grad(input, weight, features, weight_grad),
-        fake_vector_grad(input, weight, features, bias_grad),
+        fake_vector_grad(input, weight, features, bias_grad, wide_bias),
     )
 
 

@@ -7,8 +7,9 @@ Shapes: input (..., *normalized_shape), weight and bias normalized_shape; C is t
 elements of normalized_shape. Output in the input's dtype, whatever the weight's is.
 
 The variance is taken of the centred values, not as E[x^2] - mean^2, which cancels when the mean is
-large. With one feature x - mean is exactly 0, so the output is the bias, and the gradients of
-input and weight are 0.
+large. In a row of one number x - mean is exactly 0, so the output is the bias, and the gradient of
+weight is 0; with one feature the input's is 0 too. Rows whose squares would overflow, or vanish
+with eps 0, are scaled by a power of 2 first, which cancels.
 
 Source: Ba, Kiros, Hinton, "Layer Normalization", 2016 (arXiv:1607.06450).
 
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fasttransformer.reference.precision import compute_dtype
+from fasttransformer.reference.precision import compute_dtype, scale_for_squares
 
 
 def layer_norm(
@@ -38,9 +39,15 @@ def layer_norm(
     """
     dims = normalized_dims("layer_norm", input, normalized_shape)
     x = input.to(compute_dtype(input))
-    centred = x - x.mean(dims, keepdim=True)
+    mean = x.mean(dims, keepdim=True)
+    if x.numel() > 0:  # the mean of a row of one number is that number, without a rounding
+        low, high = x.detach().amin(dims, keepdim=True), x.detach().amax(dims, keepdim=True)
+        mean = mean + torch.where(low == high, low - mean.detach(), 0.0)
+    centred = x - mean
+    scale = scale_for_squares(centred, dims, eps)
+    centred = centred * scale
     variance = (centred * centred).mean(dims, keepdim=True)
-    y = centred * torch.rsqrt(variance + eps)
+    y = centred * torch.rsqrt(variance + eps * scale * scale)
     if weight is not None:
         y = y * weight.to(y.dtype)
     if bias is not None:

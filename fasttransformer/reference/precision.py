@@ -20,6 +20,27 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def scale_for_squares(x: Tensor, dims: list[int], eps: float) -> Tensor | float:
+    """What rows are multiplied by before their squares are summed: a power of 2, which cancels.
+
+    It is 1 but for rows whose squares would overflow, or vanish where eps is next to nothing too.
+    Those are brought near 1. To autograd it is a constant.
+
+    >>> scale_for_squares(torch.tensor([[1.0], [2.0**70]]), [-1], 1e-5).log2()
+    tensor([[  0.],
+            [-70.]])
+    """
+    if x.numel() == 0:
+        return 1.0
+    far, most = (2.0**500, 1022) if x.dtype == torch.float64 else (2.0**50, 126)
+    largest = x.detach().abs().amax(dims, keepdim=True)
+    extreme = largest > far
+    if eps < far**-2:
+        extreme = extreme | ((largest < 1 / far) & (largest > 0))
+    power = -torch.log2(largest).floor().clamp(-0.8 * most, most)
+    return torch.where(extreme & largest.isfinite(), torch.exp2(power), 1.0)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the dtype that a and b have, under autocast too, which would round them to 16 bits.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fasttransformer.reference.layer_norm import normalized_dims
-from fasttransformer.reference.precision import compute_dtype
+from fasttransformer.reference.precision import compute_dtype, scale_for_squares
 
 
 def rms_norm(
@@ -32,7 +32,9 @@ def rms_norm(
     x = input.to(compute_dtype(input))
     if eps is None:
         eps = torch.finfo(x.dtype).eps
-    y = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
+    scale = scale_for_squares(x, dims, eps)  # cancels
+    x = x * scale
+    y = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps * scale * scale)
     if weight is not None:
         y = y * weight.to(y.dtype)
     return y.to(input.dtype)

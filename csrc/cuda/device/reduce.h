@@ -24,7 +24,7 @@ FT_DEVICE Moments merge(const Moments& x, const Moments& y) {
   const float count = x.count + y.count;
   if (count == 0.f) return x;
   const float apart = y.mean - x.mean;
-  return {count, (x.count * x.mean + y.count * y.mean) / count,
+  return {count, apart == 0.f ? x.mean : (x.count * x.mean + y.count * y.mean) / count,
           x.m2 + y.m2 + apart * apart * (x.count * y.count / count)};
 }
 

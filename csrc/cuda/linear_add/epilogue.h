@@ -5,6 +5,7 @@
 #include "cuda/device/dropout.h"
 #include "cuda/device/reduce.h"
 #include "cuda/linear_add/matmul.h"
+#include "cuda/norm_scale.h"
 
 namespace ft::cuda {
 
@@ -44,8 +45,9 @@ FT_DEVICE void store_out(const Matrix& out, int64_t row, int64_t column, int64_t
   }
 }
 
-// The moments of a strip: kGroup neighbouring lanes have a chunk each, of which `count` elements
-// are of the row, `total` in all lanes together.
+// (mean, m2) of a strip: kGroup neighbouring lanes have a chunk each, of which `count` elements are
+// of the row, `total` in all lanes together. m2 is negative where squares overflow: it is that of
+// the elements times kDownscale.
 template <int kGroup, class T>
 FT_DEVICE Pair strip_moments(const Chunk& c, int count, float total, bool centred) {
   float y[kLanes<T>];
@@ -62,12 +64,33 @@ FT_DEVICE Pair strip_moments(const Chunk& c, int count, float total, bool centre
   for (int i = 0; i < kLanes<T>; ++i) m2 += i < count ? (y[i] - mean) * (y[i] - mean) : 0.f;
 #pragma unroll
   for (int offset = kGroup / 2; offset > 0; offset /= 2) m2 += shuffle_xor(m2, offset);
+  if (any_lane(!(m2 <= kMostVariance))) {
+    float small = 0.f;
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) {
+      const float apart = (y[i] - mean) * kDownscale;
+      small += i < count ? apart * apart : 0.f;
+    }
+#pragma unroll
+    for (int offset = kGroup / 2; offset > 0; offset /= 2) small += shuffle_xor(small, offset);
+    if (!(m2 <= kMostVariance)) m2 = -small;
+  }
   return {mean, m2};
 }
 
-// (mean, rstd) of a row of n elements from its moments.
-FT_DEVICE Pair row_statistics(const Moments& row, int64_t n, float eps) {
-  return {row.mean, reciprocal_sqrt(row.m2 / static_cast<float>(n) + eps)};
+// A strip's moments as those of its elements times `scale`, which is 1 or kDownscale.
+FT_DEVICE Moments scaled_moments(float count, float mean, float m2, float scale) {
+  if (m2 < 0.f) {
+    m2 = scale == 1.f ? infinity() : -m2;
+  } else {
+    m2 = m2 * scale * scale;
+  }
+  return {count, mean * scale, m2};
+}
+
+// (mean, rstd) of a row of n elements from its moments, of elements times `scale`.
+FT_DEVICE Pair row_statistics(const Moments& row, int64_t n, float eps, float scale) {
+  return {row.mean / scale, scaled_rstd(row.m2 / static_cast<float>(n), eps, scale)};
 }
 
 template <class T>

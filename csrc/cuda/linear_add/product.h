@@ -449,15 +449,21 @@ FT_DEVICE void write_normed(const MatmulArgs& p, const WorkItem& w, const Sums<S
   const int thread = thread_index();
   if (thread < S::kM) {
     Moments row = {0.f, 0.f, 0.f};
-    for (int i = 0; i < S::kWarpsN; ++i) {
-      const int64_t left = p.n - i * S::kWarpN;
-      if (left <= 0) break;
-      const Pair strip = shared_load(moments + thread * S::kWarpsN + i);
-      const Moments next = {static_cast<float>(left < S::kWarpN ? left : S::kWarpN), strip.a,
-                            strip.b};
-      row = i == 0 ? next : merge(row, next);
+    float scale = 1.f;
+    for (;;) {  // once, but for rows whose squares overflow
+      for (int i = 0; i < S::kWarpsN; ++i) {
+        const int64_t left = p.n - i * S::kWarpN;
+        if (left <= 0) break;
+        const Pair strip = shared_load(moments + thread * S::kWarpsN + i);
+        const Moments next =
+            scaled_moments(static_cast<float>(left < S::kWarpN ? left : S::kWarpN), strip.a,
+                           strip.b, scale);
+        row = i == 0 ? next : merge(row, next);
+      }
+      if (row.m2 <= kMostVariance || scale != 1.f) break;
+      scale = kDownscale;
     }
-    const Pair found = row_statistics(row, p.n, p.norm.eps);
+    const Pair found = row_statistics(row, p.n, p.norm.eps, scale);
     shared_store(statistics + thread, found);
     if (w.m + thread < p.m) {
       if (p.norm.mean != nullptr) store_scalar(p.norm.mean + w.m + thread, found.a);

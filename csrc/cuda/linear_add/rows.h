@@ -85,19 +85,25 @@ FT_GLOBAL void __launch_bounds__(kRowBlock, 2) linear_norm_rows(const NormRowsAr
     for (int i = 0; i < kNormTurns; ++i) {
       held[i] = load_chunk(from, column + i * kStripOf<T>, a.n, a.rows_aligned);
     }
-    Moments all = {0.f, 0.f, 0.f};
-    for (int64_t s = lane_index(); s < strips; s += kWarp) {
-      const float* at = a.moments + 2 * (row * strips + s);
-      const int64_t left = a.n - s * a.strip;
-      const Moments next = {static_cast<float>(left < a.strip ? left : a.strip), load_scalar(at),
-                            load_scalar(at + 1)};
-      all = s < kWarp ? next : merge(all, next);
-    }
+    Moments all;
+    float scale = 1.f;
+    for (;;) {  // once, but for rows whose squares overflow
+      all = {0.f, 0.f, 0.f};
+      for (int64_t s = lane_index(); s < strips; s += kWarp) {
+        const float* at = a.moments + 2 * (row * strips + s);
+        const int64_t left = a.n - s * a.strip;
+        const Moments next = scaled_moments(static_cast<float>(left < a.strip ? left : a.strip),
+                                            load_scalar(at), load_scalar(at + 1), scale);
+        all = s < kWarp ? next : merge(all, next);
+      }
 #pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      all = merge(all, shuffle_xor(all, offset));
+      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        all = merge(all, shuffle_xor(all, offset));
+      }
+      if (all.m2 <= kMostVariance || scale != 1.f) break;
+      scale = kDownscale;
     }
-    const Pair statistics = row_statistics(all, a.n, a.norm.eps);
+    const Pair statistics = row_statistics(all, a.n, a.norm.eps, scale);
     if (segment == 0 && lane_index() == 0) {
       if (a.norm.mean != nullptr) store_scalar(a.norm.mean + row, statistics.a);
       store_scalar(a.norm.rstd + row, statistics.b);

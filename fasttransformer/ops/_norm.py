@@ -125,17 +125,17 @@ def fake_statistic(input: Tensor) -> Tensor:
     return input.new_empty((math.prod(input.shape[:-1]),), dtype=torch.float32)
 
 
-def is_wide_bias(weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether d_bias must not be rounded to the weight's dtype, as the bias has another: backward
-    operators give it in float32 then, and autograd casts."""
-    return weight is not None and bias is not None and bias.dtype != weight.dtype
+def wide_bias(weight: Tensor | None, bias: Tensor | None) -> tuple[()] | tuple[bool]:
+    """The last argument of backward operators where it isn't False: a bias of another dtype than
+    the weight's has its gradient in float32, so that it is rounded once, by autograd's cast."""
+    return (True,) if weight is not None and bias is not None and bias.dtype != weight.dtype else ()
 
 
 def fake_vector_grad(
     input: Tensor, weight: Tensor | None, features: int, wanted: bool, wide: bool = False
 ) -> Tensor:
     """d_weight and d_bias of the backward operators: weight's dtype, float32 without a weight or
-    if ``wide`` (:func:`is_wide_bias`)."""
+    if ``wide`` (:func:`wide_bias`)."""
     dtype = torch.float32 if weight is None or wide else weight.dtype
     return input.new_empty((features if wanted else 0,), dtype=dtype)
 

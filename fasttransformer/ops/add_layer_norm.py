@@ -18,10 +18,10 @@ from ._norm import (
     fake_statistic,
     fake_vector_grad,
     fold_rows,
-    is_wide_bias,
     rows_of,
     shaped,
     vector_of,
+    wide_bias,
 )
 
 
@@ -102,7 +102,7 @@ class _AddLayerNorm:
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, _, weight, bias, seed, _, ctx.dropout_p, ctx.shape, ctx.kernel = inputs
-        ctx.wide_bias = is_wide_bias(weight, bias)
+        ctx.wide_bias = wide_bias(weight, bias)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, seed, *output[1:])
 
@@ -119,7 +119,7 @@ class _AddLayerNorm:
             rows_of(grad_normed, shape),
             None if grad_summed is None else rows_of(grad_summed, shape),
             s, weight, mean, rstd, ctx.dropout_p, seed, needs[2], needs[3],
-            ctx.wide_bias,
+            *ctx.wide_bias,
         )  # fmt: skip
         d_residual = shaped(d_residual, s, summed)
         d_input = d_residual if seed is None else shaped(d_input, s, summed)

@@ -16,10 +16,10 @@ from ._norm import (
     fake_statistic,
     fake_vector_grad,
     fold_rows,
-    is_wide_bias,
     rows_of,
     shaped,
     vector_of,
+    wide_bias,
 )
 
 
@@ -83,7 +83,7 @@ class _LayerNorm:
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, _, ctx.shape, ctx.kernel = inputs
-        ctx.wide_bias = is_wide_bias(weight, bias)
+        ctx.wide_bias = wide_bias(weight, bias)
         ctx.save_for_backward(input, weight, *output[1:])
 
     @staticmethod
@@ -93,7 +93,7 @@ class _LayerNorm:
         x = rows_of(input, shape)
         d_input, d_weight, d_bias = ctx.kernel.backward(
             rows_of(grad, shape), x, weight, mean, rstd, needs[1],
-            needs[2], ctx.wide_bias,
+            needs[2], *ctx.wide_bias,
         )  # fmt: skip
         return (
             shaped(d_input, x, input), d_weight if needs[1] else None, d_bias if needs[2] else None,

@@ -11,7 +11,7 @@ from .. import reference
 from ..backends import TABLE, choose
 from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import ADD_OPTIONS, fake_statistic, fold_rows, is_wide_bias, vector_of
+from ._norm import ADD_OPTIONS, fake_statistic, fold_rows, vector_of, wide_bias
 from .linear_add import (
     autocast_linear,
     check_linear,
@@ -112,7 +112,7 @@ class _LinearAddLayerNorm:
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _, _, norm_weight, norm_bias, seed, ctx.dropout_p, _, ctx.kernel = inputs
-        ctx.wide_bias = is_wide_bias(norm_weight, norm_bias)
+        ctx.wide_bias = wide_bias(norm_weight, norm_bias)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, norm_weight, seed, *output[1:])
 
@@ -133,7 +133,7 @@ class _LinearAddLayerNorm:
                 grad_normed.contiguous(),
                 None if grad_summed is None else grad_summed.contiguous(),
                 summed, norm_weight, mean, rstd, ctx.dropout_p, seed, needs[4], needs[5],
-                ctx.wide_bias,
+                *ctx.wide_bias,
             )  # fmt: skip
             d_inner = d_summed if seed is None else d_inner
             d_norm_weight = d_norm_weight if needs[4] else None

@@ -337,3 +337,17 @@ def test_the_plain_path_stays_ours(kind):
     last(model, **padded())
     torch.compile(model, backend="eager")(**padded())
     assert not ft.nn.fallbacks(model)
+
+
+def test_the_reason_names_a_class_that_is_also_called_linear():
+    class Linear(Wrapped):  # as peft's and torch's quantized ones are
+        pass
+
+    model = small("bert")
+    attention = model.encoder.layer[0].attention.self
+    attention.query = Linear(attention.query)
+    reasons = {s.name: s.reason for s in ft.swap(model).skipped}
+    assert reasons["encoder.layer.0.attention.self"] == (
+        f"its part query is not torch.nn.Linear itself but a {__name__}.{Linear.__qualname__}, "
+        "which has to be called"
+    )

@@ -302,20 +302,25 @@ def test_a_model_that_counts_its_calls():
 
 
 MEMORY = """
-import resource, sys, torch, fasttransformer as ft
+import re, torch, fasttransformer as ft
+
+def peak():  # getrusage's starts at what the process that started this one had
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
 torch.manual_seed(1)
 model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(4)))
 report = ft.swap(model)
 x = torch.randn(2, 2048)
 model.double()(x.double()), model.float()(x)  # what a first call of each kind takes for good
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 check = report.verify(x)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak()
 assert check.ok, check
 print("times", (after - before) * 1024 / (4 * 2048 * 2048 * 4))
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 def test_the_memory_that_it_takes_is_bounded_and_told():
     """Copies and gradients of 25 to 30 times the parameters once lived at a time."""
     found = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)

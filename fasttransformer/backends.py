@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -270,8 +271,8 @@ def override(
     that stand in the place of the table's; :func:`dataclasses.replace` makes one from the table's
     own. An operation that is composed of another has that one's row. With ``device_type`` the
     backend counts as available for tensors of that type of device, whether or not its library is
-    loaded, and the kernels given must be able to run on them. Like :func:`use_backend`, it holds
-    for every thread of the process.
+    loaded, and the kernels given must be able to run on them. Unlike
+    :func:`use_backend`, it holds for every thread of the process.
 
     Raises:
         ValueError: ``backend`` is not a backend's name, or a name is no operation with a row of its
@@ -315,22 +316,37 @@ def override(
 # ---- choosing -----------------------------------------------------------------------------------
 
 
-#: The backend that every call must use, if any. The environment's name is checked by the first
-#: call, so that a misspelt one is an error of that call and not of the import.
-_forced: str | None = os.environ.get("FASTTRANSFORMER_BACKEND") or None
+_FORCED_BY_ENVIRONMENT = os.environ.get("FASTTRANSFORMER_BACKEND") or None
+
+
+class _Thread(threading.local):
+    """What holds for the calls of one thread. (Not a context variable: torch.compile can't trace
+    those, while it traces this and checks it before each call of what it compiled.)"""
+
+    def __init__(self) -> None:  # runs in each thread; torch.compile checks no class's attributes
+        #: The backend that every call must use, if any. The environment's name is checked by the
+        #: first call, so that a misspelt one is an error of that call and not of the import.
+        self.forced: str | None = _FORCED_BY_ENVIRONMENT
+        #: Whether :func:`explain` is asking, so that an operation stops where it has its backend.
+        self.probing = False
+
+
+_thread = _Thread()
 
 
 def _check_name(backend: str) -> None:
     if backend not in NAMES:
-        source = "FASTTRANSFORMER_BACKEND" if backend == _forced else "backend"
+        source = "FASTTRANSFORMER_BACKEND" if backend == _thread.forced else "backend"
         raise ValueError(f"{source}: {backend!r} is not one of {', '.join(NAMES)}")
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Forces one backend within a ``with`` block, for every operation of the process.
+    """Forces one backend within a ``with`` block, for every operation that this thread calls.
 
-    A forced backend that can't do a case raises with its reason; it never falls back in silence.
+    Other threads are not concerned: the environment variable ``FASTTRANSFORMER_BACKEND`` forces a
+    backend in all of them. A forced backend that can't do a case raises with its reason; it never
+    falls back in silence.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -340,18 +356,17 @@ def use_backend(backend: str) -> Iterator[None]:
     ...     ft.softmax(torch.zeros(2))
     tensor([0.5000, 0.5000])
     """
-    global _forced
     _check_name(backend)
-    before = _forced
-    _forced = backend
+    before = _thread.forced
+    _thread.forced = backend
     try:
         yield
     finally:
-        _forced = before
+        _thread.forced = before
 
 
 def forced_backend() -> str | None:
-    return _forced
+    return _thread.forced
 
 
 def _device_reason(backend: str, device_type: str) -> str | None:
@@ -404,9 +419,9 @@ def choose(
         RuntimeError: a forced backend can't do the case; the message has its reason. Where that
             is a derivative which kernels don't have, NotImplementedError, which is one.
     """
-    forced = backend if backend is not None else _forced
+    forced = backend if backend is not None else _thread.forced
     key = (op, device_type, dtype, options, sizes, forced)
-    if _probing:
+    if _thread.probing:
         raise _Probe(*key)
     kernel = _chosen.get(key)
     if kernel is None:
@@ -523,9 +538,6 @@ class _Probe(Exception):  # not an error: how explain() leaves an operation's fr
         self.case = case
 
 
-_probing = False
-
-
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         kind = str(value.dtype).removeprefix("torch.")
@@ -545,13 +557,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     >>> ft.explain("softmax", torch.zeros(2, 3), backend="torch").backend
     'torch'
     """
-    global _probing
     from . import ops
 
     if op not in TABLE and op not in ALIASES:
         raise ValueError(f"explain: {op!r} is not an operation; it is one of {', '.join(TABLE)}")
     function = getattr(ops, op)
-    _probing = True
+    _thread.probing = True
     try:
         function(*args, **kwargs)
     except _Probe as probe:
@@ -559,7 +570,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     else:
         raise AssertionError(f"{op} never asked for a backend")
     finally:
-        _probing = False
+        _thread.probing = False
     words = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
     return replace(decision(*case, case=", ".join(words)), op=op)
 

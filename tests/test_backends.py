@@ -4,6 +4,8 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from fasttransformer.backends import (
     UNMEASURED,
     choose,
     decision,
+    forced_backend,
     override,
     unavailable,
 )
@@ -191,3 +194,79 @@ print(fasttransformer.kernels.__file__)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == root / "kernels/__init__.py"
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_f11_a_forced_backend_holds_for_its_thread():
+    x = torch.zeros(2, 3)
+    with ft.use_backend("torch"):
+        assert ft.explain("softmax", x).backend == "torch"
+        assert in_a_thread(lambda: ft.explain("softmax", x).backend) == "cpu"
+
+        def nested():
+            with ft.use_backend("cpu"):
+                return ft.explain("softmax", x).backend
+
+        assert in_a_thread(nested) == "cpu"
+        assert ft.explain("softmax", x).backend == "torch"
+
+
+def test_f11_blocks_that_end_in_another_order_than_they_began():
+    """The thread whose block ended last put back the other one's backend, for good."""
+    begun, ended = threading.Event(), threading.Event()
+    x = torch.zeros(2, 3)
+
+    def other():
+        with ft.use_backend("torch"):
+            begun.set()
+            ended.wait(10)
+        return forced_backend()
+
+    with ThreadPoolExecutor(1) as pool:
+        with ft.use_backend("cpu"):
+            left = pool.submit(other)
+            assert begun.wait(10)
+        ended.set()
+        assert left.result() is None
+    assert forced_backend() is None and ft.explain("softmax", x).backend == "cpu"
+
+
+def test_f11_explaining_in_one_thread_leaves_the_others_alone(monkeypatch):
+    """Calls of other threads raised what only explain() catches."""
+    x, results = torch.zeros(2, 3), []
+    function = ft.ops.softmax
+
+    def softmax(x):
+        results.append(in_a_thread(lambda: function(x)))
+        return function(x)
+
+    monkeypatch.setattr(ft.ops, "softmax", softmax)
+    assert ft.explain("softmax", x).backend == "cpu"
+    assert torch.equal(results[0], torch.softmax(x, -1))
+
+
+def test_f11_a_compiled_function_sees_the_backend_of_the_thread_that_calls_it():
+    x = torch.randn(3, 4)
+    compiled = torch.compile(lambda x: ft.softmax(x).any().item(), backend="eager")
+    zero = replace(TABLE["softmax"]["cpu"], forward=lambda x, *options: x * 0)
+    with override("cpu", {"softmax": zero}):
+        assert not compiled(x)
+        with ft.use_backend("torch"):
+            assert compiled(x)
+            assert not in_a_thread(lambda: compiled(x))
+            assert compiled(x)
+        assert not compiled(x)
+
+    def within(x):
+        with ft.use_backend("torch"):
+            return ft.softmax(x)
+
+    out = torch.compile(within, backend="eager", fullgraph=True)(x)
+    assert torch.equal(out, torch.softmax(x, -1)) and forced_backend() is None

@@ -12,7 +12,6 @@ TransformerEngine's varlen kind.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -24,15 +23,29 @@ from ..nn._project import project_add_norm, project_norm
 from ..nn.linear import LINEAR_FORWARDS
 from ..nn.norms import NORM_FORWARDS
 from ..ops._activation import dropout
+from ..ops._derivatives import lasting
 from ..ops.attention_varlen import attention_varlen
 from .config import TransformerConfig
 from .packing import PackedBatch
 
+_kept_slopes: dict[tuple[int, torch.device], Tensor] = {}
 
-@functools.lru_cache(maxsize=32)
+
 def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     """(heads,) float32: 2^(-8 i / heads); for other heads than powers of two, those of the power
     below and every other one of the power above (Press et al., 2022, section 3 and code)."""
+    if torch.compiler.is_compiling():
+        return _slopes(heads, device)
+    slopes = _kept_slopes.get((heads, device))
+    if slopes is None:
+        with lasting() as kept:
+            slopes = _slopes(heads, device)
+            if kept:
+                _kept_slopes[heads, device] = slopes
+    return slopes
+
+
+def _slopes(heads: int, device: torch.device) -> Tensor:
     below = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8.0 * i / below) for i in range(1, below + 1)]
     slopes += [2.0 ** (-4.0 * i / below) for i in range(1, 2 * (heads - below), 2)]

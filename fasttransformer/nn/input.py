@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._activation import dropout
+from ..ops._derivatives import lasting, transforms_active
 from ..ops.embedding import embedding
 from ..ops.rotary_embedding import rotary_embedding
 from ..reference.embedding import sinusoid
@@ -187,12 +188,19 @@ class RotaryEmbedding(nn.Module):
         cached = self._cached
         if cached is None or cached[0].shape[0] < length or cached[0].device != device:
             rows = 1 << max(length - 1, 0).bit_length()
-            with torch.no_grad():
-                place = torch.arange(rows, dtype=torch.float64, device=device)
-                exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
-                angle = place[:, None] * self.base ** (-exponent / self.head_dim)
-                cached = self._cached = (angle.cos().float(), angle.sin().float())
+            if torch.compiler.is_compiling():
+                return self._turns(torch.arange(rows, device=device))
+            with lasting() as kept:
+                cached = self._turns(torch.arange(rows, device=device))
+                if kept:
+                    self._cached = cached
         return cached
+
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the positions' angles, each (*, head_dim / 2) float32."""
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
+        angle = positions.double().unsqueeze(-1) * self.base ** (-exponent / self.head_dim)
+        return angle.cos().float(), angle.sin().float()
 
     def forward(
         self,
@@ -205,6 +213,10 @@ class RotaryEmbedding(nn.Module):
         """(query, key), turned; ``max_position`` spares the look for the largest position."""
         if position_ids is None:
             length = query.shape[2]
+        elif max_position is None and _traced():
+            # The largest position is not known while a graph is made, so it computes its own rows.
+            cos, sin = self._turns(position_ids)
+            return rotary_embedding(query, key, cos, sin, interleaved=self.interleaved)
         elif max_position is None:
             length = int(position_ids.max()) + 1 if position_ids.numel() else 0
         else:
@@ -216,3 +228,13 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base}, interleaved={self.interleaved}"
+
+
+def _traced() -> bool:
+    """Whether a tensor's numbers can't be looked at: torch.compile, export, vmap, jit.trace."""
+    return (
+        torch.compiler.is_compiling()
+        or transforms_active()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )

@@ -192,7 +192,7 @@ def flatten_mask(
 
 
 def check_softcap(op: str, softcap: float | None) -> None:
-    if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
+    if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap is {softcap}; it must be positive and finite, or None")
 
 

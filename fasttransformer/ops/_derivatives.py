@@ -11,8 +11,9 @@ says nothing of the gradient that is wanted of what is inside, so each level is 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -131,6 +132,14 @@ def _unwrapped(tensor: Tensor | None) -> Iterable[tuple[int, Tensor]]:
 def _has_tangent(tensor: Tensor) -> bool:
     with temporarily_clear_interpreter_stack():  # a transform would show its own level's tangent
         return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[bool]:
+    """Tensors made within can be used by any later call, whatever mode that is in; unless the
+    block is told that they can't: those of a transform or a tracer are of no use after it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield not (transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def with_gradient(*names: str) -> dict[tuple[Any, ...], frozenset[str]]:

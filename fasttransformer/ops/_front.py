@@ -77,7 +77,7 @@ def probability(op: str, dropout_p: float) -> None:
 
 
 def positive_eps(op: str, eps: float) -> None:
-    if not (eps >= 0.0 and math.isfinite(eps)):
+    if not 0.0 <= eps < math.inf:
         raise ValueError(f"{op}: eps is {eps}; it must be a finite number, 0 or more")
 
 

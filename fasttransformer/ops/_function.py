@@ -96,12 +96,24 @@ def differentiable(form: type, tensors: int, outputs: int | None = None) -> Call
             if outputs is None:
                 return output
             return output[0] if outputs == 1 else output[:outputs]
-        if unwrap is None or _is_compiling():  # torch.compile knows Function.apply only
+        if _is_compiling():  # torch.compile knows Function.apply only
+            return apply_plain(*_told_apart(args))
+        if unwrap is None:
             return apply_plain(*args)
         given = [x if x is None else unwrap(x) for x in args[:tensors]]
         return apply_directly(*given, *args[tensors:])
 
     return apply
+
+
+def _told_apart(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments, a tensor that is among them twice as a view of itself the second time:
+    torch.compile stops at an autograd.Function with one tensor in two places."""
+    given: list[Any] = []
+    for x in args:
+        again = isinstance(x, Tensor) and any(x is other for other in given)
+        given.append(x.view_as(x) if again else x)
+    return given
 
 
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

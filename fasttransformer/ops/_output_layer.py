@@ -67,7 +67,7 @@ def kernel_operands(
 
 
 def check_temperature(op: str, temperature: float) -> None:
-    if not (temperature > 0.0 and math.isfinite(temperature)):
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature is {temperature}; it must be a positive finite number")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
+from ..reference.precision import without_autocast
 from . import _attention_vmap  # noqa: F401  (registers the vmap rules)
 from ._attention_checks import (
     ALIGNMENTS,
@@ -295,7 +296,7 @@ def _attend(
     seed = new_seed(query.device) if dropout_p > 0.0 else None
     dtype = query.dtype
     if kernel.forward is None:
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(query):
             result = reference.attention(
                 query, key, value, mask=mask, bias=bias, is_causal=is_causal,
                 causal_alignment=ALIGNMENTS[bottom_right],

@@ -176,17 +176,18 @@ def check_tables(
 ) -> None:
     if cos.shape != sin.shape:
         raise ValueError(f"{op}: cos has shape {tuple(cos.shape)}, but sin has {tuple(sin.shape)}")
-    if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] not in (1, batch)):
+    if cos.dim() not in (2, 3) or (cos.dim() == 3 and cos.shape[0] != 1 and cos.shape[0] != batch):
         raise ValueError(
             f"{op}: cos and sin have shape {tuple(cos.shape)}; it must be (positions, "
             f"width), or (batch, positions, width) with batch 1 or {batch}"
         )
     if head_dim % 2:
         raise ValueError(f"{op}: query has head_dim {head_dim}; it must be even, to make pairs")
-    widths = (head_dim // 2,) if interleaved else (head_dim // 2, head_dim)
-    if cos.shape[-1] not in widths:
-        allowed = " or ".join(map(str, widths))
+    width = cos.shape[-1]
+    if width != head_dim // 2 and (interleaved or width != head_dim):
+        allowed = (
+            f"{head_dim // 2}, interleaved" if interleaved else f"{head_dim // 2} or {head_dim}"
+        )
         raise ValueError(
-            f"{op}: cos and sin have width {cos.shape[-1]}; head_dim {head_dim} makes "
-            f"it {allowed}" + (", interleaved" if interleaved else "")
+            f"{op}: cos and sin have width {width}; head_dim {head_dim} makes it {allowed}"
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose
 from ._derivatives import with_gradient
-from ._front import FLOATS, fake, is_float, needs_grad, same_device
+from ._front import FLOATS, autocast_enabled, fake, is_float, needs_grad, same_device
 from ._function import differentiable, vmap_rule
 
 _MOST_DIMS = 7  # of an input, in the kernels
@@ -110,7 +110,7 @@ def _softmax(
         if dtype not in FLOATS:
             raise TypeError(f"{op}: dtype is {dtype}; it must be a floating-point type")
         input = input.to(dtype)
-    elif device_type != "cpu" and torch.is_autocast_enabled(device_type):
+    elif device_type != "cpu" and autocast_enabled(device_type):
         # As in torch: softmax is on the float32 list of autocast on GPUs, and on none on the CPU.
         input = input if input.dtype == torch.float64 else input.float()
     scale = 1.0 if scale is None else float(scale)

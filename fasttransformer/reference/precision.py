@@ -5,6 +5,8 @@ float64 stay what they are. So the reference in float64 is exact to about 1e-15,
 matmul on a CPU without 16-bit instructions runs at float32's speed.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     ...     matmul(torch.eye(2), torch.eye(2)).dtype
     torch.float32
     """
-    if not torch.amp.is_autocast_available(a.device.type):  # meta tensors
+    with without_autocast(a):
         return a @ b
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within, what runs on the tensor's device keeps its dtype, under autocast too."""
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type):  # meta tensors
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -30,6 +30,7 @@ from .linear_add import (
     kernel_inputs,
     linear_add,
     linear_gradients,
+    operands_to_keep,
     viewed,
 )
 
@@ -152,8 +153,15 @@ class _FeedForward:
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight_in, _, weight_out, _, seed, activation, dropout_p, ctx.kernels = inputs
-        ctx.how = activation, dropout_p
-        ctx.save_for_backward(x, weight_in, weight_out, output[1], seed)
+        ctx.how, needs = (activation, dropout_p), ctx.needs_input_grad
+        ctx.shapes = (x.shape, weight_in.shape), (output[1].shape, weight_out.shape)
+        first = needs[0] or needs[1] or needs[2]
+        ctx.save_for_backward(
+            *operands_to_keep(x, weight_in, needs),
+            weight_out if first else None,
+            output[1] if first or needs[3] else None,
+            seed,
+        )
 
     @staticmethod
     def backward(ctx, grad):
@@ -161,15 +169,18 @@ class _FeedForward:
         linear, step = ctx.kernels
         needs = ctx.needs_input_grad
         first = needs[0] or needs[1] or needs[2]
-        hidden = step.forward(inner, *ctx.how, seed)
+        hidden = step.forward(inner, *ctx.how, seed) if needs[3] else None
+        hidden_shape = (*ctx.shapes[1][0][:-1], ctx.shapes[1][1][1])
         d_hidden, *second = linear_gradients(
-            linear, grad, hidden, weight_out, (first, needs[3], needs[4])
-        )
+            linear, grad, hidden, weight_out, (first, needs[3], needs[4]),
+            (hidden_shape, ctx.shapes[1][1]),
+        )  # fmt: skip
         del hidden
         if not first:
             return None, None, None, *second, *(None,) * 4
         d_inner = step.backward(d_hidden, inner, *ctx.how, seed)
-        return *linear_gradients(linear, d_inner, x, weight_in, needs), *second, *(None,) * 4
+        inputs = linear_gradients(linear, d_inner, x, weight_in, needs, ctx.shapes[0])
+        return *inputs, *second, *(None,) * 4
 
 
 _feed_forward_with_grad = differentiable(_FeedForward, tensors=6, outputs=1)

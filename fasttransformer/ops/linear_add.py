@@ -208,14 +208,17 @@ class _LinearAdd:
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _, _, seed, ctx.dropout_p, ctx.kernel = inputs
-        ctx.save_for_backward(x, weight, seed)
+        needs, ctx.shapes = ctx.needs_input_grad, (x.shape, weight.shape)
+        ctx.save_for_backward(*operands_to_keep(x, weight, needs), seed)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
         inner = masked(grad, ctx.dropout_p, seed, ctx.kernel)
-        d_input, d_weight, d_bias = linear_gradients(ctx.kernel, inner, x, weight, needs)
+        d_input, d_weight, d_bias = linear_gradients(
+            ctx.kernel, inner, x, weight, needs, ctx.shapes
+        )
         return d_input, d_weight, d_bias, grad if needs[3] else None, None, None, None
 
 
@@ -230,26 +233,49 @@ def masked(grad: Tensor, dropout_p: float, seed: Tensor | None, kernel: Kernel) 
     return STEPS["activation"][kernel.backend].forward(grad.contiguous(), "", dropout_p, seed)
 
 
+def operands_to_keep(
+    x: Tensor, weight: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the wanted gradients read: the weight's reads the input, and the input's the weight."""
+    return x if needs[1] else None, weight if needs[0] else None
+
+
 def linear_gradients(
-    kernel: Kernel, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]
+    kernel: Kernel,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    needs: tuple[bool, ...],
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the linear part; ``needs`` says which of (input, weight, bias) are wanted."""
+    """Gradients of the linear part; ``needs`` says which of (input, weight, bias) are wanted,
+    ``shapes`` are those of x and weight, of which :func:`operands_to_keep` kept one or none."""
     if not (needs[0] or needs[1] or needs[2]):
         return None, None, None
-    grad, rows = rows_of(grad, grad.shape[-1:]), x
-    in_place = kernel.backend == "cuda"
-    if x.dim() == 4 and not in_place:  # attention's heads, joined: whole rows are read there
-        joined = x.transpose(1, 2).reshape(math.prod(grad.shape[:-1]), weight.shape[1])
-        rows = last_stride_one(joined)  # of heads of size 1, or of one head expanded, it is a view
+    grad, rows, (shape, weight_shape) = rows_of(grad, grad.shape[-1:]), x, shapes
+    heads_joined = len(shape) == 4 and kernel.backend != "cuda"
+    if heads_joined:  # attention's heads: whole rows are read there
+        shape = (math.prod(grad.shape[:-1]), weight_shape[1])
+        if x is not None:  # of heads of size 1, or of one head expanded, what reshape gives is
+            rows = last_stride_one(x.transpose(1, 2).reshape(shape))  # a view
+    if rows is None:
+        rows = _unread(grad, shape)
+    if weight is None:
+        weight = _unread(grad, weight_shape)
     d_input, d_weight, d_bias = kernel.backward(grad, rows, weight, needs[0], needs[1], needs[2])
-    if x.dim() == 4 and not in_place and needs[0]:
-        batch, heads, length, head_dim = x.shape
+    if heads_joined and needs[0]:
+        batch, heads, length, head_dim = shapes[0]
         d_input = d_input.view(batch, length, heads, head_dim).transpose(1, 2)
     return (
         d_input if needs[0] else None,
         d_weight if needs[1] else None,
         d_bias if needs[2] else None,
     )
+
+
+def _unread(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Stands for an operand of which an operator reads nothing but the shape; without memory."""
+    return like.new_empty(()).expand(shape)
 
 
 def fake_output(input: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .linear_add import (
     kernel_inputs,
     linear_gradients,
     masked,
+    operands_to_keep,
     viewed,
 )
 
@@ -114,7 +115,9 @@ class _LinearAddLayerNorm:
         x, weight, _, _, norm_weight, norm_bias, seed, ctx.dropout_p, _, ctx.kernel = inputs
         ctx.wide_bias = wide_bias(norm_weight, norm_bias)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, norm_weight, seed, *output[1:])
+        kept = operands_to_keep(x, weight, ctx.needs_input_grad)
+        ctx.shapes = x.shape, weight.shape
+        ctx.save_for_backward(*kept, norm_weight, seed, *output[1:])
 
     @staticmethod
     def backward(ctx, grad_normed, grad_summed):
@@ -138,7 +141,7 @@ class _LinearAddLayerNorm:
             d_inner = d_summed if seed is None else d_inner
             d_norm_weight = d_norm_weight if needs[4] else None
             d_norm_bias = d_norm_bias if needs[5] else None
-        d_input, d_weight, d_bias = linear_gradients(linear, d_inner, x, weight, needs)
+        d_input, d_weight, d_bias = linear_gradients(linear, d_inner, x, weight, needs, ctx.shapes)
         d_residual = d_summed if needs[3] else None
         return d_input, d_weight, d_bias, d_residual, d_norm_weight, d_norm_bias, *(None,) * 4
 

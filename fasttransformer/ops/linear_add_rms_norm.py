@@ -20,6 +20,7 @@ from .linear_add import (
     kernel_inputs,
     linear_gradients,
     masked,
+    operands_to_keep,
     viewed,
 )
 from .linear_add_layer_norm import norm_vector
@@ -97,7 +98,9 @@ class _LinearAddRMSNorm:
     def setup_context(ctx, inputs, output):
         x, weight, _, _, norm_weight, seed, ctx.dropout_p, _, ctx.kernel = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, norm_weight, seed, *output[1:])
+        kept = operands_to_keep(x, weight, ctx.needs_input_grad)
+        ctx.shapes = x.shape, weight.shape
+        ctx.save_for_backward(*kept, norm_weight, seed, *output[1:])
 
     @staticmethod
     def backward(ctx, grad_normed, grad_summed):
@@ -119,7 +122,7 @@ class _LinearAddRMSNorm:
             )  # fmt: skip
             d_inner = d_summed if seed is None else d_inner
             d_norm_weight = d_norm_weight if needs[4] else None
-        d_input, d_weight, d_bias = linear_gradients(linear, d_inner, x, weight, needs)
+        d_input, d_weight, d_bias = linear_gradients(linear, d_inner, x, weight, needs, ctx.shapes)
         d_residual = d_summed if needs[3] else None
         return d_input, d_weight, d_bias, d_residual, d_norm_weight, *(None,) * 4
 

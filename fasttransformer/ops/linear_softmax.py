@@ -10,7 +10,7 @@ from ..backends import TABLE, choose
 from ._front import GRAD_OPTIONS, fake, needs_grad
 from ._function import differentiable, fold, vmap_rule
 from ._output_layer import check_output_layer, check_temperature, kernel_operands
-from .linear_add import autocast_linear, linear_gradients
+from .linear_add import autocast_linear, linear_gradients, operands_to_keep
 
 
 def linear_softmax(
@@ -73,12 +73,17 @@ class _LinearSoftmax:
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.temperature, ctx.kernel = inputs
-        ctx.save_for_backward(x, weight, bias, output if x.dtype == torch.float32 else None)
+        ctx.shapes, ctx.dtype = (x.shape, weight.shape), x.dtype
+        if x.dtype == torch.float32:
+            kept = operands_to_keep(x, weight, ctx.needs_input_grad)
+            ctx.save_for_backward(*kept, None, output)
+        else:
+            ctx.save_for_backward(x, weight, bias, None)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, output = ctx.saved_tensors
-        dtype, backend = x.dtype, ctx.kernel.backend
+        dtype, backend = ctx.dtype, ctx.kernel.backend
         if output is None:
             x, weight, grad = x.float(), weight.float(), grad.float()
             bias = None if bias is None else bias.float()
@@ -87,7 +92,7 @@ class _LinearSoftmax:
             grad.contiguous(), output, 1.0 / ctx.temperature, False
         )
         linear = TABLE["linear_add"][backend]
-        gradients = linear_gradients(linear, d_logits, x, weight, ctx.needs_input_grad)
+        gradients = linear_gradients(linear, d_logits, x, weight, ctx.needs_input_grad, ctx.shapes)
         return *(None if g is None else g.to(dtype) for g in gradients), None, None
 
 

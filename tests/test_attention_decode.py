@@ -1,12 +1,14 @@
 """attention_decode: step by step equals one long call; the cache's limits; nothing is written when
 an error is raised."""
 
+import sys
+
 import pytest
 import torch
 from fronts import refuses
 
 import fasttransformer as ft
-from contract import backends_of, check
+from contract import backends_of, check, running_on
 from fasttransformer import reference
 
 
@@ -208,6 +210,11 @@ def test_explain_writes_nothing_and_names_what_is_missing():
     ({"rotary": torch.ones(1, 9, 4)}, ValueError, "rotary must be a pair of tables"),
     ({"sinks": torch.ones(2)}, ValueError, "sinks has shape (2,)"),
     ({"window": 3}, ValueError, "window is 3"),
+    ({"layer": 0.5}, TypeError, "layer is 0.5; it must be an integer"),
+    ({"scale": "0.5"}, TypeError, "scale"),
+    ({"scale": [1.0]}, TypeError, "scale must be a number or None, got list"),
+    ({"is_causal": "no"}, TypeError, "is_causal must be a bool, got str"),
+    ({"softcap": "3"}, TypeError, "softcap must be a number or None, got str"),
 ])  # fmt: skip
 def test_bad_input_is_named_and_nothing_is_written(change, error, text):
     q, k, v = new(1, torch.float32)
@@ -217,6 +224,115 @@ def test_bad_input_is_named_and_nothing_is_written(change, error, text):
     refuses("attention_decode", arguments, change, error, text)
     assert cache.lengths.tolist() == [[0, 0], [3, 5]]
     torch.testing.assert_close(cache.keys, keys, equal_nan=True)
+
+
+def fields(**changes):
+    """The fields of a cache that fits, some of them changed."""
+    cache = ft.KVCache.allocate(2, 2, 3, 8, 4, 6)
+    return {"keys": cache.keys, "values": cache.values, "lengths": cache.lengths, **changes}
+
+
+BY_HAND = {
+    "no tensor": ({"lengths": [0, 0]}, TypeError, "lengths must be a tensor, got list"),
+    "rank": ({"keys": torch.zeros(2, 3, 8, 4)}, ValueError, "keys has shape (2, 3, 8, 4)"),
+    "last stride": (
+        {"keys": torch.zeros(2, 2, 3, 4, 8).mT}, ValueError, "keys has strides (192, 96, 32, 1, 8)"
+    ),
+    "last stride of values": (
+        {"values": torch.zeros(2, 2, 3, 8, 12)[..., ::2]}, ValueError, "values has strides"
+    ),
+    "integers": ({"keys": torch.zeros(2, 2, 3, 8, 4).int()}, ValueError, "keys has dtype"),
+    "dtypes differ": (
+        {"values": torch.zeros(2, 2, 3, 8, 6).half()}, ValueError,
+        "values has dtype torch.float16, but keys has torch.float32",
+    ),
+    "smaller capacity": (
+        {"values": torch.zeros(2, 2, 3, 7, 6)}, ValueError, "values has shape (2, 2, 3, 7, 6)"
+    ),
+    "fewer heads": (
+        {"values": torch.zeros(2, 2, 2, 8, 6)}, ValueError, "values has shape (2, 2, 2, 8, 6)"
+    ),
+    "lengths int64": (
+        {"lengths": torch.zeros(2, 2).long()}, ValueError, "lengths has dtype torch.int64"
+    ),
+    "lengths int16": (
+        {"lengths": torch.zeros(2, 2).short()}, ValueError, "lengths has dtype torch.int16"
+    ),
+    "lengths float": (
+        {"lengths": torch.zeros(2, 2)}, ValueError, "lengths has dtype torch.float32"
+    ),
+    "lengths strided": (
+        {"lengths": torch.zeros(2, 4).int()[:, ::2]}, ValueError, "lengths has strides (4, 2)"
+    ),
+    "lengths of others": (
+        {"lengths": torch.zeros(2, 3).int()}, ValueError, "lengths has shape (2, 3)"
+    ),
+    "devices differ": (
+        {"values": torch.zeros(2, 2, 3, 8, 6, device="meta")}, ValueError, "values is on meta"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_f4_a_cache_made_by_hand_is_checked(name):
+    """When it is made, and at the call where a field is replaced, or a subclass gathers it."""
+    change, error, text = BY_HAND[name]
+    with pytest.raises(error) as caught:
+        ft.KVCache(**fields(**change))
+    assert str(caught.value).startswith("KVCache: ") and text in str(caught.value)
+
+    cache, query = ft.KVCache(**fields()), torch.ones(2, 3, 1, 4)
+    for field, value in change.items():
+        setattr(cache, field, value)
+    if not isinstance(cache.lengths, list):
+        with pytest.raises(error, match=r"^KVCache: "):
+            ft.attention_decode(query, cache)
+
+    class Pages(ft.KVCache):
+        def layer(self, layer):
+            found = fields(**change)
+            return found["keys"][layer], found["values"][layer], found["lengths"][layer]
+
+    if name not in ("rank", "no tensor"):
+        with pytest.raises(error, match=r"^KVCache: "):
+            ft.attention_decode(query, Pages(**fields()))
+
+
+def test_f4_what_cant_be_appended_to_is_refused_before_it_is_written():
+    keys, values = torch.zeros(2, 1, 2, 3, 8, 4).unbind()
+    new_key, new_value = torch.ones(2, 2, 3, 1, 4).unbind()
+    query, lengths = torch.ones(2, 3, 1, 4), torch.zeros(1, 2, dtype=torch.int32)
+    negative = torch.tensor([[-1, -1]], dtype=torch.int32)
+    one = values[:, :1].expand(1, 2, 3, 8, 4)
+    for given, text in (
+        ((keys, one, lengths), "values is expanded"),
+        ((keys, keys, lengths), "keys and values share memory"),
+        ((keys, values, negative), "lengths holds -1"),
+    ):
+        cache = ft.KVCache(*given)
+        with pytest.raises(ValueError, match=rf"^KVCache: {text}"):
+            ft.attention_decode(query, cache, new_key=new_key, new_value=new_value)
+        assert not keys.any() and not values.any() and not lengths.any()
+    filled_lengths = torch.full((1, 2), 3, dtype=torch.int32)
+    shared = ft.KVCache(keys, one, filled_lengths)  # to read it is all right
+    copied = ft.KVCache(keys, one.contiguous(), filled_lengths)
+    assert torch.equal(ft.attention_decode(query, shared), ft.attention_decode(query, copied))
+
+
+@pytest.mark.parametrize("on", backends_of("attention_decode"))
+def test_f7_a_window_beyond_any_length_is_unbounded(on):
+    q, k, v = new(2, torch.float32)
+    outs = []
+    for window in (None, (sys.maxsize, sys.maxsize), (2**70, None)):
+        with running_on(on), torch.no_grad():
+            cache = filled(dtype=torch.float32)
+            torch.manual_seed(1)
+            cache.keys.normal_()
+            cache.values.normal_()
+            outs.append(
+                ft.attention_decode(q, cache, layer=1, new_key=k, new_value=v, window=window)
+            )
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 def test_no_tokens_to_turn_back_to():

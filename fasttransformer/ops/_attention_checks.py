@@ -100,7 +100,30 @@ def check_window(op: str, window: tuple[int | None, int | None] | None) -> tuple
                 f"{op}: window is {window!r}; left and right must be integers, 0 or "
                 "more, or None = unbounded"
             )
-    return -1 if left is None else left, -1 if right is None else right
+    return _bounded(left), _bounded(right)
+
+
+def _bounded(size: int | None) -> int:
+    """-1 = unbounded, which is also what exceeds any length: a sum with it must not overflow."""
+    return -1 if size is None or size >= 1 << 40 else size
+
+
+def window_of(left: int, right: int) -> tuple[int | None, int | None]:
+    """What :func:`check_window` gave, as the reference takes it."""
+    return None if left < 0 else left, None if right < 0 else right
+
+
+def check_number(op: str, name: str, value: float | None) -> None:
+    """TypeError unless ``value`` is None or a number; one that traces counts, a tensor of one
+    element too."""
+    if value is None or isinstance(value, (int, float)) or hasattr(value, "__float__"):
+        return
+    raise TypeError(f"{op}: {name} must be a number or None, got {type(value).__name__}")
+
+
+def check_flag(op: str, name: str, value: bool) -> None:
+    if not isinstance(value, int):  # bool is one
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
 
 
 def check_slopes(op: str, slopes: Tensor, query: Tensor) -> Tensor:
@@ -192,6 +215,7 @@ def flatten_mask(
 
 
 def check_softcap(op: str, softcap: float | None) -> None:
+    check_number(op, "softcap", softcap)
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap is {softcap}; it must be positive and finite, or None")
 

@@ -18,6 +18,7 @@ from ._attention_checks import (
     check_heads,
     check_lengths,
     check_mask,
+    check_number,
     check_shapes,
     check_sinks,
     check_slopes,
@@ -26,6 +27,7 @@ from ._attention_checks import (
     flatten,
     flatten_mask,
     scores_shape,
+    window_of,
 )
 from ._attention_options import (
     d_bias_shape,
@@ -279,6 +281,7 @@ def _attend(
                              for x in (query, key, value))  # fmt: skip
         same_dtype(op, query, key=key, value=value)
     head_dim = query.shape[3]
+    check_number(op, "scale", scale)
     scale = kernel_scale(scale, head_dim)
     flags = (
         needs_grad(query, key, value, bias, sinks, alibi_slopes), mask is not None,
@@ -300,8 +303,7 @@ def _attend(
             result = reference.attention(
                 query, key, value, mask=mask, bias=bias, is_causal=is_causal,
                 causal_alignment=ALIGNMENTS[bottom_right],
-                window=(None if window_left < 0 else window_left,
-                        None if window_right < 0 else window_right),
+                window=window_of(window_left, window_right),
                 softcap=softcap or None, alibi_slopes=alibi_slopes, sinks=sinks,
                 key_lengths=key_lengths, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
                 seed=seed,

@@ -11,7 +11,7 @@ from .. import reference
 from ..backends import choose
 from ..reference.attention_decode import KVCache
 from ..reference.rotary_embedding import rotate
-from ._attention_checks import check_window, scores_shape
+from ._attention_checks import check_flag, check_number, check_window, scores_shape, window_of
 from ._attention_options import (
     check_options,
     expanded,
@@ -103,10 +103,12 @@ def attention_decode(
     is_float(op, query=query, new_key=new_key, new_value=new_value)
     if not isinstance(cache, KVCache):
         raise TypeError(f"{op}: cache must be a KVCache, got {type(cache).__name__}")
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise TypeError(f"{op}: layer is {layer!r}; it must be an integer")
     layers = cache.lengths.shape[0]
     if not 0 <= layer < layers:
         raise ValueError(f"{op}: layer is {layer}; the cache has {layers} layers")
-    keys, values, lengths = cache.layer(layer)
+    keys, values, lengths = cache.checked_layer(layer)
     same_device(op, query, new_key=new_key, new_value=new_value, cache=keys)
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:
@@ -115,6 +117,11 @@ def attention_decode(
     same_dtype(op, query, new_key=new_key, new_value=new_value)
     _check_shapes(op, query, keys, values, new_key, new_value)
     check_options(op, query, keys, mask, bias, "top_left", window, softcap, alibi_slopes, sinks)
+    # What is refused is refused before anything is written.
+    left, right = check_window(op, window)
+    check_flag(op, "is_causal", is_causal)
+    check_number(op, "scale", scale)
+    scale = kernel_scale(scale, query.shape[3])
     count = 0 if new_key is None else new_key.shape[2]
     tokens = query.shape[2]
     shortest, longest = cache.extremes(layer)
@@ -154,7 +161,7 @@ def attention_decode(
             mask=mask,
             bias=bias,
             is_causal=is_causal,
-            window=window,
+            window=window_of(left, right),
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
@@ -165,7 +172,6 @@ def attention_decode(
     shape = scores_shape(query, keys)
     if bias is not None:
         bias = kernel_bias(bias, query, False)
-    left, right = check_window(op, window)
     out, lse = kernel.forward(
         last_stride_one(query),
         keys,
@@ -173,13 +179,13 @@ def attention_decode(
         lengths,
         expanded(mask, shape),
         expanded(bias, shape),
-        is_causal,
+        bool(is_causal),
         left,
         right,
         kernel_softcap(softcap),
         kernel_slopes(alibi_slopes, query.shape[0], query.shape[1]),
         kernel_sinks(sinks),
-        kernel_scale(scale, query.shape[3]),
+        scale,
     )
     return (out, lse) if return_lse else out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ._attention_checks import check_window
+from ._attention_checks import check_number, check_window, window_of
 from ._attention_options import (
     check_options,
     d_bias_shape,
@@ -125,6 +125,8 @@ def attention_varlen(
     check_options(
         op, padded_q, padded_k, mask, bias, causal_alignment, window, softcap, alibi_slopes, sinks
     )
+    left, right = check_window(op, window)
+    check_number(op, "scale", scale)
     probability(op, dropout_p)
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:
@@ -159,7 +161,7 @@ def attention_varlen(
             bias=bias,
             is_causal=is_causal,
             causal_alignment=causal_alignment,
-            window=window,
+            window=window_of(left, right),
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
@@ -174,7 +176,6 @@ def attention_varlen(
     if grad and needs_wide_inputs(kernel, query, bias, sinks):
         query, key, value = query.float(), key.float(), value.float()
         bias = None if bias is None else bias.float()
-    left, right = check_window(op, window)
     arguments = (
         last_stride_one(query),
         last_stride_one(key),

@@ -34,6 +34,48 @@ from fasttransformer.reference.attention import attend_at
 from fasttransformer.reference.rotary_embedding import rotate
 
 
+def check_fields(keys: Tensor, values: Tensor, lengths: Tensor, layers: str = "") -> None:
+    """Raises unless the fields of a cache (with ``layers``), or of one of its layers, fit.
+
+    It is written in place, so no copy can make another layout or dtype right.
+    """
+    fields = (("keys", keys), ("values", values), ("lengths", lengths))
+    for name, field_ in fields:
+        if not isinstance(field_, Tensor):
+            raise TypeError(f"KVCache: {name} must be a tensor, got {type(field_).__name__}")
+        if field_.device != keys.device:
+            raise ValueError(f"KVCache: {name} is on {field_.device}, but keys on {keys.device}")
+    rank = 5 if layers else 4
+    for name, field_ in fields[:2]:
+        if field_.dim() != rank:
+            raise ValueError(
+                f"KVCache: {name} has shape {tuple(field_.shape)}; it must be ({layers}batch, "
+                "heads, capacity, head_dim)"
+            )
+        if field_.stride(-1) != 1 and field_.shape[-1] > 1:
+            raise ValueError(
+                f"KVCache: {name} has strides {field_.stride()}; the last one must be 1"
+            )
+    if not keys.is_floating_point():
+        raise ValueError(f"KVCache: keys has dtype {keys.dtype}; it must be floating-point")
+    if values.dtype != keys.dtype:
+        raise ValueError(f"KVCache: values has dtype {values.dtype}, but keys has {keys.dtype}")
+    if values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(
+            f"KVCache: values has shape {tuple(values.shape)}, but keys has {tuple(keys.shape)}; "
+            "only the last dimension may differ"
+        )
+    if lengths.dtype != torch.int32:
+        raise ValueError(f"KVCache: lengths has dtype {lengths.dtype}; it must be int32")
+    if lengths.shape != keys.shape[:-3]:
+        raise ValueError(
+            f"KVCache: lengths has shape {tuple(lengths.shape)}; keys makes it "
+            f"{tuple(keys.shape[:-3])}, ({layers}batch)"
+        )
+    if lengths.stride(-1) != 1 and lengths.shape[-1] > 1:
+        raise ValueError(f"KVCache: lengths has strides {lengths.stride()}; the last one must be 1")
+
+
 @dataclass(repr=False)
 class KVCache:
     """Keys and values of all layers in one contiguous block each.
@@ -41,6 +83,10 @@ class KVCache:
     keys (layers, B, G, capacity, D), values (layers, B, G, capacity, E), lengths (layers, B) int32:
     how many positions of each sample are filled. Each layer keeps its own lengths, so layers may be
     called in any order, and none needs to know which is the last.
+
+    Raises:
+        TypeError: a field that is no tensor.
+        ValueError: fields that don't fit, or of a dtype or layout that kernels can't read; named.
 
     >>> KVCache.allocate(layers=2, batch=1, heads=4, capacity=16, head_dim=8)
     KVCache(float32, layers=2, batch=1, heads=4, capacity=16, head_dim=8)
@@ -52,6 +98,15 @@ class KVCache:
     #: Each layer's least and greatest length, with the tensor and version that they were read from.
     _extremes: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
     _read_from: tuple[Tensor, int] | None = field(default=None, init=False, repr=False)
+    #: The fields that were found to fit: they may be replaced.
+    _checked: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        check_fields(self.keys, self.values, self.lengths, "layers, ")
+        self._checked = (self.keys, self.values, self.lengths)
 
     @classmethod
     def allocate(
@@ -100,6 +155,8 @@ class KVCache:
         if known is None:
             lengths = self.lengths[layer].tolist()
             known = (min(lengths), max(lengths)) if lengths else (0, 0)
+            if known[0] < 0:
+                raise ValueError(f"KVCache: lengths holds {known[0]}; it must be 0 or more")
             self._extremes[layer] = known
         return known
 
@@ -114,6 +171,13 @@ class KVCache:
                 f"{self.capacity}"
             )
         keys, values = self.keys[layer], self.values[layer]
+        for name, written in (("keys", keys), ("values", values), ("lengths", lengths)):
+            if 0 in written.stride() and written.numel() and any(
+                step == 0 and size > 1 for step, size in zip(written.stride(), written.shape)
+            ):  # fmt: skip
+                raise ValueError(f"KVCache: {name} is expanded, so nothing can be appended to it")
+        if keys.data_ptr() == values.data_ptr() and keys.numel() and values.numel():
+            raise ValueError("KVCache: keys and values share memory, so nothing can be appended")
         if shortest == longest:
             keys[:, :, longest : longest + count].copy_(new_key)
             values[:, :, longest : longest + count].copy_(new_value)
@@ -134,6 +198,18 @@ class KVCache:
         A cache that stores its keys elsewhere (in pages) gathers them here.
         """
         return self.keys[layer], self.values[layer], self.lengths[layer]
+
+    def checked_layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`layer` of fields that are known to fit, also where they were replaced or a
+        subclass gathers them."""
+        if type(self).layer is not KVCache.layer:
+            found = self.layer(layer)
+            check_fields(*found)
+            return found
+        keys, values, lengths = self._checked or (None, None, None)
+        if keys is not self.keys or values is not self.values or lengths is not self.lengths:
+            self._check()
+        return self.layer(layer)
 
 
 def attention_decode(

@@ -36,7 +36,7 @@ SIGNATURES = {
     "rotary_embedding": "query, key, cos, sin, *, interleaved=False, position_ids=None",
     "merge_attention": "outs, lses",
     "linear_cross_entropy": "input, linear_weight, target, *, linear_bias=None, weight=None, "
-    "reduction='mean', ignore_index=-100, label_smoothing=0.0",
+    "reduction='mean', ignore_index=-100, label_smoothing=0.0, options=None",
     "attention_varlen": "query, key, value, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q=None, "
     f"max_seqlen_k=None, {_ATTENTION}scale=None, dropout_p=0.0, return_lse=False",
 }

@@ -203,7 +203,7 @@ GOOD = ((2, 8, 5, 16), (2, 4, 7, 16), (2, 4, 7, 16))
         bad(TypeError, "key_lengths has dtype torch.float32", *GOOD, key_lengths=torch.ones(2)),
         bad(ValueError, "dropout_p is 1.0; it must be in [0, 1)", *GOOD, dropout_p=1.0),
         bad(ValueError, "backend: 'gpu' is not one of", *GOOD, backend="gpu"),
-        bad(ValueError, "attn_mask and is_causal exclude each other", *[GOOD[1]] * 3,
+        bad(ValueError, "attn_mask and is_causal exclude each other", *[GOOD[1][1:]] * 3,
             function=ft.scaled_dot_product_attention, attn_mask=torch.zeros(7, 7), is_causal=True),
         bad(ValueError, "attn_mask of shape (6, 7) does not broadcast", *[GOOD[1]] * 3,
             function=ft.scaled_dot_product_attention, attn_mask=torch.zeros(6, 7)),

@@ -295,7 +295,7 @@ def test_scaled_dot_product_attention_of_grouped_heads():
     close(out, repeated)
     with pytest.raises(ValueError, match="exclude"):
         reference.scaled_dot_product_attention(
-            query, query, query, attn_mask=torch.ones(4, 4).bool(), is_causal=True
+            *[query[0]] * 3, attn_mask=torch.ones(4, 4).bool(), is_causal=True
         )
 
 

@@ -218,6 +218,8 @@ def check_softcap(op: str, softcap: float | None) -> None:
     check_number(op, "softcap", softcap)
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap is {softcap}; it must be positive and finite, or None")
+    if softcap is not None and not 2.0**-126 <= softcap < 2.0**128:  # 0 or inf in float32
+        raise ValueError(f"{op}: softcap is {softcap}; it must be from {2.0**-126:.2g} to 3.4e+38")
 
 
 def check_sinks(op: str, sinks: Tensor, query: Tensor) -> None:

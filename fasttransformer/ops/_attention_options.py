@@ -107,6 +107,8 @@ def expanded(scores_view: Tensor | None, shape: tuple[int, ...]) -> Tensor | Non
 def own_bias_gradient(d_bias: Tensor, bias: Tensor) -> Tensor:
     """A kernel's d_bias, which has size 1 where the bias broadcasts, in the bias's own shape."""
     own = bias.shape
+    if bias.numel() == 0:  # whatever its strides, which tell the kernel what broadcasts
+        return bias.new_zeros(own)
     return d_bias.sum_to_size((1,) * (4 - len(own)) + own).reshape(own).to(bias.dtype)
 
 

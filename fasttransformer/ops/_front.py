@@ -17,11 +17,9 @@ from ._derivatives import needs_grad as needs_grad
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def is_float(op: str, **tensors: Tensor | None) -> None:
-    """TypeError unless each given argument is a floating-point tensor."""
+def is_float(op: str, **tensors: Tensor) -> None:
+    """TypeError unless each argument is a floating-point tensor."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
@@ -29,6 +27,11 @@ def is_float(op: str, **tensors: Tensor | None) -> None:
                 f"{op}: {name} has dtype {tensor.dtype}; it must be float64, float32, float16 "
                 "or bfloat16"
             )
+
+
+def is_float_if_given(op: str, **tensors: Tensor | None) -> None:
+    """:func:`is_float` of the arguments that are not None."""
+    is_float(op, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def same_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
@@ -49,8 +52,11 @@ def same_dtype(op: str, first: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
-def alike(op: str, names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
-    """:func:`is_float`, :func:`same_device` and :func:`same_dtype` of all that are given.
+def alike(
+    op: str, names: tuple[str, ...], tensors: tuple[Tensor | None, ...], required: int
+) -> None:
+    """:func:`is_float`, :func:`same_device` and :func:`same_dtype` of all that are given; the
+    first ``required`` must be.
 
     In one look at each where nothing is wrong; if something is, those three say what.
     """
@@ -64,14 +70,21 @@ def alike(op: str, names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -
                 ):
                     break
             else:
-                return
+                for x in tensors[:required]:
+                    if x is None:
+                        break
+                else:
+                    return
     named = dict(zip(names, tensors))
-    is_float(op, **named)
+    is_float(op, **dict(zip(names[:required], tensors)))  # type: ignore[arg-type]
+    is_float_if_given(op, **named)
     same_device(op, first, **named)  # type: ignore[arg-type]
     same_dtype(op, first, **named)  # type: ignore[arg-type]
 
 
 def probability(op: str, dropout_p: float) -> None:
+    if isinstance(dropout_p, Tensor) or not hasattr(dropout_p, "__float__"):
+        raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}; it must be in [0, 1)")
 
@@ -99,7 +112,9 @@ def autocast_enabled(device_type: str) -> bool:
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
     """A float32 or 16-bit tensor in ``dtype``; float64, like in torch's autocast, stays."""
-    if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor  # the checks that follow name what is no tensor
+    if tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 

@@ -24,15 +24,18 @@ _LIBRARY = torch.library.Library("fasttransformer", "FRAGMENT")
 _LIBRARY.define("checked_index(Tensor index, SymInt size, int? ignore, str what) -> Tensor")
 
 
-def is_index(op: str, **tensors: Tensor | None) -> None:
-    """TypeError unless each given argument is a tensor of integers."""
+def is_index(op: str, **tensors: Tensor) -> None:
+    """TypeError unless each argument is a tensor of integers."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; it must be an integer dtype")
+
+
+def is_index_if_given(op: str, **tensors: Tensor | None) -> None:
+    """:func:`is_index` of the arguments that are not None."""
+    is_index(op, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def checked_index(

@@ -27,6 +27,15 @@ from ._function import fold, unfold, vmap_rule
 ADD_OPTIONS = with_gradient("dropout")
 
 
+def add_options(op: str, grad: bool, dropout_p: float) -> frozenset[str]:
+    """The options of the operations that add with dropout."""
+    drops = type(dropout_p) is not float or dropout_p != 0.0
+    if drops:
+        probability(op, dropout_p)
+        drops = dropout_p != 0.0
+    return ADD_OPTIONS[grad, drops]
+
+
 def checked_shape(
     op: str, input: Tensor, normalized_shape: Sequence[int] | int, eps: float | None
 ) -> tuple[int, ...]:
@@ -82,7 +91,7 @@ def add_inputs(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> tu
                          f"{tuple(input.shape)}")  # fmt: skip
     if residual.device != input.device:
         same_device(op, input, residual=residual)
-    if not 0.0 <= dropout_p < 1.0:
+    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
         probability(op, dropout_p)
     if residual.dtype != input.dtype:
         if not autocast_enabled(device_type_of(input)):

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._front import is_float, last_stride_one, same_device
+from ._front import is_float, is_float_if_given, last_stride_one, same_device
 from ._index import checked_index, is_index
 from .linear_add import check_linear
 
 #: The most logits that exist at a time: 128 MB in float32. Larger pieces are no faster on a CPU.
 PIECE = 1 << 25
+#: float32's smallest normal number.
+SMALLEST = 2.0**-126
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -48,7 +50,8 @@ def by_rows(function: Callable[..., Any], columns: int, *rows: Tensor) -> Any:
 
 def check_output_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """A linear layer's arguments; attention's (batch, heads, q_len, head_dim) is not taken."""
-    is_float(op, input=input, weight=weight, bias=bias)
+    is_float(op, input=input, weight=weight)
+    is_float_if_given(op, bias=bias)
     if weight.dim() == 2 and input.dim() > 0 and input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: input of shape {tuple(input.shape)} does not fit weight's shape "
@@ -69,6 +72,8 @@ def kernel_operands(
 def check_temperature(op: str, temperature: float) -> None:
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature is {temperature}; it must be a positive finite number")
+    if temperature < SMALLEST:  # kernels would divide by 0
+        raise ValueError(f"{op}: temperature is {temperature}; it must be {SMALLEST:.2g} or more")
 
 
 def check_loss(
@@ -88,6 +93,10 @@ def check_loss(
         raise ValueError(
             f"{op}: reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}"
         )
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"{op}: ignore_index is {ignore_index!r}; it must be an integer")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"{op}: ignore_index is {ignore_index}; it must fit into 64 bits")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must be in [0, 1]")
     classes = logits_shape[0] if len(logits_shape) == 1 else logits_shape[1]
@@ -119,7 +128,7 @@ def _check_target_and_weight(
     weight: Tensor | None,
     ignore_index: int,
 ) -> None:
-    is_float(op, weight=weight)
+    is_float_if_given(op, weight=weight)
     if weight is not None and weight.shape != (classes,):
         raise ValueError(
             f"{op}: weight has shape {tuple(weight.shape)}; it must be (classes,) = ({classes},)"

@@ -187,8 +187,9 @@ def scaled_dot_product_attention(
         key: (..., kv_heads, kv_len, head_dim); kv_heads may differ with ``enable_gqa`` only.
         value: (..., kv_heads, kv_len, value_dim).
         attn_mask: bool (True takes part) or float (added; may require a gradient); broadcasts to
-            (..., heads, q_len, kv_len). Excludes ``is_causal``.
-        dropout_p: always applied (there is no training flag), as in torch.
+            (..., heads, q_len, kv_len). With ``is_causal`` of four dimensions both apply, as on
+            torch's CPU; of others they exclude each other.
+        dropout_p: in [0, 1]; always applied (there is no training flag), as in torch.
         is_causal: query i sees keys ``j <= i``, also where q_len differs from kv_len.
         scale: default ``1/sqrt(head_dim)``.
         enable_gqa: kv_heads may divide heads.
@@ -211,10 +212,23 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     check_tensors(op, query, key, value)
-    if attn_mask is not None and is_causal:
-        raise ValueError(f"{op}: attn_mask and is_causal exclude each other")
+    four = query.dim() == key.dim() == value.dim() == 4
+    if attn_mask is not None and is_causal and not four:
+        raise ValueError(
+            f"{op}: attn_mask and is_causal exclude each other, but for inputs of 4 dimensions"
+        )
+    if enable_gqa and query.dim() == key.dim() == value.dim() == 3:  # (heads, sequence, head_dim)
+        return scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask, dropout_p, is_causal, scale, True,
+            backend=backend,
+        )[0]  # fmt: skip
+    if not isinstance(dropout_p, Tensor) and dropout_p == 1.0:
+        # Everything is dropped; NaN stays, as in torch.
+        return 0.0 * scaled_dot_product_attention(
+            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, backend=backend
+        )
     probability(op, dropout_p)
-    if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0]:
+    if four and query.shape[0] == key.shape[0]:
         leading = None
         if not enable_gqa and query.shape[1] != key.shape[1]:
             check_heads(op, query, key, value)
@@ -250,7 +264,7 @@ def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         is_float(op, query=query, key=key, value=value)
         same_device(op, query, key=key, value=value)
     else:
-        alike(op, ("query", "key", "value"), (query, key, value))
+        alike(op, ("query", "key", "value"), (query, key, value), 3)
 
 
 def _attend(

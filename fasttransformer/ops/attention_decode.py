@@ -28,6 +28,7 @@ from ._front import (
     cast,
     fake,
     is_float,
+    is_float_if_given,
     last_stride_one,
     needs_grad,
     same_device,
@@ -100,7 +101,8 @@ def attention_decode(
     (tensor([1., 1.]), tensor([[3]], dtype=torch.int32))
     """
     op = "attention_decode"
-    is_float(op, query=query, new_key=new_key, new_value=new_value)
+    is_float(op, query=query)
+    is_float_if_given(op, new_key=new_key, new_value=new_value)
     if not isinstance(cache, KVCache):
         raise TypeError(f"{op}: cache must be a KVCache, got {type(cache).__name__}")
     if not isinstance(layer, int) or isinstance(layer, bool):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
+from ..reference.cross_entropy import loss_dtype
 from ._front import (
     GRAD_OPTIONS,
     autocast_dtype,
@@ -57,7 +58,8 @@ def cross_entropy(
 
     Returns:
         A scalar, or with ``"none"`` a loss per row, in ``input``'s dtype; computed in float32 for
-        16-bit types. Under autocast, float32.
+        16-bit types. Under autocast, float32. With probabilities, as in torch, in the dtype that
+        ``input``, ``target`` and ``weight`` promote to.
 
     Raises:
         TypeError: logits or weights that are not floating point; a target of bools.
@@ -114,7 +116,8 @@ def cross_entropy(
         )
 
     rows = by_rows(losses, input[0].numel(), input, target)
-    return reduced(rows, target, weight, reduction, ignore_index).to(input.dtype)
+    loss = reduced(rows, target, weight, reduction, ignore_index)
+    return loss.to(loss_dtype(input, target, weight))
 
 
 def _options(input: Tensor, target: Tensor, weight: Tensor | None) -> frozenset[str]:

@@ -12,13 +12,14 @@ from ._front import (
     GRAD_OPTIONS,
     fake,
     is_float,
+    is_float_if_given,
     last_stride_one,
     needs_grad,
     same_device,
     same_dtype,
 )
 from ._function import differentiable, vmap_rule
-from ._index import checked_first, checked_for, is_index, kernel_ids
+from ._index import checked_first, checked_for, is_index, is_index_if_given, kernel_ids
 
 
 def embedding(
@@ -79,8 +80,10 @@ def embedding(
         and input.device == weight.device
     )
     if not plain:
-        is_index(op, input=input, positions=positions)
-        is_float(op, weight=weight, position_weight=position_weight)
+        is_index(op, input=input)
+        is_index_if_given(op, positions=positions)
+        is_float(op, weight=weight)
+        is_float_if_given(op, position_weight=position_weight)
         same_device(op, input, weight=weight, positions=positions, position_weight=position_weight)
         same_dtype(op, weight, position_weight=position_weight)
     for name, table in (("weight", weight), ("position_weight", position_weight)):

@@ -17,6 +17,7 @@ from ._activation import activation as _activation
 from ._front import (
     GRAD_OPTIONS,
     is_float,
+    is_float_if_given,
     needs_grad,
     new_seed,
     probability,
@@ -201,7 +202,8 @@ def _check(
         "weight_out": weight_out,
         "bias_out": bias_out,
     }
-    is_float(op, input=input, **tensors)
+    is_float(op, input=input, weight_in=weight_in, weight_out=weight_out)
+    is_float_if_given(op, **tensors)
     same_device(op, input, **tensors)
     same_dtype(op, input, **tensors)
     gated = activation in GATES

@@ -20,10 +20,9 @@ from ._front import (
     last_stride_one,
     needs_grad,
     new_seed,
-    probability,
 )
 from ._function import differentiable, fold, vmap_rule
-from ._norm import ADD_OPTIONS, fold_rows, rows_of
+from ._norm import add_options, fold_rows, rows_of
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _NAMES = ("input", "weight", "bias", "residual")
@@ -79,9 +78,9 @@ def linear_add(
             f"{', '.join(ACTIVATIONS)}"
         )
     grad = needs_grad(input, weight, bias, residual)
-    options = ADD_OPTIONS[grad, dropout_p != 0.0]
+    options = add_options(op, grad, dropout_p)
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
-    dropout = drawn_dropout(op, dropout_p, input)
+    dropout = drawn_dropout(dropout_p, input)
     if kernel.forward is None:
         return reference.linear_add(input, weight, bias, residual, activation, *dropout)
     x, weight, bias, rows = kernel_inputs(input, weight, bias, residual, out_shape)
@@ -96,11 +95,10 @@ def linear_add(
     return viewed(out, out_shape)
 
 
-def drawn_dropout(op: str, dropout_p: float, input: Tensor) -> tuple[()] | tuple[float, Tensor]:
+def drawn_dropout(dropout_p: float, input: Tensor) -> tuple[()] | tuple[float, Tensor]:
     """(dropout_p, a fresh seed), the last arguments of operators; nothing where there is none."""
     if dropout_p == 0.0:
         return ()
-    probability(op, dropout_p)
     return dropout_p, new_seed(input.device)
 
 
@@ -121,7 +119,7 @@ def check_linear(
     op: str, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[int, ...]:
     """Raises unless the arguments fit; returns the output's shape."""
-    alike(op, _NAMES, (input, weight, bias, residual))
+    alike(op, _NAMES, (input, weight, bias, residual), 2)
     if weight.dim() != 2:
         raise ValueError(
             f"{op}: weight has {weight.dim()} dimensions; it must be (out_features, in_features)"

@@ -11,7 +11,7 @@ from .. import reference
 from ..backends import TABLE, choose
 from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import ADD_OPTIONS, fake_statistic, fold_rows, vector_of, wide_bias
+from ._norm import add_options, fake_statistic, fold_rows, vector_of, wide_bias
 from .linear_add import (
     autocast_linear,
     check_linear,
@@ -74,9 +74,9 @@ def linear_add_layer_norm(
     b = norm_vector(op, "norm_bias", norm_bias, input, out_shape[-1])
     positive_eps(op, eps)
     grad = needs_grad(input, weight, bias, residual, norm_weight, norm_bias)
-    options = ADD_OPTIONS[grad, dropout_p != 0.0]
+    options = add_options(op, grad, dropout_p)
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
-    dropout = drawn_dropout(op, dropout_p, input)
+    dropout = drawn_dropout(dropout_p, input)
     if kernel.forward is None:
         return reference.linear_add_layer_norm(
             input, weight, bias, residual, norm_weight, norm_bias, eps, *dropout,

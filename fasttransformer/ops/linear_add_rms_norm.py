@@ -11,7 +11,7 @@ from .. import reference
 from ..backends import TABLE, choose
 from ._front import device_type_of, fake, needs_grad, positive_eps
 from ._function import differentiable
-from ._norm import ADD_OPTIONS, default_eps, fake_statistic, fold_rows
+from ._norm import add_options, default_eps, fake_statistic, fold_rows
 from .linear_add import (
     autocast_linear,
     check_linear,
@@ -71,9 +71,9 @@ def linear_add_rms_norm(
     eps = default_eps(input) if eps is None else eps
     positive_eps(op, eps)
     grad = needs_grad(input, weight, bias, residual, norm_weight)
-    options = ADD_OPTIONS[grad, dropout_p != 0.0]
+    options = add_options(op, grad, dropout_p)
     kernel = choose(op, device_type_of(input), input.dtype, options, (), backend)
-    dropout = drawn_dropout(op, dropout_p, input)
+    dropout = drawn_dropout(dropout_p, input)
     if kernel.forward is None:
         return reference.linear_add_rms_norm(
             input, weight, bias, residual, norm_weight, eps, *dropout, return_sum=return_sum

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Kernel, choose
+from ..reference.cross_entropy import loss_dtype
 from ._derivatives import many_cotangents, transforms_active
 from ._front import (
     GRAD_OPTIONS,
@@ -17,6 +18,7 @@ from ._front import (
     fake,
     float32_at_most,
     is_float,
+    is_float_if_given,
     needs_grad,
     same_device,
     same_dtype,
@@ -41,6 +43,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
+    options: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Cross entropy of a linear layer, as :func:`torch.nn.functional.linear_cross_entropy`.
@@ -61,11 +64,15 @@ def linear_cross_entropy(
         weight, reduction, label_smoothing: as of :func:`~fasttransformer.cross_entropy`.
         ignore_index: marks rows to leave out, which cost nothing; ``None``, torch's default, is
             −100.
+        options: a :class:`torch.nn.LinearCrossEntropyOptions` (torch 2.13 and later) or ``None``.
+            The rows are always worked on in pieces, sums are float32, and the graph may be kept,
+            so all its choices are met; ``acc_dtype=torch.float64`` of narrower inputs is refused.
         backend: forces one backend for this call.
 
     Returns:
-        A scalar, or with ``"none"`` a loss per row, in ``input``'s dtype. Under autocast the
-        product's inputs are cast to its dtype and the loss is float32.
+        A scalar, or with ``"none"`` a loss per row, in ``input``'s dtype (with probabilities, as of
+        :func:`~fasttransformer.cross_entropy`). Under autocast the product's inputs are cast to its
+        dtype and the loss is float32.
 
     Raises:
         TypeError: not floating point, dtypes that differ; a target of bools.
@@ -79,8 +86,11 @@ def linear_cross_entropy(
     tensor(1.3863)
     """
     op = "linear_cross_entropy"
-    is_float(op, input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+    is_float(op, input=input, linear_weight=linear_weight)
+    is_float_if_given(op, linear_bias=linear_bias)
     same_device(op, input, linear_weight=linear_weight, linear_bias=linear_bias)
+    if options is not None:
+        _check_options(op, options, input)
     ignore_index = -100 if ignore_index is None else ignore_index
     shape = _logits_shape(op, input, linear_weight, linear_bias)
     target = check_loss(
@@ -95,10 +105,11 @@ def linear_cross_entropy(
         "probabilities": target.is_floating_point(),
         "more_dimensions": linear_weight.dim() > 2,
     }
-    options = GRAD_OPTIONS[grad] | {name for name, value in used.items() if value}
-    kernel = choose(op, input.device.type, input.dtype, options, (), backend)
+    in_use = GRAD_OPTIONS[grad] | {name for name, value in used.items() if value}
+    kernel = choose(op, input.device.type, input.dtype, in_use, (), backend)
     wide = torch.promote_types(input.dtype, torch.float32)
-    out_dtype = wide if autocast else input.dtype
+    out_dtype = loss_dtype(input, target, weight)
+    out_dtype = torch.promote_types(out_dtype, torch.float32) if autocast else out_dtype
     if not target.is_floating_point() and target.device.type != "cpu" and kernel.backend != "cuda":
         target = checked_index(op, "target", target, linear_weight.shape[0], ignore_index)
     if kernel.forward is not None:
@@ -132,6 +143,19 @@ def linear_cross_entropy(
         return losses(input, target, reduction).to(out_dtype)
     rows = by_rows(losses, math.prod(linear_weight.shape[:-1]), input, target)
     return reduced(rows, target, weight, reduction, ignore_index).to(out_dtype)
+
+
+def _check_options(op: str, options: Any, input: Tensor) -> None:
+    kind = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # torch 2.13 and later
+    if kind is None or not isinstance(options, kind):
+        raise TypeError(
+            f"{op}: options must be a torch.nn.LinearCrossEntropyOptions or None, got "
+            f"{type(options).__name__}"
+        )
+    if options.acc_dtype == torch.float64 and input.dtype != torch.float64:
+        raise ValueError(
+            f"{op}: options.acc_dtype is torch.float64, but sums over {input.dtype} are float32"
+        )
 
 
 def _logits_shape(

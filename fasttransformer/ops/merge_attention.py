@@ -218,6 +218,9 @@ def _parts(op: str, name: str, parts: Sequence[Tensor] | Tensor) -> list[Tensor]
         if parts.dim() == 0:
             raise ValueError(f"{op}: {name} has no dimensions; the first one is that of the parts")
         return list(parts.unbind())
+    if not isinstance(parts, (list, tuple)):
+        kind = type(parts).__name__
+        raise TypeError(f"{op}: {name} must be a tensor or a list of tensors, got {kind}")
     parts = list(parts)
     for i, part in enumerate(parts):
         if not isinstance(part, Tensor):

@@ -18,7 +18,7 @@ from ._front import (
     same_dtype,
 )
 from ._function import differentiable, vmap_rule
-from ._index import checked_first, checked_for, is_index, kernel_ids
+from ._index import checked_first, checked_for, is_index_if_given, kernel_ids
 
 
 def rotary_embedding(
@@ -67,7 +67,7 @@ def rotary_embedding(
     """
     op = "rotary_embedding"
     is_float(op, query=query, key=key, cos=cos, sin=sin)
-    is_index(op, position_ids=position_ids)
+    is_index_if_given(op, position_ids=position_ids)
     same_device(op, query, key=key, cos=cos, sin=sin, position_ids=position_ids)
     same_dtype(op, query, key=key)
     for name, x in (("query", query), ("key", key)):

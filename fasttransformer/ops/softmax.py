@@ -146,6 +146,8 @@ def _kernel_view(x: Tensor, dim: int, is_causal: bool) -> Tensor:
 
 
 def _expand_mask(op: str, mask: Tensor, input: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask has dtype {mask.dtype}; it must be bool, True = takes part "
                         "(add a float mask to the input instead)")  # fmt: skip

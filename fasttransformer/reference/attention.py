@@ -100,24 +100,28 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention: query (..., S, D), any leading dimensions.
 
-    attn_mask is bool (True = takes part) or float (added); is_causal is top-left.
+    attn_mask is bool (True = takes part) or float (added); is_causal is top-left. Of four
+    dimensions both may be given, and both apply.
 
     >>> query, key, value = torch.randn(3, 1, 2, 4, 8, dtype=torch.float64).unbind()
     >>> torchs = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     >>> torch.allclose(scaled_dot_product_attention(query, key, value), torchs)
     True
     """
-    if attn_mask is not None and is_causal:
+    if attn_mask is not None and is_causal and query.ndim != 4:
         raise ValueError("scaled_dot_product_attention: attn_mask and is_causal exclude each other")
+    if dropout_p == 1.0:  # everything is dropped; NaN stays, as in torch
+        return 0.0 * scaled_dot_product_attention(
+            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa
+        )
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
     allowed = bias = keep = None
     if is_causal:
-        distance = relative_positions(query, key)
-        allowed = distance <= 0
-    elif attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed = attn_mask
+        allowed = relative_positions(query, key) <= 0
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = attn_mask if allowed is None else allowed & attn_mask
     else:
         bias = attn_mask
     if dropout_p > 0.0:

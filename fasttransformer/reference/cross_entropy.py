@@ -10,7 +10,8 @@ rows for probabilities; "none" returns them. Rows whose class is ignore_index co
 0, gradient 0, no share in the mean. (The mean over no rows at all is 0/0 = NaN, as in torch.)
 
 Shapes: input (C,), (N, C) or (N, C, d...); target () or (N,) or (N, d...) int for classes,
-the input's shape, float, for probabilities. Output in the input's dtype.
+the input's shape, float, for probabilities. Output in the input's dtype; with probabilities, of
+another dtype as torch promotes them, :func:`loss_dtype`.
 
 Sources: the softmax loss: Bridle, 1990; label smoothing: Szegedy et al., 2015 (arXiv:1512.00567).
 
@@ -22,6 +23,16 @@ import torch
 from torch import Tensor
 
 from fasttransformer.reference.precision import compute_dtype
+
+
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The input's; with probabilities, which torch multiplies, what all dtypes promote to."""
+    dtype = input.dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return dtype
 
 
 def cross_entropy(
@@ -40,8 +51,12 @@ def cross_entropy(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"cross_entropy: reduction {reduction!r}: none, mean or sum is allowed")
     class_dim = 0 if input.ndim == 1 else 1
+    if not target.is_floating_point():
+        # What an ignored row holds, NaN too, must not reach a gradient as 0 * NaN.
+        input = torch.where((target == ignore_index).unsqueeze(class_dim), 0.0, input)
     logp = torch.log_softmax(input.to(compute_dtype(input)), class_dim).movedim(class_dim, -1)
     classes = logp.shape[-1]
+    dtype = loss_dtype(input, target, weight)
     weight = logp.new_ones(classes) if weight is None else weight.to(logp.dtype)
 
     if target.is_floating_point():
@@ -67,4 +82,4 @@ def cross_entropy(
         loss = loss.sum()
     elif reduction == "mean":
         loss = loss.sum() / divisor.sum()
-    return loss.to(input.dtype)
+    return loss.to(dtype)

@@ -18,9 +18,10 @@ Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2
 tensor(1.3863)
 """
 
+import torch
 from torch import Tensor
 
-from fasttransformer.reference.cross_entropy import cross_entropy
+from fasttransformer.reference.cross_entropy import cross_entropy, loss_dtype
 from fasttransformer.reference.precision import compute_dtype, matmul
 
 
@@ -37,6 +38,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """torch.nn.functional.linear_cross_entropy; see the top of this file."""
     wide = compute_dtype(input)
+    if not target.is_floating_point():
+        # An ignored row of the input takes no part in the weight's gradient, NaN or not. Where a
+        # row has several targets, all of them must be ignored.
+        ignored = target == ignore_index
+        if ignored.ndim >= input.ndim:
+            ignored = ignored.flatten(input.ndim - 1).all(-1)
+        input = torch.where(ignored.unsqueeze(-1), 0.0, input)
     logits = matmul(input.to(wide), linear_weight.to(wide).flatten(0, -2).T)
     logits = logits.unflatten(-1, linear_weight.shape[:-1])
     if linear_bias is not None:
@@ -51,4 +59,4 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    return loss.to(input.dtype)
+    return loss.to(loss_dtype(input, target, weight))

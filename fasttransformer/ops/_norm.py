@@ -27,7 +27,7 @@ from ._function import fold, unfold, vmap_rule
 ADD_OPTIONS = with_gradient("dropout")
 
 
-def add_options(op: str, grad: bool, dropout_p: float) -> frozenset[str]:
+def add_options(op: str, grad: int, dropout_p: float) -> frozenset[str]:
     """The options of the operations that add with dropout."""
     drops = type(dropout_p) is not float or dropout_p != 0.0
     if drops:

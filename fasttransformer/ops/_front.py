@@ -83,7 +83,10 @@ def alike(
 
 
 def probability(op: str, dropout_p: float) -> None:
-    if isinstance(dropout_p, Tensor) or not hasattr(dropout_p, "__float__"):
+    number = isinstance(dropout_p, (int, float)) or (  # the former first, for torch.compile
+        hasattr(dropout_p, "__float__") and not isinstance(dropout_p, Tensor)
+    )
+    if not number:
         raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}; it must be in [0, 1)")

@@ -59,7 +59,7 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "Tensor d_input, Tensor d_weight)");
 
   m.def(
-      "linear_add(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
+      "linear_add(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int activation, "
       "float dropout_p=0.0, Tensor? seed=None) -> Tensor");
   m.def(
       "linear_add_backward(Tensor grad, Tensor input, Tensor weight, bool input_grad, bool "
@@ -108,9 +108,9 @@ STABLE_TORCH_LIBRARY(fasttransformer, m) {
       "rotary_embedding_backward(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin, bool "
       "interleaved, Tensor? position_ids) -> (Tensor d_query, Tensor d_key)");
   m.def(
-      "activation(Tensor input, str activation, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+      "activation(Tensor input, int activation, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
   m.def(
-      "activation_backward(Tensor grad, Tensor input, str activation, float dropout_p=0.0, "
+      "activation_backward(Tensor grad, Tensor input, int activation, float dropout_p=0.0, "
       "Tensor? seed=None) -> Tensor");
 
   m.def(

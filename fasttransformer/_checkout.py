@@ -8,6 +8,7 @@ installed packages.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
@@ -31,6 +32,25 @@ class CheckoutFinder:
         return importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+
+
+def shadows_installed() -> str | None:
+    """What to do where Python took this checkout although a package with kernels is installed.
+
+    Python puts the folder it is started in first, so in a clone the sources come before what
+    ``pip install .`` made of them.
+    """
+    here = Path(__file__).resolve().parent
+    if not (ROOT / "setup.py").exists():
+        return None
+    for found in importlib.metadata.distributions(name="fasttransformer"):
+        folder = Path(str(found.locate_file("fasttransformer"))).resolve()
+        if folder != here and (folder / "_cpu.abi3.so").exists():
+            return (
+                f"Python took the sources in {ROOT}, not the package installed in {folder.parent}: "
+                "start it in another folder, or build these sources with `make build`"
+            )
+    return None
 
 
 def install() -> None:

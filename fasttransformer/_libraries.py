@@ -12,10 +12,15 @@ import importlib
 import mmap
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import _checkout
+
+_BUILD = "install with a C++ compiler and without FASTTRANSFORMER_NO_BUILD"
 
 
 def library_path(name: str) -> Path:
@@ -27,7 +32,10 @@ def load_cpu() -> str | None:
     """Loads the C++ library, which defines the schemas of all operators."""
     path = library_path("cpu")
     if not path.exists():
-        return "the C++ library was not built (install with a C++ compiler and without FASTTRANSFORMER_NO_BUILD)"  # noqa: E501
+        shadowing = _checkout.shadows_installed()
+        if shadowing is not None:
+            warnings.warn(f"fasttransformer without its kernels: {shadowing}", stacklevel=2)
+        return f"the C++ library was not built ({shadowing or _BUILD})"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -41,7 +49,7 @@ def load_cuda(cpu_problem: str | None, path: Path | None = None) -> str | None:
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     if not path.exists():
-        return "the CUDA library was not built (needs nvcc and a CUDA build of torch; see `fasttransformer info`)"  # noqa: E501
+        return "the CUDA library was not built (needs nvcc and a CUDA build of torch)"
     if cpu_problem is not None:
         return f"it needs the C++ library's schemas: {cpu_problem}"
     if not torch.cuda.is_available():

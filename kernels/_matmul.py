@@ -82,6 +82,7 @@ FUSED = {
 }  # fmt: skip
 FUSED_PROGRAMS = {"sm_90": 96, "sm_80": 80, "small": 48, "hip": 160, "interpreter": 1}
 
+#: By their codes in operators.
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu")
 
 

@@ -32,12 +32,11 @@ def operand(name: str, input: Tensor) -> tuple[tuple[int, int], tuple[str, Tenso
 
 @operator()
 def linear_add(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str,
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int,
     dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    if activation not in _matmul.ACTIVATIONS:
-        allowed = ", ".join(map(repr, _matmul.ACTIVATIONS))
-        raise ValueError(f"linear_add: activation {activation!r} is not one of {allowed}")
+    if not 0 <= activation < len(_matmul.ACTIVATIONS):
+        raise ValueError(f"linear_add: no activation has the code {activation}")
     N, K = weight.shape
     out = output_for(input, N)
     M = math.prod(out.shape[:-1])
@@ -46,7 +45,7 @@ def linear_add(
     steps, heads = operand("a", input)
     _matmul.matmul(
         input, weight, out, M, N, K, steps, (weight.stride(1), weight.stride(0)), heads, bias,
-        residual, activation, dropout=(dropout_p, seed),
+        residual, _matmul.ACTIVATIONS[activation], dropout=(dropout_p, seed),
     )  # fmt: skip
     return out
 

@@ -1,5 +1,6 @@
 """The command line, in this process and, where the process itself matters, as a program."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -238,6 +239,30 @@ def test_bench_measures_and_writes(out, tmp_path, monkeypatch):
     (result,) = json.loads(file.read_text())["rows"]
     assert result["unit"] == "GB/s" and "differs" in result["candidates"]["torch"]["wrong"]
     assert run("bench", "--seconds", "0.05", "--json", "/dev/null/x") == 2
+
+
+def test_bench_says_what_a_report_needs_before_it_measures(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    monkeypatch.setattr(runner, "machine_ceilings", lambda: pytest.fail("it measured"))
+    assert run("bench", "softmax", "--quick", "--report", str(tmp_path)) == 2
+    assert (
+        "--report needs matplotlib: pip install 'fasttransformer[bench]'" in capsys.readouterr().err
+    )
+
+
+def test_bench_keeps_its_numbers_where_the_report_fails(tmp_path, monkeypatch):
+    case = Case("softmax", "8", torch.float32, lambda: {OURS: lambda: torch.ones(8)}, bytes=32)
+    monkeypatch.setattr(bench, "_cases", lambda args: {"softmax": [case]})
+    monkeypatch.setattr(runner, "machine_ceilings", dict)
+    monkeypatch.setattr(bench, "keep_allocations", lambda: False)
+    monkeypatch.setattr(bench.memory, "measured", lambda quick: [])
+    monkeypatch.setattr(bench.report, "write", lambda run, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("bench", "--seconds", "0.05", "--report", str(tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text())["rows"]
 
 
 def test_the_clock_takes_turns():

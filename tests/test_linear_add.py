@@ -10,6 +10,7 @@ import fasttransformer as ft
 from contract import assert_close, backends_of, check, running_on
 from fasttransformer import reference
 from fasttransformer.backends import TABLE
+from fasttransformer.ops._activation import CODES
 from fasttransformer.reference.linear_add import ACTIVATIONS as ACTIVATION_FUNCTIONS
 
 BACKENDS = backends_of("linear_add")
@@ -305,12 +306,12 @@ def test_opcheck(on):
     x, w, b, r = problem(9, 20, 12)
     heads = rand(2, 5, 3, 4)
     for args in (
-        (x, w, b, r, ""),
-        (x, w, None, None, "gelu"),
-        (heads, w, b, None, ""),
-        (heads, w, b, rand(2, 3, 12), ""),
-        (rand(2, 3, 20), w, b, rand(2, 3, 12), "relu"),
-        (x.bfloat16(), w.bfloat16(), b.bfloat16(), None, "silu"),
+        (x, w, b, r, CODES[""]),
+        (x, w, None, None, CODES["gelu"]),
+        (heads, w, b, None, CODES[""]),
+        (heads, w, b, rand(2, 3, 12), CODES[""]),
+        (rand(2, 3, 20), w, b, rand(2, 3, 12), CODES["relu"]),
+        (x.bfloat16(), w.bfloat16(), b.bfloat16(), None, CODES["silu"]),
     ):
         torch.library.opcheck(kernel.forward, args, test_utils=OPCHECKS)
     for flags in itertools.product([False, True], repeat=3):

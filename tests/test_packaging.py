@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fasttransformer import ops, reference
+from fasttransformer import _checkout, _libraries, ops, reference
 from fasttransformer.backends import ALIASES, COMPOSED, STEPS, TABLE, backends
+from fasttransformer.cli import info
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,6 +167,22 @@ def test_a_missing_compiler_is_told_and_does_not_stop_the_install(source, tmp_pa
     assert "torch backends work" in log
     said = python(tmp_path / "site", "import fasttransformer as ft; print(ft.backends()['cpu'])")
     assert "was not built" in said
+
+
+def test_sources_that_hide_an_installed_package_say_so(tmp_path, monkeypatch):
+    """Python started in a clone after `pip install .` takes the sources, which have no kernels."""
+    assert _checkout.shadows_installed() is None
+    folder = tmp_path / "fasttransformer-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: fasttransformer\nVersion: 0.1.0\n")
+    (tmp_path / "fasttransformer").mkdir()
+    (tmp_path / "fasttransformer/_cpu.abi3.so").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert f"not the package installed in {tmp_path}" in _checkout.shadows_installed()
+    monkeypatch.setattr(_libraries, "library_path", lambda name: tmp_path / "none.so")
+    with pytest.warns(UserWarning, match="without its kernels: Python took the sources in"):
+        reason = _libraries.load_cpu()
+    assert "start it in another folder" in reason and info.hint("cpu", reason) is None
 
 
 @pytest.mark.slow

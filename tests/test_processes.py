@@ -1,19 +1,24 @@
-"""Forked children, several Python threads, and thread counts that change: the same bits as ever."""
+"""What goes on around a call: forked children, several Python threads, thread counts that change,
+and memory that must be given back."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from parallel_cases import CASES, results, same
 
-from fasttransformer.backends import backends
+import fasttransformer as ft
+from fasttransformer.backends import TABLE, backends
 
 pytestmark = pytest.mark.skipif(backends()["cpu"] is not None, reason="no C++ library")
 
@@ -74,3 +79,68 @@ def test_python_threads(thread_count):
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct of the same name; ``uordblks`` are the bytes that are allocated."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def allocated() -> int:
+    function = ctypes.CDLL(None).mallinfo2
+    function.restype = _Mallinfo2
+    return function().uordblks
+
+
+SMALL: dict[str, Callable[..., object]] = {
+    "softmax": lambda x, w, b: ft.softmax(x),
+    "layer_norm": lambda x, w, b: ft.layer_norm(x, (8,), b, b),
+    "rms_norm": lambda x, w, b: ft.rms_norm(x, (8,), b),
+    "add_layer_norm": lambda x, w, b: ft.add_layer_norm(x, x, (8,), b, b)[0],
+    "add_rms_norm": lambda x, w, b: ft.add_rms_norm(x, x, (8,), b)[0],
+    "linear_add": lambda x, w, b: ft.linear_add(x, w, b, x, activation="gelu"),
+    "linear_add_layer_norm": lambda x, w, b: ft.linear_add_layer_norm(x, w, b, x, b, b)[0],
+    "linear_add_rms_norm": lambda x, w, b: ft.linear_add_rms_norm(x, w, b, x, b)[0],
+    "feed_forward": lambda x, w, b: ft.feed_forward(x, w, b, w, b, activation="relu"),
+    "attention": lambda x, w, b: ft.attention(*(x[None, None],) * 3, is_causal=True),
+    "attention_varlen": lambda x, w, b: ft.attention_varlen(*(x[:, None],) * 3, CU, CU),
+    "attention_decode": lambda x, w, b: ft.attention_decode(x[None, None, :1].detach(), CACHE),
+    "merge_attention": lambda x, w, b: ft.merge_attention([x[None, None]] * 2, [LSE] * 2)[0],
+    "cross_entropy": lambda x, w, b: ft.cross_entropy(x, IDS),
+    "linear_cross_entropy": lambda x, w, b: ft.linear_cross_entropy(x, w, IDS),
+    "linear_softmax": lambda x, w, b: ft.linear_softmax(x, w, b),
+    "linear_topk": lambda x, w, b: ft.linear_topk(x.detach(), w.detach(), k=2)[0],
+    "embedding": lambda x, w, b: ft.embedding(IDS, w),
+    "rotary_embedding": lambda x, w, b: ft.rotary_embedding(*(x[None, None],) * 2, ANGLE, ANGLE)[0],
+}
+CU = torch.tensor([0, 2, 4], dtype=torch.int32)
+CACHE = ft.KVCache(*torch.randn(2, 1, 1, 1, 6, 8), torch.full((1, 1), 6, dtype=torch.int32))
+LSE, IDS, ANGLE = torch.zeros(1, 1, 4), torch.tensor([0, 3, 7, 1]), torch.ones(4, 4)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no mallinfo2 in this libc")
+@pytest.mark.parametrize("op", TABLE)
+def test_no_leak(op):
+    """A call leaves nothing behind: one leaked object a call would be 16 bytes or more."""
+    x, w, b = (torch.randn(n, requires_grad=True) for n in ((4, 8), (8, 8), (8,)))
+
+    def call() -> None:
+        out = SMALL[op](x, w, b)
+        if out.requires_grad:
+            out.sum().backward()
+
+    for _ in range(50):
+        call()
+    gc.collect()
+    before = allocated()
+    for _ in range(1000):
+        call()
+    gc.collect()
+    assert (allocated() - before) / 1000 < 4

@@ -15,7 +15,7 @@ import contract
 import fasttransformer as ft
 from fasttransformer import reference
 from fasttransformer.backends import STEPS
-from fasttransformer.ops._activation import activation
+from fasttransformer.ops._activation import CODES, activation
 from fasttransformer.reference.feed_forward import GATES
 from fasttransformer.reference.linear_add import ACTIVATIONS
 
@@ -451,8 +451,8 @@ def test_b47_opcheck(registered):
         "embedding_backward": (torch.randn(6, 5), *order, 3, 2.0, 1),
         "rotary_embedding": (query, query[:, :1], angle, angle, False, ids[:1]),
         "rotary_embedding_backward": (query, query[:, :1], angle, angle, True, None),
-        "activation": (torch.randn(3, 2, 6), "swiglu"),
-        "activation_backward": (torch.randn(3, 3), torch.randn(3, 6), "geglu"),
+        "activation": (torch.randn(3, 2, 6), CODES["swiglu"]),
+        "activation_backward": (torch.randn(3, 3), torch.randn(3, 6), CODES["geglu"]),
     }
     for name, args in cases.items():
         torch.library.opcheck(getattr(registered, name).default, args)
@@ -488,7 +488,7 @@ def test_activation_of_rows_at_any_address(operators, features, name, dtype):
     x, grad = torch.randn(4, features).to(dtype), torch.randn(4, features).to(dtype)
     grad = grad[:, : features // 2] if name in GATES else grad
     for dropout in ((0.0, None), (0.4, torch.tensor([5]))):
-        how = (name, *dropout)
+        how = (CODES[name], *dropout)
         out = operators.activation(x, *how)
         assert torch.equal(operators.activation(shifted(x), *how), out)
         got = operators.activation_backward(shifted(grad), shifted(x, 3), *how)
@@ -496,19 +496,19 @@ def test_activation_of_rows_at_any_address(operators, features, name, dtype):
 
 
 def test_activation_empty_and_special(operators):
-    assert operators.activation(torch.zeros(0, 8), "swiglu", 0.0, None).shape == (0, 4)
+    assert operators.activation(torch.zeros(0, 8), CODES["swiglu"], 0.0, None).shape == (0, 4)
     assert operators.activation_backward(
-        torch.zeros(3, 0), torch.zeros(3, 0), "geglu", 0.0, None
+        torch.zeros(3, 0), torch.zeros(3, 0), CODES["geglu"], 0.0, None
     ).shape == (
         3,
         0,
     )
     x = torch.tensor([float("nan"), -200.0, 200.0, 0.0])
     for name in ACTIVATIONS:
-        out = operators.activation(x, name)
+        out = operators.activation(x, CODES[name])
         torch.testing.assert_close(out, plain(x, name), equal_nan=True)
         ones = torch.ones(4)
         leaf = x.clone().requires_grad_()
         (want,) = torch.autograd.grad(plain(leaf, name).sum(), leaf)
-        got = operators.activation_backward(ones, x, name)
+        got = operators.activation_backward(ones, x, CODES[name])
         torch.testing.assert_close(got[1:], want[1:])

@@ -17,6 +17,8 @@ from fasttransformer.kernels import (
 )
 from fasttransformer.kernels import rotary_embedding as rotary
 from fasttransformer.kernels import softmax as soft
+from fasttransformer.ops._activation import CODES
+from fasttransformer.reference.feed_forward import GATES
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -97,7 +99,7 @@ def _linear(M, N, K, dtype, heads=0, backward=False, norm=False, activation="", 
     elif norm:
         linear_add.linear_add_norm(x, w, b, r, b, b, 1e-5, True, dropout_p, seed, rms=False)
     else:
-        linear_add.linear_add(x, w, b, r, activation, dropout_p, seed)
+        linear_add.linear_add(x, w, b, r, CODES[activation], dropout_p, seed)
 
 
 def _output_layer(rows, features, classes, dtype, weighted=False):
@@ -140,8 +142,9 @@ def _rotary(head_dim, dtype, interleaved=False):
 
 
 def _activation(features, dtype, name):
-    x = torch.empty(64, features * (2 if name in activation.GATES else 1), dtype=dtype)
-    activation.activation_backward(activation.activation(x, name), x, name)
+    x = torch.empty(64, features * (2 if name in GATES else 1), dtype=dtype)
+    code = CODES[name]
+    activation.activation_backward(activation.activation(x, code), x, code)
 
 
 CASES = {

@@ -1,19 +1,19 @@
 #include "params/activation.h"
 
-#include "bindings/activation_name.h"
+#include "bindings/activation_code.h"
 #include "bindings/device.h"
 
 namespace ft::bindings {
 
-ActivationParams activation_params(const Tensor& input, const std::string& name, double dropout_p,
+ActivationParams activation_params(const Tensor& input, int64_t code, double dropout_p,
                                    const OptionalTensor& seed) {
   ActivationParams p;
   p.input = data(input);
   p.dtype = dtype_of(input);
-  p.gated = name == "swiglu" || name == "geglu";
-  p.activation = name == "swiglu" ? Activation::silu
-                 : p.gated        ? Activation::gelu
-                                  : activation_of(name);
+  p.gated = code == kSwiglu || code == kGeglu;
+  p.activation = code == kSwiglu  ? Activation::silu
+                 : code == kGeglu ? Activation::gelu
+                                  : activation_of(code);
   p.rows = rows_of(input);
   p.features = p.gated ? features_of(input) / 2 : features_of(input);
   p.row_stride = row_stride(input);
@@ -21,7 +21,7 @@ ActivationParams activation_params(const Tensor& input, const std::string& name,
   return p;
 }
 
-Tensor activation(const Tensor& input, std::string activation, double dropout_p,
+Tensor activation(const Tensor& input, int64_t activation, double dropout_p,
                   const OptionalTensor& seed) {
   ActivationParams p = activation_params(input, activation, dropout_p, seed);
   constexpr size_t kMostDims = 64;
@@ -36,7 +36,7 @@ Tensor activation(const Tensor& input, std::string activation, double dropout_p,
   return output;
 }
 
-Tensor activation_backward(const Tensor& grad, const Tensor& input, std::string activation,
+Tensor activation_backward(const Tensor& grad, const Tensor& input, int64_t activation,
                            double dropout_p, const OptionalTensor& seed) {
   Tensor d_input = make(input, input.sizes());
   ActivationBackwardParams p;

@@ -1,12 +1,12 @@
 #include "params/linear_add.h"
 
-#include "bindings/activation_name.h"
+#include "bindings/activation_code.h"
 #include "bindings/device.h"
 #include "bindings/linear_input.h"
 
 namespace ft::bindings {
 Tensor linear_add(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& residual, std::string activation, double dropout_p,
+                  const OptionalTensor& residual, int64_t activation, double dropout_p,
                   const OptionalTensor& seed) {
   LinearAddParams p = linear_input(input, weight, bias, residual);
   p.activation = activation_of(activation);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "positive",
     "print_json",
     "progress",
+    "require",
     "shape_of",
     "table",
     "write_json",
@@ -63,6 +65,12 @@ def progress() -> Progress:
         transient=True,
         disable=not errors.is_terminal,
     )
+
+
+def require(package: str, extra: str, option: str) -> None:
+    """Says before any work is done that an option needs a package that is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{option} needs {package}: pip install 'fasttransformer[{extra}]'")
 
 
 def table(*columns: str, right: int | None = None) -> Table:

@@ -19,7 +19,7 @@ from .. import benchmarks
 from ..backends import backends
 from ..benchmarks import compare, memory, record, report, runner
 from ..benchmarks._shared import OURS, Case, environment, keep_allocations
-from ._output import UsageError, command, console, escape, progress, table
+from ._output import UsageError, command, console, escape, progress, require, table
 
 QUICK_SECONDS = 0.25
 
@@ -164,7 +164,9 @@ def _measure(made: record.Run, found: dict[str, list[Case]], args: argparse.Name
 
 
 def _writable(args: argparse.Namespace) -> None:
-    """Finds out before an hour of measuring whether its result can be written."""
+    """Finds out before an hour of measuring whether its result can be drawn and written."""
+    if args.report:
+        require("matplotlib", "bench", "--report")
     json_folder = args.json and Path(args.json).parent
     for option, folder in (("--json", json_folder), ("--report", args.report)):
         if not folder:
@@ -185,6 +187,9 @@ def _write(made: record.Run, args: argparse.Namespace) -> None:
         if args.json:
             record.save(made, args.json)
         if args.report:
+            record.save(
+                made, Path(args.report) / "results.json"
+            )  # whatever becomes of the pictures
             report.write(made, args.report)
             console().print(f"report: {escape(str(Path(args.report) / 'index.html'))}")
     except OSError as error:

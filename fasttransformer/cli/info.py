@@ -26,6 +26,8 @@ _REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 def hint(backend: str, reason: str) -> str | None:
     """What to do to get a backend that is missing for ``reason``, or None."""
+    if backend == "cpu" and "start it in another folder" in reason:
+        return None
     if backend == "cpu" and "not built" in reason:
         return (
             "install a C++ compiler (GCC 11 or Clang 15, or later), leave FASTTRANSFORMER_NO_BUILD "

@@ -8,8 +8,13 @@ from torch import Tensor
 
 from ..backends import STEPS, Kernel, choose
 from ..reference.feed_forward import GATES
+from ..reference.linear_add import ACTIVATIONS
 from ._front import GRAD_OPTIONS, device_type_of, fake, needs_grad, new_seed
 from ._function import differentiable, vmap_rule
+
+#: What operators call the activations (csrc/bindings/activation_code.h). Not by name: torch's
+#: stable ABI never frees a string, so every call would leak one.
+CODES = {name: code for code, name in enumerate(("", *ACTIVATIONS, *GATES))}
 
 
 def step_of(backend: str, input: Tensor, options: frozenset[str]) -> Kernel | None:
@@ -67,13 +72,13 @@ def activation(
         seed = new_seed(input.device)
     if needs_grad(input):
         return _activation_with_grad(input, seed, name, dropout_p, kernel)
-    return kernel.forward(input, name, dropout_p, seed)
+    return kernel.forward(input, CODES[name], dropout_p, seed)
 
 
 class _Activation:
     @staticmethod
     def forward(x, seed, name, dropout_p, kernel):
-        return kernel.forward(x, name, dropout_p, seed)
+        return kernel.forward(x, CODES[name], dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -85,17 +90,17 @@ class _Activation:
         x, seed = ctx.saved_tensors
         grad = grad.contiguous()
         if not ctx.name:  # dropout alone needs the mask only
-            d_input = ctx.kernel.forward(grad, "", ctx.dropout_p, seed)
+            d_input = ctx.kernel.forward(grad, CODES[""], ctx.dropout_p, seed)
         else:
-            d_input = ctx.kernel.backward(grad, x, ctx.name, ctx.dropout_p, seed)
+            d_input = ctx.kernel.backward(grad, x, CODES[ctx.name], ctx.dropout_p, seed)
         return d_input, None, None, None, None
 
 
 _activation_with_grad = differentiable(_Activation, tensors=2)
 
 
-def _features(input: Tensor, name: str):
-    return input.shape[-1] // 2 if name in GATES else input.shape[-1]
+def _features(input: Tensor, code: int):
+    return input.shape[-1] // 2 if code >= CODES["swiglu"] else input.shape[-1]
 
 
 @fake("activation")

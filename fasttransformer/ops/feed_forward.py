@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Kernel, choose
 from ..reference.feed_forward import GATES
-from ._activation import activate, step_of
+from ._activation import CODES, activate, step_of
 from ._activation import activation as _activation
 from ._front import (
     GRAD_OPTIONS,
@@ -147,14 +147,14 @@ class _FeedForward:
     @staticmethod
     def forward(x, weight_in, bias_in, weight_out, bias_out, seed, activation, dropout_p, kernels):
         linear, step = kernels
-        inner = linear.forward(x, weight_in, bias_in, None, "")
-        hidden = step.forward(inner, activation, dropout_p, seed)
-        return linear.forward(hidden, weight_out, bias_out, None, ""), inner
+        inner = linear.forward(x, weight_in, bias_in, None, CODES[""])
+        hidden = step.forward(inner, CODES[activation], dropout_p, seed)
+        return linear.forward(hidden, weight_out, bias_out, None, CODES[""]), inner
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight_in, _, weight_out, _, seed, activation, dropout_p, ctx.kernels = inputs
-        ctx.how, needs = (activation, dropout_p), ctx.needs_input_grad
+        ctx.how, needs = (CODES[activation], dropout_p), ctx.needs_input_grad
         ctx.shapes = (x.shape, weight_in.shape), (output[1].shape, weight_out.shape)
         first = needs[0] or needs[1] or needs[2]
         ctx.save_for_backward(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import STEPS, Kernel, choose
+from ._activation import CODES
 from ._activation import activation as _activation
 from ._front import (
     alike,
@@ -85,7 +86,7 @@ def linear_add(
         return reference.linear_add(input, weight, bias, residual, activation, *dropout)
     x, weight, bias, rows = kernel_inputs(input, weight, bias, residual, out_shape)
     if not grad:
-        out = kernel.forward(x, weight, bias, rows, activation or "", *dropout)
+        out = kernel.forward(x, weight, bias, rows, CODES[activation or ""], *dropout)
     elif activation is None:
         out = _linear_add(x, weight, bias, rows, *(dropout[::-1] or (None, 0.0)), kernel)
     else:  # the activation's derivative needs its input, so it is kept and not fused
@@ -201,7 +202,7 @@ class _LinearAdd:
 
     @staticmethod
     def forward(x, weight, bias, residual, seed, dropout_p, kernel):
-        return kernel.forward(x, weight, bias, residual, "", dropout_p, seed)
+        return kernel.forward(x, weight, bias, residual, CODES[""], dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -228,7 +229,8 @@ def masked(grad: Tensor, dropout_p: float, seed: Tensor | None, kernel: Kernel) 
     and would each have to draw the mask anew."""
     if seed is None:
         return grad
-    return STEPS["activation"][kernel.backend].forward(grad.contiguous(), "", dropout_p, seed)
+    step = STEPS["activation"][kernel.backend]
+    return step.forward(grad.contiguous(), CODES[""], dropout_p, seed)
 
 
 def operands_to_keep(

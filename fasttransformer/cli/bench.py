@@ -187,9 +187,8 @@ def _write(made: record.Run, args: argparse.Namespace) -> None:
         if args.json:
             record.save(made, args.json)
         if args.report:
-            record.save(
-                made, Path(args.report) / "results.json"
-            )  # whatever becomes of the pictures
+            # First the numbers, whatever becomes of the pictures.
+            record.save(made, Path(args.report) / "results.json")
             report.write(made, args.report)
             console().print(f"report: {escape(str(Path(args.report) / 'index.html'))}")
     except OSError as error:

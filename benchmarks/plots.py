@@ -15,7 +15,10 @@ from fasttransformer.benchmarks.record import Row, Run
 
 INK, QUIET, LINE = "#0f172a", "#64748b", "#cbd5e1"
 ACCENT = "#0f766e"
-PEERS = ("#b45309", "#1d4ed8", "#be185d", "#6d28d9", "#4d7c0f", "#0e7490", "#a16207", "#9f1239")
+PEERS = (
+    "#b45309", "#1d4ed8", "#be185d", "#6d28d9", "#4d7c0f", "#0891b2", "#facc15", "#7f1d1d",
+    "#475569",
+)  # fmt: skip
 _STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.edgecolor": LINE,
     "axes.labelcolor": INK, "xtick.color": QUIET, "ytick.color": QUIET, "axes.spines.top": False,
@@ -79,34 +82,62 @@ def roofline(run: Run, path: Path) -> bool:
         for name, value in roofs.items():
             start = value / max(slopes.values())
             axis.plot([start, right], [value, value], color=QUIET, linewidth=1)
-            axis.annotate(f"{name}, {value:.0f} GFLOP/s", (right, value), ha="right", va="bottom",
-                          fontsize=8, color=QUIET)  # fmt: skip
-        operations = list(dict.fromkeys(row.op for row in rows))
-        palette = [c for name in ("tab20", "tab20b") for c in plt.get_cmap(name).colors]
-        for i, op in enumerate(operations):
+            axis.annotate(f"{name}, {value:.0f} GFLOP/s", (start, value), xytext=(2, 3),
+                          textcoords="offset points", fontsize=8, color=QUIET)  # fmt: skip
+        operations = sorted(dict.fromkeys(row.op for row in rows), key=_family)
+        numbers = []
+        for i, op in enumerate(operations, 1):
+            mine = [row for row in rows if row.op == op]
+            places = [(row.intensity or 1.0, rate) for row, rate in zip(rows, rates) if row in mine]
+            colour = FAMILIES[_family(op)][1]
             for dtype, marker in (("float32", "o"), ("bfloat16", "s"), ("float16", "^")):
-                mine = [row for row in rows if row.op == op and row.dtype == dtype]
-                if not mine:
-                    continue
-                axis.scatter(
-                    [row.intensity for row in mine],
-                    [row.flops / (row.ours.seconds or 1.0) / 1e9 for row in mine],
-                    s=26, marker=marker, color=palette[i % len(palette)], edgecolor="white",
-                    linewidth=0.5,
-                    label=op if dtype == mine[0].dtype and _first(rows, op) == dtype else None,
-                    zorder=3,
-                )  # fmt: skip
+                points = [at for at, row in zip(places, mine) if row.dtype == dtype]
+                if points:
+                    axis.scatter(*zip(*points), s=26, marker=marker, color=colour, zorder=3,
+                                 edgecolor="white", linewidth=0.5)  # fmt: skip
+            numbers.append((i, max(places, key=lambda at: at[1]), colour))
+        _number(axis, numbers)
         axis.set_xlabel("flops per byte that must move")
         axis.set_ylabel("GFLOP/s attained")
         axis.set_title("Roofline: every operation under this machine's ceilings",
                        loc="left", fontweight="bold")  # fmt: skip
-        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8,
-                    title="● float32  ■ bfloat16", title_fontsize=8)  # fmt: skip
+        entries = [plt.Line2D([], [], linestyle="", marker=f"${i}$", markersize=7, label=op,
+                              color=FAMILIES[_family(op)][1])
+                   for i, op in enumerate(operations, 1)]  # fmt: skip
+        axis.legend(handles=entries, loc="upper left", bbox_to_anchor=(0.0, -0.12), fontsize=8,
+                    ncols=4, title="number at an operation's highest point   "
+                    "● float32  ■ bfloat16", title_fontsize=8)  # fmt: skip
         return _save(plt, figure, path)
 
 
-def _first(rows: Sequence[Row], op: str) -> str:
-    return next(row.dtype for row in rows if row.op == op)
+#: What the roofline colours: a family's first operations' words, and its colour.
+FAMILIES = (
+    (("attention",), "#0f766e"),
+    (("linear_add", "feed_forward", "minilm", "models"), "#1d4ed8"),
+    (("linear_", "cross_entropy"), "#b45309"),
+    (("",), "#be185d"),
+)
+
+
+def _family(op: str) -> int:
+    return next(i for i, (words, _) in enumerate(FAMILIES) if any(word in op for word in words))
+
+
+def _number(axis: Any, numbers: list[tuple[int, tuple[float, float], str]]) -> None:
+    """Writes each operation's number above its highest point; higher where one stands already."""
+    from matplotlib.patheffects import withStroke
+
+    taken: list[tuple[float, float]] = []
+    halo = [withStroke(linewidth=2, foreground="white")]
+    for i, at, colour in sorted(numbers, key=lambda one: one[1][1]):
+        x, y = axis.transData.transform(at)
+        y += 9
+        while any(abs(x - other) < 16 and abs(y - height) < 13 for other, height in taken):
+            y += 3
+        taken.append((x, y))
+        axis.annotate(str(i), at, xytext=axis.transData.inverted().transform((x, y)),
+                      fontsize=8, fontweight="bold", color=colour, ha="center", va="center",
+                      zorder=4, path_effects=halo)  # fmt: skip
 
 
 def _count(value: float, _: int) -> str:
@@ -210,42 +241,41 @@ def memory(run: Run, path: Path) -> bool:
 
 def ratios(run: Run, path: Path) -> bool:
     """How many times faster ours is, by operation and peer: geometric means over the cases."""
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for row in run.rows:
         for name, figures in row.candidates.items():
             if figures.speedup and not row.cold:
-                found.setdefault((f"{row.op}, {row.dtype}", name), []).append(figures.speedup)
+                peers = found.setdefault(f"{row.op}, {row.dtype}", {})
+                peers.setdefault(name, []).append(figures.speedup)
     if not found:
         return False
-    lines = list(dict.fromkeys(op for op, _ in found))
-    peers = list(dict.fromkeys(name for _, name in found))
+    names = list(dict.fromkeys(name for peers in found.values() for name in peers))
+    colour = colours(names)
     plt = _plt()
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
-        figure, axis = plt.subplots(figsize=(2.6 + 0.95 * len(peers), 1.2 + 0.27 * len(lines)))
-        for (op, name), values in found.items():
-            mean = math.exp(sum(map(math.log, values)) / len(values))
-            x, y = peers.index(name), lines.index(op)
-            strength = max(-1.0, min(1.0, math.log2(mean) / 2))
-            colour = _mixed(ACCENT if strength > 0 else "#b91c1c", 0.85 * abs(strength))
-            axis.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white"))
-            axis.text(x + 0.5, y + 0.5, f"{mean:.{2 if mean < 10 else 0}f}", ha="center",
-                      va="center", fontsize=8,
-                      color="white" if abs(strength) > 0.6 else INK)  # fmt: skip
-        axis.set_xlim(0, len(peers))
-        axis.set_ylim(len(lines), 0)
-        axis.set_xticks([i + 0.5 for i in range(len(peers))], [p.replace(" ", "\n") for p in peers],
-                        fontsize=8)  # fmt: skip
-        axis.set_yticks([i + 0.5 for i in range(len(lines))], lines, fontsize=8)
-        axis.xaxis.tick_top()
-        axis.tick_params(length=0, labelcolor=INK)
-        for side in axis.spines.values():
-            side.set_visible(False)
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7.5, 1.4 + 0.21 * len(found)))
+        axis.axvline(1.0, color=INK, linewidth=1)
+        for y, peers in enumerate(found.values()):
+            means = {n: math.exp(sum(map(math.log, v)) / len(v)) for n, v in peers.items()}
+            axis.plot([1.0, *means.values()], [y] * (len(means) + 1), color=LINE, linewidth=1,
+                      zorder=1)  # fmt: skip
+            for name, mean in means.items():
+                axis.scatter(mean, y, s=24, color=colour[name], zorder=2)
+            text = "  ".join(f"{mean:.{2 if mean < 10 else 0}f}" for mean in sorted(means.values()))
+            axis.annotate(text, (max(1.0, *means.values()), y), xytext=(7, 0), va="center",
+                          textcoords="offset points", fontsize=7, color=QUIET)  # fmt: skip
+        axis.set_xscale("log", base=2)
+        low, high = axis.get_xlim()
+        axis.set_xlim(low, 1.35 * high)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g} ×")
+        axis.set_ylim(len(found) - 0.3, -0.7)
+        axis.set_yticks(range(len(found)), list(found), fontsize=8, color=INK)
+        axis.tick_params(length=0)
+        axis.spines["left"].set_visible(False)
+        handles = [plt.Line2D([], [], linestyle="", marker="o", markersize=5, color=colour[name],
+                              label=name) for name in names]  # fmt: skip
+        axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.0, -0.6 / len(found)),
+                    ncols=4, fontsize=8, handletextpad=0.1)  # fmt: skip
         axis.set_title("Times faster than each peer (geometric mean of the cases)", loc="left",
-                       fontweight="bold", pad=14)  # fmt: skip
+                       fontweight="bold")  # fmt: skip
         return _save(plt, figure, path)
-
-
-def _mixed(colour: str, share: float) -> tuple[float, float, float]:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    mixed = [1 - share + share * part for part in parts]
-    return mixed[0], mixed[1], mixed[2]

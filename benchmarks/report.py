@@ -31,7 +31,6 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: 0.2rem 0; } h2 { font-size: 1.1rem; margin: 2rem 0 0.4rem; }
 p, li { color: var(--quiet); max-width: 75ch; } p b, li b { color: var(--ink); }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: 0.6rem 0; }
-@media (max-width: 700px) { img { max-width: none; width: 700px; } }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.82rem; min-width: 100%; }
 th { text-align: right; font-weight: 600; border-bottom: 2px solid var(--line); }
@@ -163,6 +162,7 @@ def html(run: Run, pictures: list[Path]) -> str:
     for picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode("ascii")
         image = f'<img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}">'
+        image = f'<a href="{escape(picture.name)}">{image}</a>'  # in its full size
         parts.append(f'<div class="wide">{image}</div>')
     for op, rows in operations.items():
         parts.append(f'<h2 id="{escape(_anchor(op))}">{escape(op)}</h2>')

@@ -12,8 +12,8 @@ from ..reference.linear_add import ACTIVATIONS
 from ._front import GRAD_OPTIONS, device_type_of, fake, needs_grad, new_seed
 from ._function import differentiable, vmap_rule
 
-#: What operators call the activations (csrc/bindings/activation_code.h). Not by name: torch's
-#: stable ABI never frees a string, so every call would leak one.
+#: What operators call the activations (csrc/bindings/activation_code.h). Not by name: up to 2.13
+#: torch's stable ABI never frees a string, and every call would leak one.
 CODES = {name: code for code, name in enumerate(("", *ACTIVATIONS, *GATES))}
 
 

@@ -107,7 +107,7 @@ def linear_add_norm(
     M = math.prod(normed.shape[:-1])
     tile = _matmul.fused_tile(input, M, N)
     if tile is None or M * N == 0:
-        summed = linear_add(input, weight, bias, residual, "", dropout_p, seed)
+        summed = linear_add(input, weight, bias, residual, 0, dropout_p, seed)  # no activation
         normed, _, mean, rstd = _norm.forward(
             summed, None, norm_weight, norm_bias, eps, 0.0, None, rms
         )

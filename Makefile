@@ -12,13 +12,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: demo test bench check build lint format clean distclean help
+.PHONY: demo test fuzz bench check build lint format clean distclean help
 
 demo: build ## swap MiniLM, verify it, time it, draw demo-report/minilm.png (ARGS=--quick)
 	$(BIN)/fasttransformer demo $(ARGS)
 
 test: build ## the whole test suite (ARGS="-k softmax", WORKERS=2)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+
+fuzz: build ## random calls against float64, three minutes (ARGS="--minutes 60", ARGS="--draw 7")
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py $(ARGS)
 
 check: build ## every operation on every backend against the float64 reference
 	$(BIN)/fasttransformer check $(ARGS)

@@ -4,8 +4,8 @@ A draw takes a case of ``operation_cases.py`` and gives it random sizes (0 and 1
 vectors and tiles hold, and others), a dtype, an instruction set, options, the size of its numbers,
 and a layout in poisoned memory for each argument. Outputs and gradients may be ten times as far
 from float64 as the reference in the same dtype, and some rounding steps; NaN, infinities, dtypes
-and shapes must be the reference's; what lies around the arguments must stay what it was. (The contract
-itself is held in the mean over draws, by the tests of each operation.)
+and shapes must be the reference's; what lies around the arguments must stay what it was. (The
+contract itself is held in the mean over draws, by the tests of each operation.)
 
 A draw is made from its number alone, so that a number is a reproducer: ``tests/fuzz.py --draw N``.
 The draws run in a child process; one that ends it is reported with its number, and the rest go on.

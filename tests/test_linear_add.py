@@ -200,6 +200,19 @@ def test_one_head_is_joined_only_where_the_residual_asks(on):
         torch.testing.assert_close(out, (x[:, 0] @ w.T) + r)
 
 
+@pytest.mark.parametrize("on", BACKENDS)
+def test_heads_of_no_features_are_joined_where_the_residual_asks(on):
+    """Found by fuzzing: the sum was broadcast over heads that nobody has."""
+    x, w, b = torch.ones(2, 2, 4, 0, requires_grad=True), torch.ones(7, 0), rand(7)
+    with running_on(on, launched=None):
+        assert ft.linear_add(x, w, b).shape == (2, 2, 4, 7)
+        r = rand(2, 4, 7).requires_grad_()
+        out = ft.linear_add(x, w, b, r)
+        torch.testing.assert_close(out, b + r)
+        d_x, d_r = torch.autograd.grad(out.sum(), (x, r))
+    assert d_x.shape == x.shape and torch.equal(d_r, torch.ones_like(r))
+
+
 # ---- rows keep to themselves --------------------------------------------------------------------
 
 

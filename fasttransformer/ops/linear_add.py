@@ -130,9 +130,10 @@ def check_linear(
     if rank == 0:
         raise ValueError(f"{op}: input has no dimensions; it must be (*, in_features)")
     out_features, in_features = weight.shape
-    # One head reads either way: a residual of three dimensions asks for heads.
-    one_head = rank == 4 and shape[1] == 1 and residual is not None and residual.dim() == 3
-    if shape[-1] == in_features and not one_head:
+    # One head reads either way, and no features do: a residual of three dimensions asks for heads.
+    either = rank == 4 and (shape[1] == 1 or in_features == 0)
+    joined = either and residual is not None and residual.dim() == 3
+    if shape[-1] == in_features and not joined:
         out_shape: tuple[int, ...] = (*shape[:-1], out_features)
     elif rank == 4 and shape[1] * shape[3] == in_features:
         out_shape = (shape[0], shape[2], out_features)

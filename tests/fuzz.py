@@ -141,6 +141,8 @@ def run(draw: Draw) -> list[str]:
     for path, x in base.items():
         if draw.case.arguments[path].kind == "float" and not path.startswith("lses"):
             x.mul_(draw.size)
+        if "cross_entropy" in draw.case.op and path == "weight":
+            x.abs_()  # a mean by weights whose sum is near 0 is ill-conditioned
     base = {p: draw.case._cast(p, x, draw.dtype) for p, x in base.items()}
     views = {p: LAYOUTS[draw.layouts[p]](x) if p in draw.layouts else x for p, x in base.items()}
     values = {p: x.clone(memory_format=torch.contiguous_format) for p, x in views.items()}

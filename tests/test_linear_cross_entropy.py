@@ -388,7 +388,8 @@ def test_transforms(on, reduction):
         with running_on(on):
             got = transform(lambda *given: loss(ft.linear_cross_entropy, *given))
         want = transform(lambda *given: loss(reference.linear_cross_entropy, *given))
-        torch.testing.assert_close(got, want)
+        # A square of losses makes their roundings larger; torch's own hang on its instruction set.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=5e-5)
 
     both(lambda f: torch.func.grad(f, argnums=(0, 1, 2))(x, w, b))
     samples = torch.stack((x, 2 * x))

@@ -32,6 +32,8 @@ def softmax_check(inputs, *, log=False, limits=None, grads=True, **options):
             [inputs],
             on="simt",
             grads=grads,
+            # Of few numbers the peer may be right by luck: then draws of about the same decide.
+            redraw=lambda: [(inputs * (1 + 0.05 * torch.randn(inputs.shape))).to(inputs.dtype)],
         )
 
 

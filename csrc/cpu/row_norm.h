@@ -26,6 +26,7 @@ constexpr int kShortRows = 4;                     // … when they are short
 constexpr int64_t kShort = 1024;                  // forward: features of a short row at most
 constexpr int64_t kGradShort = W < 16 ? 0 : 512;  // backward: where registers hold four such rows
 constexpr int kSums = 2;                          // forward: partial sums of a row
+constexpr int64_t kSumColumns = 512 * W;          // forward: columns that go into one such sum
 constexpr int64_t kHead = 64;              // forward: columns whose mean the row is summed about
 constexpr float kFar = 4.f;                // … unless that lies further off than √kFar deviations
 constexpr int64_t kLongRowBytes = 8192;    // backward: of a row that is too long to go alone
@@ -36,8 +37,8 @@ constexpr int64_t kChunkRows = 8;          // … unless that is fewer rows than
 constexpr int64_t kChunks = 64;            // … and at most as many chunks
 constexpr int64_t kPlainSumRows = 32;      // rows added one by one before a sum goes up a level
 
-// A variance + eps outside these numbers comes of squares that overflow, or lose their digits; and a
-// rstd outside of the others has no square that a gradient could be multiplied by.
+// A variance + eps outside these numbers comes of squares that overflow, or lose their digits; and
+// a rstd outside of the others has no square that a gradient could be multiplied by.
 constexpr float kLeastVariance = 1e-30f, kMostVariance = 3.4e38f;
 constexpr float kLeastRstd = 1e-12f, kMostRstd = 1e12f;
 
@@ -78,6 +79,12 @@ __attribute__((noinline, cold)) NormStatistics wide_statistics(const T* x, int64
   return {static_cast<float>(mean), static_cast<float>(1 / __builtin_sqrt(variance))};
 }
 
+// A stretch's sums go up a level: in a long row a single sum would lose digits to its own size.
+FT_INLINE void move_up(vf (&sum)[kSums], vf& all) {
+  all = all + (sum[0] + sum[1]);
+  sum[0] = sum[1] = zero();
+}
+
 template <class T, bool Center, Add A, int R, bool Past = false>
 void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float* b,
                uint32_t* random) {
@@ -110,10 +117,10 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
     return v;
   };
   float mean[R] = {}, rstd[R];
-  vf squares[R][kSums] = {};
+  vf squares[R][kSums] = {}, all_squares[R] = {};
   if constexpr (Center) {
     const int64_t head = n < kHead ? n : kHead;
-    vf sum[R][kSums] = {};
+    vf sum[R][kSums] = {}, all[R] = {};
     over_columns<kSums, T>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
       FT_UNROLL for (int r = 0; r < R; ++r) accumulate(sum[r], u, take(r, j, part));
     });
@@ -130,13 +137,21 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
     over_columns<kSums, T>(head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
       FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, load(x[r] + j, part), part);
     });
-    over_columns<kSums, T>(
-        n - head, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-          FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, take(r, head + j, part), part);
-        });
+    for (int64_t from = head; from < n; from += kSumColumns) {
+      const int64_t columns = n - from < kSumColumns ? n - from : kSumColumns;
+      over_columns<kSums, T>(
+          columns, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+            FT_UNROLL for (int r = 0; r < R; ++r) add(r, u, take(r, from + j, part), part);
+          });
+      FT_UNROLL for (int r = 0; r < R; ++r) {
+        move_up(sum[r], all[r]);
+        move_up(squares[r], all_squares[r]);
+      }
+    }
     FT_UNROLL for (int r = 0; r < R; ++r) {
-      const float shift = reduce_add(sum[r][0] + sum[r][1]) / count;
-      float variance = reduce_add(squares[r][0] + squares[r][1]) / count - shift * shift;
+      const float shift = reduce_add(all[r] + sum[r][0] + sum[r][1]) / count;
+      float variance = reduce_add(all_squares[r] + squares[r][0] + squares[r][1]) / count;
+      variance -= shift * shift;
       mean[r] = about[r] + shift;
       if (shift * shift > kFar * variance) variance = variance_about(x[r], n, mean[r]);
       rstd[r] = 1.f / __builtin_sqrtf(variance + p.eps);
@@ -148,14 +163,19 @@ void norm_rows(const RowNormParams& p, int64_t row, const float* w, const float*
       p.mean[row + r] = mean[r];
     }
   } else {
-    over_columns<kSums, T>(n, [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
-      FT_UNROLL for (int r = 0; r < R; ++r) {
-        const auto v = take(r, j, part);
-        accumulate(squares[r], u, v, v);
-      }
-    });
+    for (int64_t from = 0; from < n; from += kSumColumns) {
+      const int64_t columns = n - from < kSumColumns ? n - from : kSumColumns;
+      over_columns<kSums, T>(columns,
+                             [&](int64_t j, int u, auto part) __attribute__((always_inline)) {
+                               FT_UNROLL for (int r = 0; r < R; ++r) {
+                                 const auto v = take(r, from + j, part);
+                                 accumulate(squares[r], u, v, v);
+                               }
+                             });
+      FT_UNROLL for (int r = 0; r < R; ++r) move_up(squares[r], all_squares[r]);
+    }
     FT_UNROLL for (int r = 0; r < R; ++r) {
-      const float variance = reduce_add(squares[r][0] + squares[r][1]) / count + p.eps;
+      const float variance = reduce_add(all_squares[r]) / count + p.eps;
       rstd[r] = 1.f / __builtin_sqrtf(variance);
       if (!is_ordinary(variance)) [[unlikely]] {
         rstd[r] = wide_statistics<T, Center>(x[r], n, p.eps).rstd;

@@ -29,7 +29,7 @@ from ..nn._plain import plain_part
 from ..nn.linear import LINEAR_FORWARDS
 from ..nn.norms import LAYER_NORM_FORWARDS
 from ..ops import KVCache
-from ..ops._activation import activated
+from ..ops._activation import CODES, activated
 from ..ops._front import autocast_dtype
 from ..ops.attention_decode import attention_decode
 from ..ops.embedding import embedding
@@ -74,7 +74,7 @@ class _Calls:
             return activated(layer(x), activation) if activation else layer(x)
         if self._linear is None:
             return linear_add(x, *layer, activation=activation or None)
-        return self._linear(x, *layer, None, activation)
+        return self._linear(x, *layer, None, CODES[activation])
 
     def linear_norm(
         self, x: Tensor, end: End, residual: Tensor, both: bool

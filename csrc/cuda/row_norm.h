@@ -154,7 +154,7 @@ FT_GLOBAL void __launch_bounds__(kForwardBlock, kForwardBlocks) forward_held(con
     float mean = 0.f, rstd = 0.f, factor = 1.f;
 #pragma unroll 1
     for (int round = 0; round < 2; ++round) {  // of which the second is all but never needed
-      Pair sums = {0.f, 0.f};  // of the values, or for kRms of their squares
+      Pair sums = {0.f, 0.f};                  // of the values, or for kRms of their squares
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (start + k * step >= width) continue;
@@ -265,6 +265,7 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) forward_wide(const ForwardArgs a
   const RowNormParams& p = a.p;
   constexpr int64_t kCount = kLanes<T>;
   constexpr int kTaken = kForwardAhead<kAdd>;
+  constexpr int kWritten = kRms ? 2 : 1;  // two at a time, where 64 registers hold them
   const uint64_t seed = kAdd ? seed_of(p.dropout) : 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const ForwardRow<T, kAdd> at = forward_row<T, kAdd>(p, row);
@@ -303,25 +304,30 @@ FT_GLOBAL void __launch_bounds__(kWideBlock, 2) forward_wide(const ForwardArgs a
       return c < a.cached ? shared_load(cache + c)
                           : load_chunk<T>(again, c * kCount - at.shift, p.features, again_aligned);
     };
-    float variance, factor = 1.f;
-    for (;;) {
-      moments = group_reduce(moments, kWideBlock, Moments{0.f, 0.f, 0.f}, scratch,
-                             [](const Moments& x, const Moments& y) {
-                               return kRms ? Moments{0.f, 0.f, x.m2 + y.m2} : merge(x, y);
-                             });
-      variance = moments.m2 / static_cast<float>(p.features);
-      if (factor != 1.f || is_ordinary(variance + p.eps)) break;
-      factor = scale_for(variance + p.eps);
+    const auto reduced = [&](const Moments& own) {
+      return group_reduce(own, kWideBlock, Moments{0.f, 0.f, 0.f}, scratch,
+                          [](const Moments& x, const Moments& y) {
+                            return kRms ? Moments{0.f, 0.f, x.m2 + y.m2} : merge(x, y);
+                          });
+    };
+    moments = reduced(moments);
+    float mean = moments.mean, variance = moments.m2 / static_cast<float>(p.features);
+    float rstd = scaled_rstd(variance, p.eps, 1.f);
+    if (!is_ordinary(variance + p.eps)) {  // all threads decide alike
+      const float factor = scale_for(variance + p.eps);
       moments = {0.f, 0.f, 0.f};
+#pragma unroll 1
       for (int64_t c = threadIdx.x; c < chunks; c += kWideBlock) {
         const Chunk x[1] = {read_again(c)};
         take_moments<T, kRms>(moments, x, c * kCount - at.shift, 0, p.features, factor);
       }
+      moments = reduced(moments);
+      mean = moments.mean / factor;
+      rstd = scaled_rstd(moments.m2 / static_cast<float>(p.features), p.eps, factor);
     }
-    const float mean = kRms ? 0.f : moments.mean / factor;
-    const float rstd = scaled_rstd(variance, p.eps, factor);
+    if constexpr (kRms) mean = 0.f;
     if (threadIdx.x == 0) store_statistics<kRms>(p, row, mean, rstd);
-#pragma unroll 2
+#pragma unroll kWritten
     for (int64_t c = threadIdx.x; c < chunks; c += kWideBlock) {
       const int64_t column = c * kCount - at.shift;
       const Chunk x = read_again(c);

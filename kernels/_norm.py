@@ -80,7 +80,7 @@ def _scale_for(variance):
 
 @triton.jit
 def _scaled_rstd(variance, eps, scale):
-    """rstd from the variance of a row times ``scale``, beside which eps may have vanished."""
+    """rstd from the variance of a row times ``scale``, next to which eps may have vanished."""
     rstd = _rstd(variance, eps * scale * scale) * scale
     return tl.where(variance == 0.0, _rstd(variance, eps), rstd)
 

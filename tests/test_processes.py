@@ -10,14 +10,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from operation_cases import CASES as SMALL_CASES
 from parallel_cases import CASES, results, same
 
-import fasttransformer as ft
 from fasttransformer.backends import TABLE, backends
 
 pytestmark = pytest.mark.skipif(backends()["cpu"] is not None, reason="no C++ library")
@@ -99,42 +98,27 @@ def allocated() -> int:
     return function().uordblks
 
 
-SMALL: dict[str, Callable[..., object]] = {
-    "softmax": lambda x, w, b: ft.softmax(x),
-    "layer_norm": lambda x, w, b: ft.layer_norm(x, (8,), b, b),
-    "rms_norm": lambda x, w, b: ft.rms_norm(x, (8,), b),
-    "add_layer_norm": lambda x, w, b: ft.add_layer_norm(x, x, (8,), b, b)[0],
-    "add_rms_norm": lambda x, w, b: ft.add_rms_norm(x, x, (8,), b)[0],
-    "linear_add": lambda x, w, b: ft.linear_add(x, w, b, x, activation="gelu"),
-    "linear_add_layer_norm": lambda x, w, b: ft.linear_add_layer_norm(x, w, b, x, b, b)[0],
-    "linear_add_rms_norm": lambda x, w, b: ft.linear_add_rms_norm(x, w, b, x, b)[0],
-    "feed_forward": lambda x, w, b: ft.feed_forward(x, w, b, w, b, activation="relu"),
-    "attention": lambda x, w, b: ft.attention(*(x[None, None],) * 3, is_causal=True),
-    "attention_varlen": lambda x, w, b: ft.attention_varlen(*(x[:, None],) * 3, CU, CU),
-    "attention_decode": lambda x, w, b: ft.attention_decode(x[None, None, :1].detach(), CACHE),
-    "merge_attention": lambda x, w, b: ft.merge_attention([x[None, None]] * 2, [LSE] * 2)[0],
-    "cross_entropy": lambda x, w, b: ft.cross_entropy(x, IDS),
-    "linear_cross_entropy": lambda x, w, b: ft.linear_cross_entropy(x, w, IDS),
-    "linear_softmax": lambda x, w, b: ft.linear_softmax(x, w, b),
-    "linear_topk": lambda x, w, b: ft.linear_topk(x.detach(), w.detach(), k=2)[0],
-    "embedding": lambda x, w, b: ft.embedding(IDS, w),
-    "rotary_embedding": lambda x, w, b: ft.rotary_embedding(*(x[None, None],) * 2, ANGLE, ANGLE)[0],
-}
-CU = torch.tensor([0, 2, 4], dtype=torch.int32)
-CACHE = ft.KVCache(*torch.randn(2, 1, 1, 1, 6, 8), torch.full((1, 1), 6, dtype=torch.int32))
-LSE, IDS, ANGLE = torch.zeros(1, 1, 4), torch.tensor([0, 3, 7, 1]), torch.ones(4, 4)
+#: operation → its first case, which is small; of linear_add the one with an activation.
+SMALL = {case.op: case for case in reversed(SMALL_CASES) if case.op in TABLE}
+SMALL["linear_add"] = next(case for case in SMALL_CASES if case.id == "linear_add: rows, gelu")
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no mallinfo2 in this libc")
 @pytest.mark.parametrize("op", TABLE)
 def test_no_leak(op):
     """A call leaves nothing behind: one leaked object a call would be 16 bytes or more."""
-    x, w, b = (torch.randn(n, requires_grad=True) for n in ((4, 8), (8, 8), (8,)))
+    case = SMALL[op]
+    tensors = case.tensors(case.n)
+    for path, x in tensors.items():
+        x.requires_grad_(x.is_floating_point() and case.wants_grad(path, "cpu"))
 
     def call() -> None:
-        out = SMALL[op](x, w, b)
-        if out.requires_grad:
-            out.sum().backward()
+        for path, x in tensors.items():
+            if case.arguments[path].kind == "lengths" and case.arguments[path].written:
+                x.zero_()  # room to append once more
+        outs = [out for out in case.call(tensors, case.n) if out.requires_grad]
+        if outs:
+            sum(out.sum() for out in outs).backward()
 
     for _ in range(50):
         call()

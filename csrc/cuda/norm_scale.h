@@ -16,7 +16,7 @@ FT_DEVICE float scale_for(float variance) {
   if (is_ordinary(variance)) return 1.f;
   return variance < kLeastVariance ? kUpscale : kDownscale;
 }
-// From the variance of a row times `scale`, beside which eps may have vanished.
+// From the variance of a row times `scale`, next to which eps may have vanished.
 FT_DEVICE float scaled_rstd(float variance, float eps, float scale) {
   if (variance == 0.f) return reciprocal_sqrt(eps);
   return reciprocal_sqrt(variance + eps * scale * scale) * scale;

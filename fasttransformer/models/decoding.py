@@ -45,7 +45,7 @@ from .packing import PackedBatch, from_lengths, pack
 FIRST_CAPACITY = 32
 #: A linear layer's weight and bias, or a layer that has to be called.
 Linear = tuple[Tensor, Tensor] | nn.Module
-#: A block's last linear layer and the norm behind it, by weights (those of the norm with its eps),
+#: A block's last linear layer and the norm after it, by weights (those of the norm with its eps),
 #: or both as modules.
 End = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, float]] | tuple[nn.Module, nn.Module]
 

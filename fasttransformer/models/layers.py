@@ -202,7 +202,7 @@ class Layer(nn.Module):
         return normed, normed
 
     def _sum(self, y: Tensor, summed: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """The same behind a layer that had to be called: an adapter, or one with a hook."""
+        """The same after a layer that had to be called: an adapter, or one with a hook."""
         assert norm is not None
         summed = summed + dropout(y, self.dropout if self.training else 0.0)
         normed = norm(summed)

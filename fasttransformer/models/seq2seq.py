@@ -165,7 +165,7 @@ class Seq2SeqModel(Generator, TextModel):
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """``labels`` (B, L), in which −100 is padding, shifted right by one place with ``<s>``
-        first: what transformers' DataCollatorForSeq2Seq puts beside them."""
+        first: what transformers' DataCollatorForSeq2Seq puts next to them."""
         shifted = labels.roll(1, 1)
         shifted[:, :1] = self.config.bos_id
         return shifted.masked_fill(shifted == IGNORED, self.config.pad_id)

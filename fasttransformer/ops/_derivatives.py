@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 transforms_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 
-#: What :func:`needs_grad` answers, beside False and True: more than a gradient.
+#: What :func:`needs_grad` answers, next to False and True: more than a gradient.
 SECOND = 2
 FORWARD = 3
 #: needs_grad's answer → the options of an operation that has no others.

@@ -16,7 +16,7 @@ memory is linear.
 
 Masked means False in `mask`, -inf in `bias` (any other number is a number, finfo.min too), or cut
 off by the causal rule, the window or `key_lengths`. Masked scores are replaced, not added to, so
-a masked key is not felt, whatever it holds. A query without any key gives out 0 and gradient 0; its
+a masked key never affects the result. A query without any key gives out 0 and gradient 0; its
 lse is its sink, or -inf where it has none, so that parts of the keys, the sinks given to one of
 them, can be merged. Keys that no query sees (those behind `key_lengths` among them) are not
 felt in any way. A key that only some queries see and that holds NaN or inf in its *value* gives

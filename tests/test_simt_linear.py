@@ -12,6 +12,7 @@ import torch
 import contract
 import fasttransformer as ft
 from fasttransformer import reference
+from fasttransformer.ops._activation import CODES
 
 if simt.missing():
     pytest.skip(f"simt can't be built: {simt.missing()}", allow_module_level=True)
@@ -144,8 +145,8 @@ def test_heads_in_place(heads_last, sizes, dtype):
     ops = torch.ops.fasttransformer_simt
     simt.load()
     with simt.limits(shared=A100):
-        out = ops.linear_add(x, weight, None, grad, "")
-        rows = ops.linear_add(joined, weight, None, grad.view(b * s, o), "")
+        out = ops.linear_add(x, weight, None, grad, CODES[""])
+        rows = ops.linear_add(joined, weight, None, grad.view(b * s, o), CODES[""])
         assert torch.equal(out.view(b * s, o), rows)
         d_input, d_weight, d_bias = ops.linear_add_backward(grad, x, weight, True, True, True)
         wanted = ops.linear_add_backward(grad.view(b * s, o), joined, weight, True, True, True)

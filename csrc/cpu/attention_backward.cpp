@@ -426,7 +426,7 @@ int64_t bias_size(const AttentionBackwardParams& p) {
 template <class Unit, class T>
 void run(const AttentionBackwardParams& p) {
   const Units u = units_of_case(p);
-  prepare_rows<T>(p, u);
+  prepare_rows<Unit, T>(p, u);
   if (p.d_sinks) sink_gradients(p);
   float* d_bias = p.partial_bias ? p.partial_bias : p.d_bias;
   const int64_t bias_part = p.partial_bias ? bias_size(p) : 0;

@@ -40,7 +40,7 @@ inline bool rows_on_16_bytes(const HeadsView& v, int64_t size) {
 // without keys, which makes weights 0; plain kernels take exp2(s·exponent − top) instead, with
 // lse·log2(e) in p.top.
 FT_DEVICE float weight_of(const Units& u, float s, float top, float shift) {
-  return (s * u.lse_scale - top) * kLog2E + shift;
+  return multiply_add(multiply_add(s, u.lse_scale, -top), kLog2E, shift);
 }
 
 // Kernels of one element type, in files of their own so that they compile side by side.

@@ -220,16 +220,19 @@ FT_DEVICE void whole_row(const BackwardArgs& a, RowSums sums, int64_t h, int64_t
   RowWeight w = {infinity(), 0.f, 0.f, 0.f};
   if (sums.top != -infinity() || sums.sum != 0.f) {
     w.top = sums.top * a.units.lse_scale;
+    // What the multiply-add of weight_of leaves of the largest score.
+    float left = multiply_add(sums.top, a.units.lse_scale, -w.top);
     w.delta = sums.product;
     if (p.sinks != nullptr) {
       const float sink = load_scalar(p.sinks + h), most = maximum(sink, w.top);
       const float factor = power_of_2<float>((w.top - most) * kLog2E);
       sums.sum = sums.sum * factor + power_of_2<float>((sink - most) * kLog2E);
       w.delta *= factor;
+      if (most != w.top) left = 0.f;
       w.top = most;
     }
     w.delta /= sums.sum;
-    w.shift = -natural_log(sums.sum) * kLog2E;
+    w.shift = -(natural_log(sums.sum) + left) * kLog2E;
   } else if (p.sinks != nullptr && load_scalar(p.sinks + h) != -infinity()) {
     w.top = load_scalar(p.sinks + h);  // the sink alone
   }

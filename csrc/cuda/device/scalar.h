@@ -26,6 +26,9 @@ FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 FT_DEVICE float error_function(float x) { return std::erf(x); }
 FT_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
 FT_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }  // the number, if one is NaN
+FT_DEVICE float multiply_add(float a, float b, float c) {
+  return std::fma(a, b, c);
+}  // rounds once
 #else
 FT_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 FT_DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
@@ -67,6 +70,7 @@ FT_DEVICE float reciprocal_sqrt(float x) { return 1.f / sqrtf(x); }
 FT_DEVICE float error_function(float x) { return erff(x); }
 FT_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 FT_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+FT_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 #endif
 
 // exp((from − to) · size): what a sum relative to `from` is multiplied by to be relative to `to`.

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 
@@ -10,6 +11,12 @@ if not torch.cuda.is_available():
 import card
 import launches
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    with contextlib.suppress(ImportError):
+        from interpreter import round_as_devices
+
+        round_as_devices()
 
 # pytest-xdist runs a worker per core: a pool of threads in each would only make them wait for one
 # another. What a second thread changes is tested with the fixture below.

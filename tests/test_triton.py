@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton_calls import BF16, DEVICE, F16, F32, T, compared, hold, rand
 
 from contract import assert_close, assert_fair
@@ -360,3 +362,19 @@ KERNELS = {
     "embedding._join_tiles", "rotary_embedding._rotate", "activation._forward",
     "activation._backward",
 }  # fmt: skip
+
+
+@triton.jit
+def _to_bfloat16(to, source, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(to + at, tl.load(source + at).to(tl.bfloat16))
+
+
+def test_the_interpreter_rounds_as_devices_do():
+    """By itself it cuts float32 to bfloat16: half of all results would be one step off."""
+    numbers = torch.randint(-(2**31), 2**31 - 1, (4096,), dtype=torch.int32).view(torch.float32)
+    numbers[:6] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1.00390625])
+    out = torch.empty(4096, dtype=torch.bfloat16, device=DEVICE)
+    _to_bfloat16[(1,)](out, numbers.to(DEVICE), 4096)
+    wanted = numbers.bfloat16()
+    assert torch.equal(out.cpu().nan_to_num(0.5), wanted.nan_to_num(0.5))

@@ -46,9 +46,9 @@ INTERPRETED_CASES = 4
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--all-interpreted", action="store_true", help="run every case on interpreted Triton"
-    )
-
+        "--all", action="store_true",
+        help="leave nothing out: every case on interpreted Triton, every CUDA file compiled anew",
+    )  # fmt: skip
     parser.addoption(
         "--full-size", action="store_true", help="run cases past 2^31 elements at their full size"
     )
@@ -156,7 +156,7 @@ def pytest_collection_modifyitems(config, items):
         if config.option.markexpr == "gpu":  # so that a time limit cuts the least informative
             items.sort(key=lambda item: 2 if item in surplus else named_backend(item)[0] != "cuda")
         return
-    if not config.getoption("--all-interpreted"):
+    if not config.getoption("--all"):
         items[:] = [item for item in items if item not in surplus]
         config.hook.pytest_deselected(items=list(surplus))
 

@@ -4,12 +4,18 @@ shared memory, threads of a block, instructions.
 Each .cu file is compiled for the architectures of tests/cuda_resources.json. sm_90 and sm_100 are
 made from the PTX of compute_80, as a driver makes them from what the library carries for later
 GPUs; Hopper's own code is sm_90a. ``python tests/cuda_objects.py`` writes the table anew.
+
+The table says which sources it was made of, by their content. Where those are the sources at hand,
+and the compiler is the same, to compile them all again (eight minutes on two cores) would tell
+nothing new: :func:`resources` is the table then, and one file is compiled to see that the table can
+be believed. ``pytest --all`` compiles every file.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -73,32 +79,61 @@ def archs() -> tuple[str, ...]:
     return ("sm_80", "sm_90", "sm_90a", *(["sm_100"] if "sm_100\n" in out else []))
 
 
-@functools.cache
-def objects() -> dict[str, Path]:
-    """Source → its object with the code of every architecture; ninja makes what changed."""
+def flags() -> list[str]:
     from_ptx = ",".join(arch for arch in archs() if arch != "sm_90a")
-    flags = [
-        *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DFT_CUDA", f"-I{ROOT / 'csrc'}"),
+    return [
+        *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DFT_CUDA"),
         f"-gencode=arch=compute_80,code=[{from_ptx}]",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-Werror=all-warnings",
     ]
+
+
+def read_with_includes(source: Path, seen: dict[Path, bytes]) -> None:
+    """Adds a file and all of csrc that it includes to ``seen``."""
+    if source in seen:
+        return
+    seen[source] = source.read_bytes()
+    for name in re.findall(rb'^\s*#\s*include "([^"]+)"', seen[source], re.M):
+        for folder in (ROOT / "csrc", source.parent):
+            path = folder / name.decode()
+            if path.exists():
+                read_with_includes(path, seen)
+                break
+
+
+def content() -> str:
+    """What the table depends on: the compiler, how it is called, every file that it reads."""
+    seen: dict[Path, bytes] = {}
+    for source in SOURCES:
+        read_with_includes(source, seen)
+    found = hashlib.sha256(" ".join([nvcc_version(), *flags()]).encode())
+    for path in sorted(seen):
+        found.update(f"{path.relative_to(ROOT)} {len(seen[path])}\n".encode() + seen[path])
+    return found.hexdigest()
+
+
+@functools.cache
+def objects(only: str | None = None) -> dict[str, Path]:
+    """Source → its object with the code of every architecture; ninja makes what changed."""
+    options = [*flags(), f"-I{ROOT / 'csrc'}"]
     BUILD.mkdir(parents=True, exist_ok=True)
     names = {str(s.relative_to(ROOT / "csrc/cuda")): s for s in SOURCES}
     made = {name: name.replace("/", ".")[:-3] + ".o" for name in names}
     lines = [
         "rule nvcc",
-        f"  command = {NVCC} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {NVCC} {' '.join(options)} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         *(f"build {made[name]}: nvcc {names[name]}" for name in names),
         "",
     ]
     (BUILD / "build.ninja").write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD), "-j", "2"],
-                          capture_output=True, text=True)  # fmt: skip
+    wanted = {name: object for name, object in made.items() if only in (None, name)}
+    ninja = [sys.executable, "-m", "ninja", "-C", str(BUILD), "-j", "2"]
+    done = subprocess.run([*ninja, *wanted.values()], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {name: BUILD / made[name] for name in names}
+    return {name: BUILD / object for name, object in wanted.items()}
 
 
 def dump(path: Path, arch: str, option: str) -> str:
@@ -155,21 +190,25 @@ def resources_of(path: Path, arch: str) -> dict[str, dict[str, int]]:
 
 
 @functools.cache
-def resources() -> dict[str, dict[str, dict[str, int]]]:
+def compiled(only: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
     """Architecture → kernel → registers, spills (bytes of stack), static shared memory, the largest
-    block, code."""
+    block, code; of every source or of one."""
     table: dict[str, dict[str, dict[str, int]]] = {arch: {} for arch in archs()}
-    jobs = [(path, arch) for path in objects().values() for arch in archs()]
+    jobs = [(path, arch) for path in objects(only).values() for arch in archs()]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for (_, arch), rows in zip(jobs, pool.map(lambda job: resources_of(*job), jobs)):
             table[arch] |= rows
     return table
 
 
+def is_of_these_sources(table: dict) -> bool:
+    return table["content"] == content()
+
+
 if __name__ == "__main__":
     assert not missing(), missing()
-    table: dict = {"nvcc": nvcc_version()}
-    table |= {arch: dict(sorted(kernels.items())) for arch, kernels in resources().items()}
+    table: dict = {"nvcc": nvcc_version(), "content": content()}
+    table |= {arch: dict(sorted(kernels.items())) for arch, kernels in compiled().items()}
     text = json.dumps(table, indent=1)
     one_line = re.compile(r"\{\s+(\"registers\".*?)\s+\}", re.S)  # a kernel's entry
     text = one_line.sub(lambda m: "{" + " ".join(m[1].split()) + "}", text)

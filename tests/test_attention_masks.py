@@ -172,8 +172,8 @@ def test_nan_stays_in_its_row(on, poison):
 @pytest.mark.parametrize("length", [65, 97, 704, 832])
 def test_b09_gradient_with_a_very_small_lse(on, length):
     """pytorch/pytorch#196678"""
-    if on in slow_interpreter and length > 100:
-        pytest.skip("slow in the interpreter")
+    if length > 100 and (on == "simt" or on in slow_interpreter):
+        pytest.skip("slow there, and 65 and 97 keys fill a last tile in part too")
     tensors = [x * 0.1 for x in inputs(1, 1, 1, length, length, 64)]
 
     def gradients(**options):

@@ -166,7 +166,7 @@ def test_a_test_that_names_an_operation_and_runs_another_fails(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(tmp_path), "-q", "-p", "no:cacheprovider", "-p",
          "no:xdist", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path),
-         "--all-interpreted", "--results", str(results)],
+         "--all", "--results", str(results)],
         capture_output=True, text=True, cwd=tmp_path,
         env={**outside_pytest(), "PYTHONPATH": str(ROOT / "tests")},
     )  # fmt: skip

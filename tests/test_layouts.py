@@ -334,7 +334,7 @@ def test_16_bits_equal_to_contiguous_copies(case: Case, backend: On):
 @pairs("torch", *CPU[:-1], *(on for on in RUNNABLE if not on.startswith(("cpu", "torch"))))
 def test_some_equal_to_contiguous_copies(case: Case, backend: On, request):
     """Elsewhere the front is the same: every argument strided, and each in a layout of its own."""
-    if request.config.getoption("--all-interpreted"):
+    if request.config.getoption("--all"):
         with running_on(backend):
             assert not compared(case, backend)[1]
         return

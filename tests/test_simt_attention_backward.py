@@ -48,14 +48,13 @@ def test_edges_of_tiles(dim, dtype):
 @dtypes
 @pytest.mark.parametrize("dim", [16, 64, 100, 256])
 def test_grid_and_shared_memory_change_no_bit(dim, dtype):
-    tensors = inputs(2, 4, 2, 70, 90, dim, dtype=dtype)
+    tensors = inputs(1, 4, 2, 70, 90, dim, dtype=dtype)
     bias, sinks = torch.randn(4, 1, 90), torch.randn(4)
     for options in (
         dict(is_causal=True),
         dict(is_causal=True, bias=bias, sinks=sinks, softcap=2.0, window=(40, 3)),
     ):
         want = gradients(tensors, **options)
-        assert equal(gradients(tensors, **options), want)
         for limits in (
             dict(grid=1),
             dict(grid=3),
@@ -93,9 +92,10 @@ def test_d_bias_over_tiles(shape, dtype):
     """More tiles than one in each direction, parts, and positions that leave tiles out."""
     bias = torch.randn(shape)
     tensors = inputs(2, 4, 2, 70, 150, 16, 70, dtype)
-    if shape == (1, 1, 1, 1):  # it moves every lse by as much, and no output
+    if shape[1:] == (1, 1, 1):  # it moves every lse by as much, and no output
         (grad,) = gradients(tensors, bias=bias)[3:]
-        torch.testing.assert_close(grad, torch.full(shape, 2.0 * 4 * 70), rtol=1e-3, atol=0)
+        rows = 2 / shape[0] * 4 * 70
+        torch.testing.assert_close(grad, torch.full(shape, rows), rtol=1e-3, atol=0)
         return
     compare("simt", tensors, bias=bias, is_causal=True, causal_alignment="bottom_right")
     compare("simt", tensors, bias=bias, key_lengths=torch.tensor([100, 0]), window=(30, 9))

@@ -16,6 +16,7 @@ from fasttransformer.benchmarks._shared import OURS, Case
 from fasttransformer.benchmarks.clock import time_in_turns, timing_of
 from fasttransformer.cli import bench, check, explain, info
 from fasttransformer.cli.cases import CHECKS, Check
+from fasttransformer.models.data import __main__ as data_files
 
 COMMANDS = (
     "info", "explain", "check", "bench", "demo", "train", "evaluate",
@@ -76,6 +77,8 @@ def test_help_names_every_command(out):
         ("check", "nonsense"),
         ("check", "--backend", "nonsense"),
         ("check", "--backend", "cpu:nonsense"),
+        ("train",),
+        ("info", "nonsense"),
         ("bench", "nonsense"),
         ("bench", "--seconds", "-1"),
         ("bench", "--filter", "no case has this name"),
@@ -87,7 +90,54 @@ def test_bad_use_is_2_and_says_so_in_a_line(arguments, err):
     assert run(*arguments) == 2
     text = err()
     assert "Traceback" not in text
-    assert text.strip().splitlines()[-1].startswith("fasttransformer")
+    assert text.startswith("fasttransformer") and len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (("summarise",), "summarize"),
+        (("train", "--task", "summary"), "summarize"),
+        (("evaluate", "--task", "classification"), "classify"),
+        (("train", "--task", "classify", "--positions", "rotry"), "rotary"),
+        (("train", "--task", "classify", "--encoder", "mini-lm"), "minilm"),
+        (("train", "--task", "answer", "--answers", "txt"), "text"),
+        (("train", *("--task classify --data x --out x --stpes 3".split())), "--steps"),
+        (("explain", "softmx", "--shape", "2,3"), "softmax"),
+        (("explain", "softmax", "--shape", "2,3", "--dtype", "flaot32"), "float32"),
+        (("explain", "softmax", "--shape", "2,3", "--backend", "cup"), "cpu"),
+        (("check", "atention"), "attention"),
+        (("check", "--backend", "tritn"), "triton"),
+        (("check", "--backend", "cpu:avx-512"), "cpu:avx512"),
+        (("bench", "linear_ad"), "linear_add"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_a_misspelt_word_is_answered_in_a_line_with_the_nearest(arguments, nearest, err):
+    assert run(*arguments) == 2
+    (line,) = err().splitlines()
+    assert f"did you mean {nearest}?" in line
+
+
+def test_all_tasks_are_named_where_one_is_misspelt(err):
+    assert run("train", "--task", "summary") == 2
+    assert "'summary' is not one of summarize, translate, answer, generate, classify" in err()
+
+
+def test_the_maker_of_records_too_answers_in_a_line(err):
+    with pytest.raises(SystemExit) as left:
+        data_files.main(["clasify", "--out", "x"])
+    assert left.value.code == 2
+    (line,) = err().splitlines()
+    assert "did you mean classify?" in line
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "vulkan"])
+def test_a_device_that_is_not_here(device, err, tmp_path):
+    asked = ("--data", "none", "--out", str(tmp_path / "out"), "--device", device)
+    assert run("train", "--task", "classify", *asked) == 2
+    (line,) = err().splitlines()
+    assert "--device" in line and device in line
 
 
 def test_a_backend_that_does_not_exist_in_the_environment(err, monkeypatch):
@@ -103,6 +153,7 @@ def test_info_as_text_and_as_json(out):
     assert run("info") == 0
     text = out()
     assert torch.__version__ in text and "softmax" in text
+    assert "fasttransformer info" not in text  # its reader is there already
     assert run("info", "--json") == 0
     facts = json.loads(out())
     assert set(facts["backends"]) == set(NAMES)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from .._arguments import Parser, not_one_of
 from ..backends import NAMES
 from . import bench, check, demo, evaluate, explain, info, texts, train
 from ._output import UsageError
@@ -20,7 +21,7 @@ COMMANDS = (info, explain, check, bench, demo, train, evaluate, texts)
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="fasttransformer",
         description="Fused Transformer kernels for PyTorch: what runs here, whether it is right, "
         "how fast it is.",
@@ -42,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         forced = os.environ.get("FASTTRANSFORMER_BACKEND") or NAMES[0]
         if forced not in NAMES:
-            raise UsageError(
-                f"FASTTRANSFORMER_BACKEND: {forced!r} is not one of {', '.join(NAMES)}"
-            )
+            raise UsageError(f"FASTTRANSFORMER_BACKEND: {not_one_of(forced, NAMES)}")
         return args.run(args)
     except UsageError as error:
         print(f"fasttransformer {args.command}: {error}", file=sys.stderr)

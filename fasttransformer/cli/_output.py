@@ -14,11 +14,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .._arguments import not_one_of
+
 __all__ = [
     "DTYPES",
     "UsageError",
     "command",
     "console",
+    "device_of",
     "dtype_of",
     "escape",
     "positive",
@@ -119,8 +122,16 @@ def positive(text: str) -> int:
 def dtype_of(text: str) -> torch.dtype:
     """An argparse type: "bf16" or "bfloat16" → torch.bfloat16."""
     if text.removeprefix("torch.") not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DTYPES)}")
+        raise argparse.ArgumentTypeError(not_one_of(text, DTYPES))
     return DTYPES[text.removeprefix("torch.")]
+
+
+def device_of(text: str) -> str:
+    """An argparse type: "cpu", "cuda:1", …, if torch knows it."""
+    try:
+        return str(torch.device(text))
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device like cpu or cuda:0") from None
 
 
 def command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

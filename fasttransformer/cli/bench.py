@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import benchmarks
+from .._arguments import not_one_of
 from ..backends import backends
 from ..benchmarks import compare, memory, record, report, runner
 from ..benchmarks._shared import OURS, Case, environment, keep_allocations
@@ -34,7 +35,7 @@ def _cases(args: argparse.Namespace) -> dict[str, list[Case]]:
     known = operations()
     for op in args.ops:
         if op not in known:
-            raise UsageError(f"{op!r} has no benchmark; there are: {', '.join(known)}")
+            raise UsageError(not_one_of(op, known))
     found: dict[str, list[Case]] = {}
     for op in args.ops or known:
         module = importlib.import_module(f"fasttransformer.benchmarks.bench_{op}")

@@ -19,8 +19,10 @@ from torch import Tensor
 import fasttransformer as ft
 
 from .. import reference
+from .._arguments import not_one_of
 from .._contract import (
     DRAWS,
+    ISAS,
     Comparison,
     compare_runs,
     device_of,
@@ -29,7 +31,7 @@ from .._contract import (
     runnable,
     running_on,
 )
-from ..backends import TABLE, backends
+from ..backends import NAMES, TABLE, backends
 from ._output import UsageError, command, console, escape, print_json, progress, table
 from .cases import CHECKS, Check
 
@@ -161,13 +163,18 @@ def _chosen(args: argparse.Namespace) -> tuple[list[Check], list[str]]:
     ops = {case.op for case in CHECKS}
     for op in args.ops:
         if op not in ops:
-            raise UsageError(f"{op!r} is not one of {', '.join(sorted(ops))}")
+            raise UsageError(not_one_of(op, sorted(ops)))
     on = runnable()
     if args.backend:
         on = [name for name in on if name.split(":")[0] == args.backend or name == args.backend]
         if not on:
-            reason = backends().get(args.backend)
-            raise UsageError(f"--backend {args.backend}: {reason or 'there is no such backend'}")
+            known = (*NAMES, *(f"cpu:{isa}" for isa in ISAS))
+            if args.backend not in known:
+                raise UsageError(f"--backend: {not_one_of(args.backend, known)}")
+            reason = backends()[args.backend.split(":")[0]]
+            raise UsageError(
+                f"--backend {args.backend}: {reason or 'this CPU or this build lacks it'}"
+            )
     return [case for case in CHECKS if not args.ops or case.op in args.ops], on
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import fasttransformer as ft
 
+from .._arguments import not_one_of
 from ..backends import ALIASES, COMPOSED, NAMES, TABLE, Explanation
-from ._output import UsageError, command, dtype_of, print_json, shape_of
+from ._output import UsageError, command, device_of, dtype_of, print_json, shape_of
 
 
 class _Arguments:
@@ -204,9 +205,7 @@ FAMILIES: dict[str, _Family] = {
 
 def _explain(args: argparse.Namespace) -> Explanation:
     if args.op not in TABLE and args.op not in ALIASES:
-        raise UsageError(
-            f"{args.op!r} is not an operation; it is one of {', '.join([*TABLE, *ALIASES])}"
-        )
+        raise UsageError(not_one_of(args.op, [*TABLE, *ALIASES]))
     if list(TABLE[ALIASES.get(args.op, args.op)]) == ["torch"]:
         return Explanation(args.op, "any arguments", "torch", (("others", "no kernel yet"),))
     if args.op in COMPOSED:
@@ -272,7 +271,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--shape", type=shape_of, metavar="N,N,…", help="the (first) input's shape")
     parser.add_argument("--dtype", type=dtype_of, default=torch.float32,
                         help="float32 (default), float16, bfloat16, float64")  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
+    parser.add_argument("--device", type=device_of, default="cpu", help="cpu (default), cuda, …")
     parser.add_argument("--grad", action="store_true", help="a gradient is needed")
     parser.add_argument("--backend", choices=NAMES, help="force one")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")

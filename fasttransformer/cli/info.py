@@ -38,9 +38,9 @@ def hint(backend: str, reason: str) -> str | None:
     if backend == "cuda" and "not built" in reason:
         if torch.version.cuda is None:
             return (
-                "it needs an NVIDIA GPU, the CUDA toolkit 12.4 or later (nvcc) and a CUDA build of "
-                f"torch (this one, {torch.__version__}, has no CUDA); then, in the source folder: "
-                f"{_REBUILD}"
+                "on a machine with an NVIDIA GPU, install the CUDA toolkit 12.4 or later (nvcc) "
+                f"and a CUDA build of torch (this one, {torch.__version__}, has no CUDA); then, in "
+                f"the source folder: {_REBUILD}"
             )
         return (
             f"install the CUDA toolkit 12.4 or later (nvcc); then, in the source folder: {_REBUILD}"
@@ -133,7 +133,7 @@ def gather() -> dict[str, Any]:
 def show(facts: dict[str, Any]) -> None:
     out = console()
     machine = facts["machine"]
-    memory = machine["memory_bytes"]
+    memory, isa = machine["memory_bytes"], facts["instruction_set"]
     rows = [
         ("fasttransformer", facts["fasttransformer"]),
         ("torch", f"{facts['torch']} (Python {facts['python']})"),
@@ -142,8 +142,8 @@ def show(facts: dict[str, Any]) -> None:
         ("CPU", f"{machine['cpu']}, {machine['cores']} cores"
                 + (f", {memory / 2**30:.0f} GiB" if memory else "")),
         ("CPU features", " ".join(machine["features"]) or "unknown"),
-        ("instruction set", facts["instruction_set"] or "the C++ library is not available"),
-        ("threads", f"{facts['threads']} (torch.set_num_threads, OMP_NUM_THREADS)"),
+        ("CPU kernels", f"those for {isa}" if isa else "none, see Backends below"),
+        ("threads", f"{facts['threads']} (torch.set_num_threads or OMP_NUM_THREADS changes it)"),
         ("GPU", ", ".join(machine["gpus"]) or "none that torch sees"),
     ]  # fmt: skip
     library = facts["cuda_library"]
@@ -169,6 +169,7 @@ def show(facts: dict[str, Any]) -> None:
     out.print(body)
 
     out.print("\n[bold]Operations and the backends that can run them here[/]")
+    out.print("[dim]`fasttransformer explain` says which of them runs a given call, and why[/]")
     body = table()
     for op, names in facts["operations"].items():
         body.add_row(op, ", ".join(names))

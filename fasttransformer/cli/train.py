@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ._output import UsageError, command, console, escape, print_json, progress, table
+from ._output import UsageError, command, console, device_of, escape, print_json, progress, table
 
 TASKS = ("summarize", "translate", "answer", "generate", "classify")
 #: option → help; its type is that of TrainingOptions' field.
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
             options = TrainingOptions(**saved.options).resumed(given)
         else:
             options = TrainingOptions(**given)
-        if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device: torch sees no GPU here")
+        _check_device(options.device)
         task = task_of(options.task, options.answers, options.encoder)
         records = read_records(args.data, task.fields, task.problem)
         evaluation = None
@@ -102,6 +101,14 @@ def run(args: argparse.Namespace) -> int:
         _draw(result, out)
         _show(result, out, args.json)
     return 0
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch's, by device
+        why = str(error).splitlines()[0].split(". ")[0]
+        raise UsageError(f"--device: torch can't use {name} here: {why}") from None
 
 
 class _Shown:
@@ -215,9 +222,10 @@ def add_parser(commands: Any) -> None:
     for name, text in OPTIONS.items():
         default = defaults[name]
         kind = int if default is None else type(default)
+        parse = device_of if name == "device" else kind
         shown = text if default is None or name == "device" else f"{text} ({default})"
         parser.add_argument(
-            f"--{name.replace('_', '-')}", dest=name, type=kind, default=argparse.SUPPRESS,
+            f"--{name.replace('_', '-')}", dest=name, type=parse, default=argparse.SUPPRESS,
             metavar={int: "N", float: "X"}.get(kind, "NAME"), help=shown,
         )  # fmt: skip
     parser.add_argument(

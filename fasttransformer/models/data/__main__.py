@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..._arguments import Parser
 from ..tokenizer import write_atomically
 from . import phrases, questions, sentiment, summaries
 from .records import Record, write_records
@@ -27,7 +27,7 @@ MAKERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the files and returns 0, or 2 where they can't be written."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fasttransformer.models.data",
         description="Writes records for a task, made from Python's own documentation or by rule; "
         "what options are chosen by, dev, and what is held out share nothing with one another or "

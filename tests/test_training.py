@@ -127,8 +127,22 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     assert written["metrics"] == result.metrics and written["options"]["steps"] == 60
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows == result.log
-    curves.draw(result.log, tmp_path / "curves.png")
+    curves.draw(result.log, tmp_path / "curves.png", task_of("translate"))
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("task", "unit"),
+    [("classify", "text"), ("answer", "question"), ("translate", "token"), ("generate", "token")],
+)
+@pytest.mark.parametrize(("steps", "shown"), [(3, "each step"), (200, "mean of 4 steps")])
+def test_the_picture_says_what_it_shows(task, unit, steps, shown):
+    log = [{"step": i + 1, "loss": 1.0 / (i + 1), "rate": 0.1} for i in range(steps)]
+    log.append({"step": steps, "eval_loss": 9.0})
+    losses = curves.figure_of(log, task_of(task)).axes[0]
+    assert losses.get_ylabel() == f"loss per {unit}, nats" and task in losses.get_title()
+    assert losses.get_legend().get_texts()[0].get_text() == f"training, {shown}"
+    assert losses.get_ylim()[1] > 9.0, "the evaluation is above the picture"
 
 
 def test_the_seed_decides_all(tmp_path):

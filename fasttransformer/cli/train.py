@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"--out: {out} can't be written: {error.strerror}") from None
     if int(os.environ.get("RANK", "0")) == 0:
-        _draw(result, out)
+        _draw(result, out, task)
         _show(result, out, args.json)
     return 0
 
@@ -143,11 +143,11 @@ class _Shown:
         self.bar.update(self.task, completed=step, description=f"loss {self.loss:.3f}")
 
 
-def _draw(result: Any, out: Path) -> None:
+def _draw(result: Any, out: Path, task: Any) -> None:
     from ..models.training.curves import draw
 
     try:
-        draw(result.log, out / "curves.png")
+        draw(result.log, out / "curves.png", task)
     except ImportError:
         print("no curves: matplotlib is not installed", file=sys.stderr)
 

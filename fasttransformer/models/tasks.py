@@ -54,11 +54,13 @@ class Task:
         name: as on the command line.
         fields: of its records.
         models: classes of model that can do it.
+        loss_unit: what the loss is a mean over.
     """
 
     name: str
     fields: tuple[str, ...]
     models: tuple[type[TextModel], ...]
+    loss_unit: str = "token"
 
     def problem(self, record: Record) -> str | None:
         """What is wrong with a record whose fields are strings, None if nothing is."""
@@ -234,6 +236,7 @@ class AnswerSpan(Task):
 
     name, fields = "answer", FIELDS["answer"]
     models: tuple[type[TextModel], ...] = (SpanModel,)
+    loss_unit = "question"
 
     def problem(self, record: Record) -> str | None:
         if record["answer"] in record["context"]:
@@ -303,6 +306,7 @@ class Classify(Task):
 
     name, fields = "classify", FIELDS["classify"]
     models: tuple[type[TextModel], ...] = (TextClassifier, MiniLMClassifier)
+    loss_unit = "text"
 
     def check(self, records: Sequence[Record]) -> str | None:
         labels = {record["label"] for record in records}

@@ -145,6 +145,16 @@ def test_the_picture_says_what_it_shows(task, unit, steps, shown):
     assert losses.get_ylim()[1] > 9.0, "the evaluation is above the picture"
 
 
+def test_the_word_at_the_best_evaluation_is_inside_the_picture():
+    log = [{"step": i + 1, "loss": 1.0, "rate": 0.1} for i in range(300)]
+    log += [{"step": 10, "eval_loss": 1.0}, {"step": 300, "eval_loss": 2.0}]
+    picture = curves.figure_of(log, task_of("translate"))
+    picture.draw_without_rendering()
+    losses = picture.axes[0]
+    (word,) = losses.texts
+    assert word.get_window_extent().x0 > losses.get_window_extent().x0
+
+
 def test_the_seed_decides_all(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(task_of("translate"), PAIRS, tmp_path / name, options(seed=seed))

@@ -60,7 +60,7 @@ def figure_of(log: Sequence[dict[str, float]], task: Task) -> Any:
         above.annotate(
             f"best {best['eval_loss']:.3f}, step {best['step']:.0f}",
             (best["step"], best["eval_loss"]), xytext=(0, 10), textcoords="offset points",
-            ha="right", color=_EVALUATION,
+            ha="right" if 2 * best["step"] > at[-1] else "left", color=_EVALUATION,
         )  # fmt: skip
     # The first steps' losses would press all others into a band. Evaluations are all seen: those
     # of a model that learns its training data by heart rise.
@@ -69,7 +69,7 @@ def figure_of(log: Sequence[dict[str, float]], task: Task) -> Any:
     above.set_title(f"{task.name}: training")
     above.set_ylabel(f"loss per {task.loss_unit}, nats")
     above.legend(frameon=False)
-    below.plot(at, [row["rate"] for row in steps], color=_QUIET)
+    below.plot(at, [row["rate"] for row in steps], color=_QUIET, marker=alone, markersize=3)
     below.set_ylabel("learning rate")
     below.set_xlabel("step")
     for axes in (above, below):

@@ -89,7 +89,7 @@ class Kernel:
             if missing:
                 return f"no backward with {' or '.join(missing)} in this kernel yet"
             if self.backward is None and not self.backward_from:
-                return "the library that is installed does not implement its backward"
+                return "it has no backward kernel for this operation"
             rows = ((op, TABLE[op].get(self.backend)) for op in self.backward_from)
             missing = [op for op, kernel in rows if kernel is None or kernel.backward is None]
             if missing:

@@ -90,7 +90,7 @@ def test_a_kernel_whose_own_backward_is_not_there(without_backward):
     without_backward("softmax")
     x = torch.randn(3, 4, requires_grad=True)
     assert ft.explain("softmax", x.detach()).backend == "cpu"
-    assert "does not implement its backward" in str(ft.explain("softmax", x))
+    assert "has no backward kernel" in str(ft.explain("softmax", x))
     assert torch.autograd.grad(ft.softmax(x).square().sum(), x)[0].isfinite().all()
 
 

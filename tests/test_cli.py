@@ -5,11 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import types
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fasttransformer import cli, reference
+import fasttransformer as ft
+from fasttransformer import cli, ops, reference
+from fasttransformer._contract import runnable
 from fasttransformer.backends import ALIASES, COMPOSED, NAMES, TABLE, backends
 from fasttransformer.benchmarks import minilm, runner
 from fasttransformer.benchmarks._shared import OURS, Case
@@ -235,8 +239,88 @@ def test_explain_knows_every_operation_that_has_kernels():
 # ---- check --------------------------------------------------------------------------------------
 
 
-def test_check_has_a_case_for_every_operation():
-    assert {case.op for case in CHECKS} >= set(TABLE) - {"attention_decode"}
+class _Called:
+    """The reference, with the names of what is called."""
+
+    def __init__(self):
+        self.names = set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(reference, name)
+
+
+def test_check_calls_every_public_operation():
+    called = _Called()
+    for case in CHECKS:
+        inputs = [torch.ones(shape) for shape in case.shapes()]
+        assert isinstance(case.call(called, *inputs), torch.Tensor | tuple), case
+    assert called.names == {*TABLE, *ALIASES, "KVCache"} == set(ops.__all__)
+
+
+def test_check_runs_every_operation_on_every_backend_of_its_row(monkeypatch):
+    """What has no kernel is not left out in silence either: the table has a – in its place."""
+    ran = check.Result("", "", "", "", "ok")
+    monkeypatch.setattr(check, "_Yardstick", lambda case, dtype: None)
+    monkeypatch.setattr(
+        check, "_check_on", lambda on, case, *rest: replace(ran, op=case.op, backend=on)
+    )
+    on = ["torch", "triton", "cuda", "cpu:portable", "cpu:amx"]
+    results = [result for _, found in check.check(list(CHECKS), on) for result in found]
+    for op, row in TABLE.items():
+        wanted = {name for name in on if name.split(":")[0] in row}
+        assert {result.backend for result in results if result.op == op} == wanted, op
+
+
+def test_check_says_what_it_can_not_run_here(out, monkeypatch):
+    monkeypatch.setattr(check, "runnable", lambda: ["torch", "cpu:avx2"])
+    monkeypatch.setattr(check, "backends", lambda: {**dict.fromkeys(NAMES), "cuda": "no GPU"})
+    assert run("check", "rms_norm", "--json") == 0
+    missing = json.loads(out())["missing"]
+    assert missing.keys() == {
+        "cuda", "triton", "cpu:portable", "cpu:avx512", "cpu:avx512_bf16", "cpu:amx"
+    }  # fmt: skip
+    assert missing["cuda"] == "no GPU" and "lacks it" in missing["cpu:amx"]
+    assert run("check", "rms_norm") == 0
+    assert "not checked: cuda, no GPU" in out()
+    assert run("check", "rms_norm", "--backend", "torch") == 0  # nothing else was asked for
+    assert "not checked" not in out()
+
+
+@pytest.mark.parametrize("on", [on for on in runnable() if on != "triton"])
+def test_check_attention_decode(on, out):
+    """Outputs, and what is in the cache after the step; gradients where there is a backward."""
+    assert run("check", "attention_decode", "--backend", on, "--json") == 0
+    found = json.loads(out())["results"]
+    assert len(found) == 9 and all(result["status"] == "ok" for result in found)
+    assert all(0 < result["worst"] <= 1 for result in found)
+    assert all(("outputs only" in result["note"]) == (on != "torch") for result in found)
+
+
+@pytest.mark.parametrize("output", ["keys", "indices"])
+def test_check_finds_a_token_in_the_wrong_place(output, out, monkeypatch):
+    """The outputs that are no result of arithmetic: a cache's content, and indices."""
+    wrong = types.SimpleNamespace(**{name: getattr(ft, name) for name in ops.__all__})
+    if output == "keys":
+        append = ft.KVCache.append
+
+        class Shifted(ft.KVCache):
+            def append(self, layer, new_key, new_value):
+                append(self, layer, new_key, new_value)
+                self.keys[..., 0] += 0.01
+
+        wrong.KVCache = Shifted
+    else:
+
+        def linear_topk(*args, **options):
+            values, indices = ft.linear_topk(*args, **options)
+            return values, indices.flip(-1)
+
+        wrong.linear_topk = linear_topk
+    monkeypatch.setattr(check, "ft", wrong)
+    op = "attention_decode" if output == "keys" else "linear_topk"
+    assert run("check", op, "--backend", "torch") == 1
+    assert "finding" in out()
 
 
 def test_check_one_operation(out):

@@ -51,9 +51,29 @@ def _slopes(like: Tensor, heads: int) -> Tensor:
     return (0.5 ** torch.arange(1.0, heads + 1)).to(like.device)
 
 
+def _decode(ops: Any, new: tuple[Tensor, ...], held: tuple[Tensor, ...], **options: Any) -> Any:
+    """One step over a cache of 70 positions whose samples differ in length, and what is in the
+    cache after it. ``new`` are a query, and keys and values to append, if there are any."""
+    keys, values = (x.detach()[None].clone() for x in held)
+    lengths = torch.tensor([[61, 17]], dtype=torch.int32, device=keys.device)
+    cache = ops.KVCache(keys, values, lengths)
+    query, *appended = new
+    options.update(zip(("new_key", "new_value"), appended))
+    out, lse = ops.attention_decode(query, cache, return_lse=True, **options)
+    return out, lse, cache.keys, cache.values, cache.lengths.to(out.dtype)
+
+
+def _topk(ops: Any, x: Tensor, weight: Tensor) -> Any:
+    """The probabilities, and the logits that the indices point to."""
+    values, indices = ops.linear_topk(x, weight, k=5)
+    logits = x.detach().double() @ weight.detach().double().mT
+    return values, logits.gather(1, indices).to(values.dtype)
+
+
 # Sizes are chosen to be no multiple of any vector or tile, and to leave more than one tile where
 # that takes no long time; three or four of anything are enough to tell a stride from another.
 QKV = "2,4,37,24 2,2,70,24 2,2,70,24"  # grouped heads, S ≠ T
+CACHED = "2,2,70,24 2,2,70,16"  # the keys and values of a cache, of grouped heads
 WIDE_V = "1,2,19,40 1,2,33,40 1,2,33,17"  # value head size ≠ query head size
 
 CHECKS: tuple[Check, ...] = (
@@ -183,6 +203,28 @@ CHECKS: tuple[Check, ...] = (
         ),
     ),
     Check(
+        "attention_decode",
+        "one token",
+        f"2,4,1,24 2,2,1,24 2,2,1,16 {CACHED}",
+        lambda ops, q, k, v, *held: _decode(ops, (q, k, v), held),
+    ),
+    Check(
+        "attention_decode",
+        "several tokens, window, softcap, sinks",
+        f"2,4,5,24 2,2,5,24 2,2,5,16 {CACHED} 4",
+        lambda ops, q, k, v, *held: _decode(
+            ops, (q, k, v), held[:2], window=(9, 0), softcap=5.0, sinks=held[2].detach()
+        ),
+    ),
+    Check(
+        "attention_decode",
+        "rotary, mask, nothing new",
+        f"2,4,3,24 {CACHED}",
+        lambda ops, q, *held: _decode(
+            ops, (q,), held, rotary=_angles(q, 70, 12), mask=_mask(q, 2, 1, 3, 70)
+        ),
+    ),
+    Check(
         "merge_attention",
         "three parts",
         "3,2,5,24 3,2,5",
@@ -214,7 +256,7 @@ CHECKS: tuple[Check, ...] = (
         "5,32 50,32 50",
         lambda ops, x, w, b: ops.linear_softmax(x, w, b, temperature=0.7),
     ),
-    Check("linear_topk", "k = 5", "5,32 50,32", lambda ops, x, w: ops.linear_topk(x, w, k=5)[0]),
+    Check("linear_topk", "k = 5", "5,32 50,32", _topk),
     Check(
         "embedding",
         "sinusoidal",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ def check(cases: list[Check], on: list[str]) -> Iterator[tuple[Check, list[Resul
         yield case, results
 
 
-def _show(results: list[Result], on: list[str], seconds: float) -> None:
+def _show(results: list[Result], on: list[str], missing: dict[str, str], seconds: float) -> None:
     out = console()
     by_cell: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
@@ -142,6 +142,8 @@ def _show(results: list[Result], on: list[str], seconds: float) -> None:
     }
     for op, backend, why in sorted(reasons):
         out.print(f"[dim]{op} on {backend}: {escape(why)}[/]")
+    for name, why in missing.items():
+        out.print(f"[dim]not checked: {name}, {escape(why)}[/]")
     ran = sum(result.status != "skipped" for result in results)
     word = "[green]no finding[/]"
     if findings:
@@ -159,6 +161,21 @@ def _cell(results: list[Result] | None) -> str:
     return f"[green]✓[/] {len(ran)} ({max(result.worst for result in ran):.2f})"
 
 
+#: What can be checked on one machine or another.
+_EVERYWHERE = (*NAMES, *(f"cpu:{isa}" for isa in ISAS))
+
+
+def _missing(on: Iterable[str]) -> dict[str, str]:
+    """What is not among ``on`` → why it can't run here; an instruction set where others can."""
+    here = {*on, *(name.split(":")[0] for name in on)}
+    reasons = backends()
+    return {
+        name: reasons[name.split(":")[0]] or "this CPU or this build lacks it"
+        for name in _EVERYWHERE
+        if name not in here and (":" not in name or reasons["cpu"] is None)
+    }
+
+
 def _chosen(args: argparse.Namespace) -> tuple[list[Check], list[str]]:
     ops = {case.op for case in CHECKS}
     for op in args.ops:
@@ -168,13 +185,9 @@ def _chosen(args: argparse.Namespace) -> tuple[list[Check], list[str]]:
     if args.backend:
         on = [name for name in on if name.split(":")[0] == args.backend or name == args.backend]
         if not on:
-            known = (*NAMES, *(f"cpu:{isa}" for isa in ISAS))
-            if args.backend not in known:
-                raise UsageError(f"--backend: {not_one_of(args.backend, known)}")
-            reason = backends()[args.backend.split(":")[0]]
-            raise UsageError(
-                f"--backend {args.backend}: {reason or 'this CPU or this build lacks it'}"
-            )
+            if args.backend not in _EVERYWHERE:
+                raise UsageError(f"--backend: {not_one_of(args.backend, _EVERYWHERE)}")
+            raise UsageError(f"--backend {args.backend}: {_missing(())[args.backend]}")
     return [case for case in CHECKS if not args.ops or case.op in args.ops], on
 
 
@@ -189,12 +202,13 @@ def run(args: argparse.Namespace) -> int:
             results += found
             bar.update(task, advance=1, description=f"{case.op}: {case.name}")
     seconds = time.monotonic() - start
+    missing = {} if args.backend else _missing(on)
     findings = sum(result.status == "finding" for result in results)
     if args.json:
-        print_json({"findings": findings, "seconds": seconds, "backends": on,
+        print_json({"findings": findings, "seconds": seconds, "backends": on, "missing": missing,
                     "results": [asdict(result) for result in results]})  # fmt: skip
     else:
-        _show(results, on, seconds)
+        _show(results, on, missing, seconds)
     return 1 if findings else 0
 
 

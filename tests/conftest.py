@@ -14,7 +14,7 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):
-        from interpreter import round_as_devices
+        from fasttransformer._interpreter import round_as_devices
 
         round_as_devices()
 

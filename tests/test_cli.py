@@ -287,6 +287,30 @@ def test_check_says_what_it_can_not_run_here(out, monkeypatch):
     assert "not checked" not in out()
 
 
+def test_check_names_an_operation_that_the_backend_has_no_kernel_for(out, monkeypatch):
+    monkeypatch.setattr(check, "runnable", lambda: ["triton"])
+    assert run("check", "merge_attention", "--backend", "triton") == 0
+    assert "merge_attention  –" in out()
+
+
+def test_check_holds_no_kernel_for_the_rounding_of_tritons_interpreter():
+    """A process of its own: in this one the interpreter rounds as devices do already."""
+    pytest.importorskip("triton")
+    code = (
+        "import sys, torch; from fasttransformer import cli; from fasttransformer.cli import check;"
+        "from triton.runtime import interpreter;"
+        "check.CHECKED_DTYPES = (torch.bfloat16,);"
+        "before = interpreter._convert_float;"
+        "found = cli.main(['check', 'feed_forward', '--backend', 'triton']);"
+        "sys.exit(found or 10 * (interpreter._convert_float is before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("on", [on for on in runnable() if on != "triton"])
 def test_check_attention_decode(on, out):
     """Outputs, and what is in the cache after the step; gradients where there is a backward."""

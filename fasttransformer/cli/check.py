@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,8 @@ from .._contract import (
     runnable,
     running_on,
 )
+from .._interpreter import round_as_devices
+from .._libraries import interpreted
 from ..backends import NAMES, TABLE, backends
 from ._output import UsageError, command, console, escape, print_json, progress, table
 from .cases import CHECKS, Check
@@ -115,13 +118,15 @@ def check(cases: list[Check], on: list[str]) -> Iterator[tuple[Check, list[Resul
         yield case, results
 
 
-def _show(results: list[Result], on: list[str], missing: dict[str, str], seconds: float) -> None:
+def _show(
+    ops: list[str], results: list[Result], on: list[str], missing: dict[str, str], seconds: float
+) -> None:
     out = console()
     by_cell: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         by_cell[result.op, result.backend].append(result)
     body = table("operation", *on)
-    for op in dict.fromkeys(result.op for result in results):
+    for op in ops:
         body.add_row(op, *[_cell(by_cell.get((op, name))) for name in on])
     out.print(body)
     out.print(
@@ -194,6 +199,10 @@ def _chosen(args: argparse.Namespace) -> tuple[list[Check], list[str]]:
 def run(args: argparse.Namespace) -> int:
     """1 on a finding."""
     cases, on = _chosen(args)
+    if "triton" in on and interpreted():
+        round_as_devices()
+        # NumPy's words on infinities and NaN, which devices compute without any.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     start = time.monotonic()
     results: list[Result] = []
     with progress() as bar:
@@ -208,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
         print_json({"findings": findings, "seconds": seconds, "backends": on, "missing": missing,
                     "results": [asdict(result) for result in results]})  # fmt: skip
     else:
-        _show(results, on, missing, seconds)
+        _show(list(dict.fromkeys(case.op for case in cases)), results, on, missing, seconds)
     return 1 if findings else 0
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter made to round as devices do.
+"""Triton's interpreter made to round as devices do, for ``fasttransformer check`` and the tests.
 
 Where compiled kernels round float32 to bfloat16 to the nearest, the interpreter (Triton 3.6 to 3.9)
 cuts the lower bits off, which is twice the error, and with one sign. ``round_as_devices`` puts the
@@ -7,18 +7,26 @@ device's rounding in its place; conversions between the two types are also ten t
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 
 def round_as_devices() -> None:
-    convert = interpreter._convert_float
-    if getattr(convert, "rounds", False):
+    """Holds for the whole process.
+
+    Raises:
+        ImportError: triton is not installed.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = getattr(interpreter, "_convert_float", None)
+    if convert is None or getattr(convert, "rounds", False):
         return
 
-    def rounding(data, source, target, mode):
+    def rounding(data: Any, source: Any, target: Any, mode: Any) -> Any:
         if source == tl.float32 and target == tl.bfloat16:
             numbers = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
             return numbers.to(torch.bfloat16).view(torch.uint16).numpy().reshape(data.shape)
@@ -26,5 +34,5 @@ def round_as_devices() -> None:
             return (data.astype(np.uint32) << 16).view(np.float32).reshape(data.shape)
         return convert(data, source, target, mode)
 
-    rounding.rounds = True
+    rounding.rounds = True  # type: ignore[attr-defined]
     interpreter._convert_float = rounding

@@ -97,7 +97,7 @@ def arch_problem(archs: list[str]) -> str | None:
     for arch in archs:
         form = re.fullmatch(r"(\d{2,3})[af]?", arch)
         if form is None:
-            return f"FASTTRANSFORMER_CUDA_ARCHS: {arch!r} is no architecture (write it like 80, 90a or 100f, with ; between)"  # noqa: E501
+            return f"FASTTRANSFORMER_CUDA_ARCHS: {arch!r} is not an architecture (write it like 80, 90a or 100f, with ; between)"  # noqa: E501
         if int(form[1]) < 80:
             return f"FASTTRANSFORMER_CUDA_ARCHS: {arch} is older than 80 (the kernels need bfloat16 and asynchronous copies; Triton may serve that GPU)"  # noqa: E501
         if known and form[1] not in known:

@@ -1,4 +1,5 @@
-"""What a call costs beside the kernel: operations on inputs so small that little else is left.
+"""What a call costs in addition to the kernel: operations on inputs so small that little
+else is left.
 
     python -m fasttransformer.benchmarks.overhead [OP ...] [--json FILE]
 
@@ -143,7 +144,7 @@ def measure(op: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what a call costs beside its kernel")
+    parser = argparse.ArgumentParser(description="what a call costs in addition to its kernel")
     parser.add_argument("ops", nargs="*", metavar="OP", help=", ".join(CALLS_OF))
     parser.add_argument("--json", metavar="FILE", help="write the times there, in µs")
     given = parser.parse_args()

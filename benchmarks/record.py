@@ -250,7 +250,7 @@ def load(path: str | Path) -> Run:
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     version = made.get("schema") if isinstance(made, dict) else None
     if version != SCHEMA:
         said = "no schema" if version is None else f"schema {version}"
@@ -258,4 +258,4 @@ def load(path: str | Path) -> Run:
     try:
         return of_json(made)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no benchmark of schema {SCHEMA}: {error!r}") from None
+        raise ValueError(f"{path} is not a benchmark of schema {SCHEMA}: {error!r}") from None

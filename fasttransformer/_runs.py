@@ -62,7 +62,7 @@ class Progress:
         own = sum(p.numel() * p.element_size() for p in model.parameters())
         self.bytes = (24 * numbers + 3 * own) if gradients else 8 * numbers + own
         if show and self.bytes >= 2**28:
-            self._print(f"takes about {self.bytes / 2**30:.1f} GB beside the model and activations")
+            self._print(f"takes about {self.bytes / 2**30:.1f} GB more than model and activations")
 
     def __call__(self, what: str) -> None:
         seconds = time.monotonic() - self.start

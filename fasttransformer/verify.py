@@ -240,7 +240,7 @@ def _verify(
         means: dict[str, Compared] = {}
         again = broken and all(entry.ok for entry in formula)  # else the answer is known
         for count in range(1, DRAWS + 1 if again else 0):
-            progress(f"{len(broken)} of {len(first)} drawn anew: {count} of at most {DRAWS}")
+            progress(f"{len(broken)} of {len(first)} drawn again: {count} of at most {DRAWS}")
             noise.move([narrow.module, wide.module], 8.0)
             for entry in draw(run(wide.original(), args, kwargs, gradients, torch.float64)):
                 if entry.name in broken:

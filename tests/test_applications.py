@@ -52,13 +52,13 @@ def run(*arguments):
     [
         (b"", "", "is empty; expected"),
         (b'{"text": "a", "label": "b"}\n\n{"text": "a", "label": "b"}\n', "line 2", "is blank"),
-        (b'{"text": "a", "label": "b"}\n{"text": "a"\n', "line 2", "is no JSON"),
+        (b'{"text": "a", "label": "b"}\n{"text": "a"\n', "line 2", "is not JSON"),
         (b'["a", "b"]\n', "line 1", "is a list, not an object"),
         (b'{"text": "a"}\n', "line 1", '"label" is missing'),
         (b'{"text": "a", "label": 3}\n', "line 1", '"label" is a number, not a string'),
         (b'{"text": "a", "label": null}\n', "line 1", '"label" is null'),
         (b'{"text": "\xff", "label": "b"}\n', "line 1", "is not UTF-8"),
-        (b"[" * 100_000 + b"\n", "line 1", "is no JSON"),
+        (b"[" * 100_000 + b"\n", "line 1", "is not JSON"),
     ],
     ids=["empty", "blank", "cut", "list", "missing", "number", "null", "bytes", "deep"],
 )

@@ -237,8 +237,9 @@ def test_a_run_survives_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("{", "is no JSON"), ("[]", "has no schema"), ('{"schema": 99}', "has schema 99; this version"),
-    ('{"schema": 1}', "is no benchmark of schema 1"),
+    ("{", "is not JSON"), ("[]", "has no schema"),
+    ('{"schema": 99}', "has schema 99; this version"),
+    ('{"schema": 1}', "is not a benchmark of schema 1"),
 ])  # fmt: skip
 def test_files_that_are_no_runs(tmp_path, text, said, capsys):
     file = tmp_path / "x.json"

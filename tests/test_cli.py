@@ -21,6 +21,7 @@ from fasttransformer.benchmarks.clock import time_in_turns, timing_of
 from fasttransformer.cli import bench, check, explain, info
 from fasttransformer.cli.cases import CHECKS, Check
 from fasttransformer.models.data import __main__ as data_files
+from fasttransformer.models.data import write_records
 
 COMMANDS = (
     "info", "explain", "check", "bench", "demo", "train", "evaluate",
@@ -148,6 +149,16 @@ def test_a_backend_that_does_not_exist_in_the_environment(err, monkeypatch):
     monkeypatch.setenv("FASTTRANSFORMER_BACKEND", "nonsense")
     assert run("info") == 2
     assert "FASTTRANSFORMER_BACKEND" in err()
+
+
+def test_a_warning_is_a_line_without_code(err, tmp_path):
+    records = [{"text": f"a {word} film " * 9, "label": word} for word in ("good", "bad")] * 10
+    write_records(tmp_path / "data.jsonl", records)
+    asked = ("--task", "classify", "--data", str(tmp_path / "data.jsonl"), "--steps", "1",
+             "--max-length", "8", "--embed-dim", "24", "--out", str(tmp_path / "out"))  # fmt: skip
+    assert run("train", *asked) == 0
+    lines = err().splitlines()
+    assert lines and all(line.startswith("fasttransformer train: warning: ") for line in lines)
 
 
 # ---- info, explain ------------------------------------------------------------------------------

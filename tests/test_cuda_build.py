@@ -235,7 +235,7 @@ def wants_cuda(tmp_path, monkeypatch, capsys):
         ("12.3", "1", "80", None, "12.3, which is too old (12.4 at least)"),
         ("12.4", "1", "75", None, "75 is older than 80"),
         ("12.4", "1", "80;100a", None, "does not know 100a; it knows 80, 90"),
-        ("12.4", "1", "sm_80", None, "'sm_80' is no architecture"),
+        ("12.4", "1", "sm_80", None, "'sm_80' is not an architecture"),
     ),
 )
 def test_setup_decides_and_says_why(wants_cuda, version, asked, archs, answer, message):

@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_an_error_that_names_both(tmp_path):
         changed(hidden_dim=33)
     with pytest.raises(ValueError, match=r"it lacks \['decoder.layers.1"):
         changed(num_layers=2)
-    with pytest.raises(ValueError, match="colour is no option"):
+    with pytest.raises(ValueError, match="colour is not an option"):
         changed(colour="red")
     with pytest.raises(ValueError, match="dropout is 2"):
         changed(dropout=2)
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_an_error_that_names_both(tmp_path):
     with pytest.raises(ValueError, match="vocabulary of 310, but the model has one of 300"):
         TextModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="is no config of this package"):
+    with pytest.raises(ValueError, match="is not a config of this package"):
         TextModel.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError):
         TextModel.from_pretrained(tmp_path / "nowhere")
@@ -166,17 +166,17 @@ def broken_files(folder):
 
     header = b'{"__metadata__":{},"x":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'
     unknown = len(header).to_bytes(8, "little") + header + bytes(4)
-    yield "bytes", lambda: weights.write_bytes(b"no weights"), "is no safetensors file"
-    yield "cut", lambda: weights.write_bytes(weights.read_bytes()[:-9]), "is no safetensors file"
-    yield "dtype", lambda: weights.write_bytes(unknown), "is no safetensors file"
+    yield "bytes", lambda: weights.write_bytes(b"no weights"), "is not a safetensors file"
+    yield "cut", lambda: weights.write_bytes(weights.read_bytes()[:-9]), "is not a safetensors file"
+    yield "dtype", lambda: weights.write_bytes(unknown), "is not a safetensors file"
     yield "int", with_weights(lambda x: x.to(torch.int64)), "has dtype torch.int64; weights are of"
     yield "bool", with_weights(lambda x: x > 0), "has dtype torch.bool; weights are of"
-    yield "deep", lambda: config.write_text("[" * 100_000), "is no config of this package"
-    yield "latin", lambda: config.write_bytes(b'{"class": "\xff"}'), "is no config of this package"
-    yield "list", lambda: config.write_text('{"class": [], "configs": {}}'), "is no config"
+    yield "deep", lambda: config.write_text("[" * 100_000), "is not a config of this package"
+    yield "latin", lambda: config.write_bytes(b'{"class": "\xff"}'), "is not a config"
+    yield "list", lambda: config.write_text('{"class": [], "configs": {}}'), "is not a config"
     parts = {"class": "Seq2SeqModel", "configs": {}}
-    yield "parts", lambda: config.write_text(json.dumps(parts)), "is no config of a Seq2SeqModel"
-    yield "text", with_config(dropout="0.1"), "is no config of a Seq2SeqModel"
+    yield "parts", lambda: config.write_text(json.dumps(parts)), "is not a config of a Seq2SeqModel"
+    yield "text", with_config(dropout="0.1"), "is not a config of a Seq2SeqModel"
     yield "layers", with_config(num_layers=10**7), "makes 10000001 layers, but .* weights in all"
     yield "vocabulary", with_config(vocab_size=10**13), "a vocabulary of 300, but its config makes"
     yield "features", with_config(hidden_dim=10**17), "config"

@@ -122,7 +122,7 @@ def test_files(tmp_path):
         Tokenizer.load(tmp_path)
     for content in ("{", "{}", '{"model": 1}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match="is no tokenizer"):
+        with pytest.raises(ValueError, match="is not a tokenizer"):
             Tokenizer.load(tmp_path)
 
 

@@ -251,7 +251,7 @@ def test_what_does_not_go_on(tmp_path):
     with pytest.raises(ValueError, match="batch_size is 4, but the run that is resumed has 8"):
         train(task_of("translate"), PAIRS, tmp_path, options(batch_size=4), resume=True)
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         train(task_of("translate"), PAIRS, tmp_path, options(), resume=True)
 
 

@@ -327,5 +327,5 @@ def test_the_memory_that_it_takes_is_bounded_and_told():
     assert found.returncode == 0, found.stderr
     times = float(re.search(r"times ([\d.]+)", found.stdout)[1])
     assert 2 < times < 11, times
-    said = re.search(r"verify: takes about ([\d.]+) GB beside the model", found.stderr)
+    said = re.search(r"verify: takes about ([\d.]+) GB more than model and", found.stderr)
     assert said is not None and float(said[1]) == pytest.approx(9 / 16, abs=0.06)

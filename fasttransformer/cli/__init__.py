@@ -7,9 +7,12 @@ returns the exit status: 0, or 1 on a finding; bad use is 2, with one line that 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
 from .._arguments import Parser, not_one_of
@@ -40,6 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without ✓ gets a ?, not a traceback
             stream.reconfigure(errors="replace")
     args = parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_warn, args.command)
+        return _run(args)
+
+
+def _warn(command: str, message: Warning | str, *_: Any) -> None:
+    """A line, where Python's own adds the file and the code that warned."""
+    print(f"fasttransformer {command}: warning: {message}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         forced = os.environ.get("FASTTRANSFORMER_BACKEND") or NAMES[0]
         if forced not in NAMES:

@@ -1,4 +1,4 @@
-"""``fasttransformer bench``: operations beside their peers and the machine's own ceilings.
+"""``fasttransformer bench``: operations compared with their peers and the machine's own ceilings.
 
 The cases are in ``benchmarks/bench_<op>.py``; how they are timed is in ``benchmarks/clock.py``,
 what is written in ``benchmarks/record.py`` and ``benchmarks/report.py``.
@@ -237,7 +237,7 @@ def _compare(old_file: str, new_file: str) -> int:
 def add_parser(commands: Any) -> None:
     parser = command(
         commands, "bench",
-        "operations beside their peers, as a rate and as a fraction of the machine's own ceiling",
+        "operations against their peers, as a rate and as a fraction of the machine's own ceiling",
         "  fasttransformer bench --quick\n"
         "  fasttransformer bench softmax attention --report out\n"
         "  fasttransformer bench linear_add --filter bfloat16\n"

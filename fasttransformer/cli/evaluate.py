@@ -65,7 +65,7 @@ def _from_passages(
 def add_parser(commands: Any) -> None:
     parser = command(
         commands, "evaluate",
-        "ROUGE, BLEU, F1, accuracy or perplexity of a trained model beside a trivial baseline",
+        "ROUGE, BLEU, F1, accuracy or perplexity of a trained model, and of a trivial baseline",
         "  fasttransformer evaluate --task summarize --model summaries --data held_out.jsonl\n",
     )  # fmt: skip
     parser.add_argument("--task", choices=TASKS, required=True, help="what the model does")

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         saved = Checkpoint.load(out)
         if saved is not None and not args.resume:
             raise UsageError(
-                f"{out} holds a run of {saved.step} steps; --resume goes on with it, another "
-                "--out begins anew"
+                f"{out} holds a run of {saved.step} steps; --resume continues it, another "
+                "--out starts a new one"
             )
         if saved is not None:
             options = TrainingOptions(**saved.options).resumed(given)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     except Interrupted as error:
         print(
-            f"fasttransformer train: {error}; the same command with --resume goes on from there",
+            f"fasttransformer train: {error}; the same command with --resume continues from there",
             file=sys.stderr,
         )
         return 130
@@ -215,7 +215,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--eval-data", metavar="FILE", help="records to choose the best step by")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from DIR's checkpoint, if there is one"
+        "--resume", action="store_true", help="continue from DIR's checkpoint, if there is one"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     defaults = _defaults()
@@ -238,7 +238,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--post-norm", dest="pre_norm", action="store_false", default=argparse.SUPPRESS,
-        help="norms behind each block, not at its entry",
+        help="norms after each block, not before it",
     )  # fmt: skip
     parser.add_argument(
         "--positions", choices=("sinusoidal", "learned", "rotary", "alibi"),

@@ -216,7 +216,7 @@ class SelfAttention(Attention):
 
 _CACHE = "a cache of keys and values"
 #: Why an input is none of our kernels'.
-TENSORS = "its input is no plain floating-point tensor, or it is being traced"
+TENSORS = "its input is not a plain floating-point tensor, or it is being traced"
 
 
 class CrossAttention(Attention):

@@ -3,7 +3,7 @@
 Each step takes the 2k likeliest continuations of a source's k beams. Those that end are set aside
 with their score, log p / length^penalty; the k best others go on. A source is done when it has k
 ended texts and no beam can still beat the worst of them. Sources differ in when they are done;
-nothing that one does is felt by another.
+nothing that one does affects another.
 
 Sources: Sutskever, Vinyals and Le, 2014 (arXiv:1409.3215); the penalty's form is transformers'; the
 stopping rule: Huang, Zhao and Ma, When to Finish?, 2017 (arXiv:1809.00069).

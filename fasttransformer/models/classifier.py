@@ -314,7 +314,7 @@ class SpanModel(TextModel):
     def _masked(
         self, scores: Tensor, batch: PackedBatch, offsets: list[list[tuple[int, int]]]
     ) -> Tensor:
-        """(B, L, 2) scores, −inf at the question, its <sep> and behind the end."""
+        """(B, L, 2) scores, −inf at the question, its <sep> and past the end."""
         padded = batch.padded(scores, -torch.inf)
         context = torch.tensor([len(places) for places in offsets], device=scores.device)
         first = batch.lengths_tensor() - 1 - context

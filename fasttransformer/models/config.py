@@ -39,7 +39,7 @@ class CheckedOptions:
         options = dataclasses.fields(cls)  # type: ignore[arg-type]
         unknown = sorted(values.keys() - {option.name for option in options})
         if unknown:
-            raise ValueError(f"{cls._OF}{', '.join(unknown)} is no option of it")
+            raise ValueError(f"{cls._OF}{', '.join(unknown)} is not an option of it")
         for option in options:
             if option.default is dataclasses.MISSING and option.name not in values:
                 raise ValueError(f"{cls._OF}{option.name} is missing")
@@ -55,7 +55,7 @@ class TransformerConfig(CheckedOptions):
         embed_dim: features C of a token between the layers.
         hidden_dim: features inside the feed-forward block.
         num_layers, num_heads: ``num_heads`` divides ``embed_dim``.
-        pre_norm: norms stand at the entry of each block (Xiong et al., 2020) and not behind it.
+        pre_norm: norms come first in each block (Xiong et al., 2020) and not last.
         positions: ``"sinusoidal"`` and ``"learned"`` are added to the embeddings, ``"rotary"``
             turns queries and keys, ``"alibi"`` lowers scores by distance (in an encoder, distance
             to either side: it does not tell a text from its mirror image).

@@ -100,7 +100,7 @@ class EncoderOutput:
     batch: PackedBatch
 
     def padded(self) -> Tensor:
-        """(batch, length, embed_dim), 0 behind each text's end."""
+        """(batch, length, embed_dim), 0 past each text's end."""
         return self.batch.padded(self.hidden)
 
     @property

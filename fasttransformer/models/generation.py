@@ -85,7 +85,7 @@ class Generator:
             length_penalty: beams are compared by :math:`\log p / \text{length}^\text{penalty}`.
             return_scores: also return each text's score: that quotient for beams, else
                 :math:`\log p` of its tokens.
-            stop_tokens: ids that end a text beside ``</s>``; they are not part of it.
+            stop_tokens: ids that end a text, besides ``</s>``; they are not part of it.
             seed, generator: of the draws; torch's own generator unless given.
             batch_size: sources that are decoded together.
             input_ids, attention_mask: a padded tensor of ids by transformers' names; the result is
@@ -99,7 +99,7 @@ class Generator:
         Returns:
             A list of strings, or of lists of ids where the sources are ids; one string for one
             string. With ``return_scores`` (texts, scores). With ``input_ids`` a padded tensor of
-            ids, behind the start token (of a language model, the prompt).
+            ids, after the start token (of a language model, the prompt).
 
         Raises:
             ValueError: an option out of range; beams with sampling; more tokens than a learned

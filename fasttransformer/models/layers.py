@@ -191,7 +191,7 @@ class Layer(nn.Module):
     def _end(
         self, x: Tensor, linear: nn.Linear, summed: Tensor, norm: nn.Module | None
     ) -> tuple[Tensor, Tensor]:
-        """A block's last linear layer, dropout, residual sum and the norm behind it."""
+        """A block's last linear layer, dropout, residual sum and the norm after it."""
         assert norm is not None
         if not (plain_part(linear, LINEAR_FORWARDS) and plain_part(norm, NORM_FORWARDS)):
             return self._sum(linear(x), summed, norm)

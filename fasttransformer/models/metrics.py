@@ -79,7 +79,7 @@ class Tally:
     Args:
         rows: for each record numbers that are summed over the records.
         value: the scores of such sums.
-        digits: behind the point; one unless given.
+        digits: after the point; one unless given.
 
     >>> answers(["a b", "yes"], ["b", "no"]).scores()
     {'exact': 50.0, 'f1': 50.0}

@@ -21,7 +21,7 @@ ENCODERS = {"minilm": 384}
 
 @dataclass
 class HeadConfig(CheckedOptions):
-    """What is trained behind a pretrained encoder.
+    """What is trained on the vectors of a pretrained encoder.
 
     Args:
         labels: their names, two or more.

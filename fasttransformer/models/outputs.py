@@ -23,7 +23,7 @@ class TextOutput:
         num_tokens: how many tokens were predicted.
         loss_sum: the sum over them, for exact accumulation: the gradient of
             ``sum(loss_sum) / sum(num_tokens)`` over several batches is that of one large batch.
-        logits: (batch, length, vocabulary), 0 behind each sequence's end; a classifier's
+        logits: (batch, length, vocabulary), 0 past each sequence's end; a classifier's
             (batch, labels).
         hidden: what the logits are computed from: (tokens, features), packed.
 

@@ -265,16 +265,16 @@ class TextModel(Checkpointed, nn.Module):
                 sizes.
         """
         folder = Path(directory)
-        with _refusing(f"{cls.__name__}: {folder / CONFIG_FILE} is no config of this package"):
+        with _refusing(f"{cls.__name__}: {folder / CONFIG_FILE} is not a config of this package"):
             description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             name, written = description["class"], description["configs"]
             found = TextModel._classes.get(name)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{cls.__name__}: {folder} holds a {name}")
         library = _safetensors()
-        with _refusing(f"{cls.__name__}: {folder / WEIGHTS_FILE} is no safetensors file"):
+        with _refusing(f"{cls.__name__}: {folder / WEIGHTS_FILE} is not a safetensors file"):
             state = library.load((folder / WEIGHTS_FILE).read_bytes())
-        with _refusing(f"{cls.__name__}: {folder / CONFIG_FILE} is no config of a {name}"):
+        with _refusing(f"{cls.__name__}: {folder / CONFIG_FILE} is not a config of a {name}"):
             kind = found._config_class
             configs: Any = {part: kind.from_dict(config) for part, config in written.items()}
             layers = sum(getattr(config, "num_layers", 0) for config in configs.values())

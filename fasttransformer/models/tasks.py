@@ -153,7 +153,7 @@ class TextToText(Task):
 
 
 class Summarize(TextToText):
-    """ROUGE, beside the text's first words: as many as do best on the training records."""
+    """ROUGE, compared with the text's first words: as many as do best on the training records."""
 
     name, fields = "summarize", FIELDS["summarize"]
 
@@ -170,7 +170,7 @@ class Summarize(TextToText):
             return [" ".join(_lines(record["text"], skip).split()[:words]) for record in some]
 
         found = {}
-        for name, skip in (("lead words", 0), ("lead words behind the first line", 1)):
+        for name, skip in (("lead words", 0), ("lead words after the first line", 1)):
             best = max(
                 range(4, 31, 2),
                 key=lambda n: self.scores(lead(sample, n, skip), self.references(sample))["rougeL"],
@@ -186,7 +186,7 @@ def _lines(text: str, skip: int) -> str:
 
 
 class Translate(TextToText):
-    """BLEU, chrF and equality, beside the source as it is and the most frequent target."""
+    """BLEU, chrF and equality, compared with the source as it is and the most frequent target."""
 
     name, fields = "translate", FIELDS["translate"]
 
@@ -242,7 +242,7 @@ class AnswerSpan(Task):
         if record["answer"] in record["context"]:
             return None
         return (
-            f'"answer" {record["answer"][:60]!r} is no piece of "context" (answers that are not '
+            f'"answer" {record["answer"][:60]!r} is not a piece of "context" (answers that are not '
             "need --answers text)"
         )
 
@@ -302,7 +302,7 @@ def _answer_baselines(
 
 
 class Classify(Task):
-    """Accuracy, beside the most frequent label."""
+    """Accuracy, compared with the most frequent label."""
 
     name, fields = "classify", FIELDS["classify"]
     models: tuple[type[TextModel], ...] = (TextClassifier, MiniLMClassifier)
@@ -384,7 +384,7 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 class Generate(Task):
-    """Perplexity, beside the frequencies of single tokens and of pairs."""
+    """Perplexity, compared with the frequencies of single tokens and of pairs."""
 
     name, fields = "generate", FIELDS["generate"]
     models: tuple[type[TextModel], ...] = (LanguageModel,)

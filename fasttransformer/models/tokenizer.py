@@ -145,7 +145,7 @@ class Tokenizer:
 
         Args:
             text: a string, or a sequence of strings.
-            bos, eos: put ``<s>`` before, ``</s>`` behind.
+            bos, eos: put ``<s>`` before, ``</s>`` after the text.
             max_length: the most ids, those two included. Longer texts lose their end, with a
                 warning.
 
@@ -174,7 +174,7 @@ class Tokenizer:
     def _batch(self, texts: list[str], room: int | None) -> list[list[int]]:
         texts = [_encodable(text) for text in texts]
         if room is not None:
-            # A token is no longer than the longest: what lies further behind need not be encoded.
+            # A token is no longer than the longest: what lies beyond need not be encoded.
             reach = (room + 1) * self._longest
             texts = [text if len(text) <= reach else text[:reach] for text in texts]
         if len(texts) == 1:
@@ -241,7 +241,7 @@ class Tokenizer:
         try:
             tokenizer = cls(_library().Tokenizer.from_str(text))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"Tokenizer: {path} is no tokenizer: {error}") from error
+            raise ValueError(f"Tokenizer: {path} is not a tokenizer: {error}") from error
         known = sorted(tokenizer._bpe.get_vocab().values())
         if known != list(range(len(known))):
             gap = next(i for i, known_id in enumerate([*known, -1]) if i != known_id)

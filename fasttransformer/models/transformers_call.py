@@ -126,7 +126,7 @@ def _new_tokens(model: Any, input_ids: Tensor, max_length: int) -> int:
 
 
 def as_tensor(model: Any, input_ids: Tensor, texts: list[list[int]], most: int) -> Tensor:
-    """Generated ids as transformers returns them: behind the start token, or a language model's
+    """Generated ids as transformers returns them: after the start token, or a language model's
     prompt; with the end token where there was one; padded on the right."""
     config = model.config
     ended = [text if len(text) == most else [*text, config.eos_id] for text in texts]

@@ -98,7 +98,7 @@ def attention(
     and gradient 0; its lse is its sink, or −inf where it has none. NaN in a query, or in a key or
     value that a query sees, makes that query's output NaN and no other's. A masked key never
     affects the result, whatever it holds; a masked *value* that is NaN or inf may give NaN (0·NaN)
-    to queries that are computed next to others that see it. Keys and values behind ``key_lengths``
+    to queries that are computed next to others that see it. Keys and values past ``key_lengths``
     are never read.
 
     Args:
@@ -116,7 +116,7 @@ def attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         alibi_slopes: (heads,) or (batch, heads).
         sinks: (heads,); one extra logit per head that takes weight and gives no value.
-        key_lengths: (batch,) int: keys at or behind the length are never read.
+        key_lengths: (batch,) int: keys from the length on are never read.
         scale: default ``1/sqrt(head_dim)``; may be zero or negative.
         dropout_p: each weight is dropped with this probability (there is no training flag); the
             mask is a function of a seed drawn from torch's generator and the weight's position.

@@ -63,7 +63,8 @@ def attention_decode(
         L_b \leftarrow L_b + n \text{ first}
 
     where query i of S stands at position :math:`L_b - S + i`, and sees no later one with
-    ``is_causal``. Samples may differ in length; what lies behind a sample's length is never felt.
+    ``is_causal``. Samples may differ in length; what lies past a sample's length
+    never affects the result.
 
     Args:
         query: (batch, heads, q_len, head_dim).

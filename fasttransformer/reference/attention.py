@@ -18,9 +18,9 @@ Masked means False in `mask`, -inf in `bias` (any other number is a number, finf
 off by the causal rule, the window or `key_lengths`. Masked scores are replaced, not added to, so
 a masked key never affects the result. A query without any key gives out 0 and gradient 0; its
 lse is its sink, or -inf where it has none, so that parts of the keys, the sinks given to one of
-them, can be merged. Keys that no query sees (those behind `key_lengths` among them) are not
-felt in any way. A key that only some queries see and that holds NaN or inf in its *value* gives
-the others 0 * NaN = NaN; in its key, it leaves their output alone but not their query's gradient.
+them, can be merged. Keys that no query sees (those past `key_lengths` among them) do not affect the
+result. A key that only some queries see and that holds NaN or inf in its *value* gives the others
+0 * NaN = NaN; in its key, it leaves their output alone but not their query's gradient.
 
 Sources: Vaswani et al., "Attention Is All You Need", 2017 (arXiv:1706.03762); grouped heads:
 Ainslie et al., 2023 (2305.13245); ALiBi: Press et al., 2022 (2108.12409); window: Beltagy et al.,

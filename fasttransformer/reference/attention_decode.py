@@ -8,7 +8,7 @@ again at each step; the cache keeps them. One step, for each sample b of length 
     out = attention(query, cache[:L_b]), where query i of S stands at position L_b - S + i
 
 and with the causal rule sees no position after its own. Samples may differ in length; what lies
-behind a sample's length is never felt.
+past a sample's length never affects the result.
 
 Shapes: query (B,H,S,D), new_key (B,G,n,D), new_value (B,G,n,E), out (B,H,S,E), lse (B,H,S).
 
@@ -162,7 +162,7 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, layer: int, new_key: Tensor, new_value: Tensor) -> None:
-        """Write new_key (B,G,n,D) and new_value (B,G,n,E) behind what each sample holds."""
+        """Write new_key (B,G,n,D) and new_value (B,G,n,E) after what each sample holds."""
         lengths, count = self.lengths[layer], new_key.shape[2]
         shortest, longest = self.extremes(layer)
         if longest + count > self.capacity:

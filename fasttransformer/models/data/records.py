@@ -95,7 +95,7 @@ def _record_of(line: bytes, fields: Sequence[str]) -> tuple[str | None, Record]:
     except UnicodeDecodeError as error:
         return f"the line is not UTF-8 (byte {error.start + 1})", {}
     except (json.JSONDecodeError, RecursionError) as error:
-        return f"the line is no JSON ({error})", {}
+        return f"the line is not JSON ({error})", {}
     if not isinstance(record, dict):
         return f"the line is {_kind(record)}, not an object", {}
     for name in fields:

@@ -64,7 +64,7 @@ class Checkpoint:
         try:
             return cls(**torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # torch.load raises whatever unpickling does
-            raise ValueError(f"{path} is no checkpoint of a run: {error}") from error
+            raise ValueError(f"{path} is not a checkpoint of a run: {error}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ class SeveralDevices(Devices):
 class ShardedDevices(SeveralDevices):
     """The same, sharded by torch's FSDP2.
 
-    A model is one group of weights: a layer here also runs the norm of the layer behind it, which
+    A model is one group of weights: a layer here also runs the norm of the layer after it, which
     would not be there if each layer were gathered apart. So between the steps a process has its
     part, and within a step all weights.
 

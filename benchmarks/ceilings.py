@@ -138,6 +138,6 @@ if __name__ == "__main__":
     if not available():
         raise SystemExit(f"ceilings need the C++ library: {backends()['cpu']}")
     isa, threads = _here()
-    print(f"{cpu_name()}, {isa}, {threads} threads")
+    print(f"{cpu_name()}, {isa}, threads: {threads}")
     for name, value in table():
         print(f"  {name:18} {value}")

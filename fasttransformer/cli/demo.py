@@ -49,7 +49,7 @@ class _Demo:
         here = self.results["environment"]
         isa = here.get("cpu_isa", "no C++ kernels")
         self.subtitle = (
-            f"{here['cpu']}, {isa}, {here['threads']} threads, torch {here['torch'].split('+')[0]}"
+            f"{here['cpu']}, {isa}, threads: {here['threads']}, torch {here['torch'].split('+')[0]}"
         )
         self.out.print(f"[bold]fasttransformer {here['fasttransformer']}[/] on {self.subtitle}")
         self.out.print(

@@ -18,7 +18,7 @@ demo: build ## swap MiniLM, verify it, time it, draw demo-report/minilm.png (ARG
 	$(BIN)/fasttransformer demo $(ARGS)
 
 test: build ## the whole test suite (ARGS="-k softmax", WORKERS=2)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: build ## random calls against float64, three minutes (ARGS="--minutes 60", ARGS="--draw 7")
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py $(ARGS)

@@ -44,6 +44,14 @@ def two_threads():
 INTERPRETED_CASES = 4
 
 
+#: Files of few and long tests. They come first, so that no worker is left with them at the end.
+LONG = (
+    "test_cpu_isa.py", "test_summaries.py", "test_training.py", "test_applications.py",
+    "test_cli.py", "test_packaging.py", "test_swap_minilm.py", "test_processes.py",
+    "test_sizes_of_zero.py", "test_benchmarks.py", "test_verify.py", "test_cuda_build.py",
+)  # fmt: skip
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--all", action="store_true",
@@ -147,6 +155,7 @@ def pytest_collection_modifyitems(config, items):
     from instruction_sets import refuse_absent_sets  # it imports the package, after the line above
 
     refuse_absent_sets(items)
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         here = item.get_closest_marker("launches_nothing") is None
         if here and named_backend(item)[0] in ("cuda", "triton"):

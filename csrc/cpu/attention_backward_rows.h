@@ -96,7 +96,7 @@ template <class Unit, class T>
 void prepare_rows(const AttentionBackwardParams& p, const Units& u) {
   const bool few = p.group() * p.q_len <= kFewRows;
   parallel_for(p.rows(), kGrain / (p.value_dim + 1) + 1, [&](int64_t begin, int64_t end) {
-    CoarseRows<Unit, T> coarse = {p, u, -1, -1, {}};
+    CoarseRows<Unit, T> coarse = {p, u, -1, -1, {}, 0, {}};
     for (int64_t r = begin; r < end; ++r) {
       const int64_t i = r % p.head_rows, h = r / p.head_rows % p.heads;
       int64_t b = r / p.head_rows / p.heads;

@@ -164,6 +164,7 @@ def build_graph(library: str, output: Path, work: Path) -> str:
     """The ninja file for one library: "cpu" or "cuda"."""
     includes, torch_lib = torch_paths()
     flags = [*COMMON, f"-I{CSRC}", *[f"-isystem {p}" for p in includes]]
+    own = os.environ.get("CXXFLAGS", "").split()  # the user's come last
     cuda = library == "cuda"
     defines = ["-DFT_CUDA", "-DUSE_CUDA"] if cuda else []
     lines = [
@@ -188,6 +189,8 @@ def build_graph(library: str, output: Path, work: Path) -> str:
     def compile_step(source: Path, name: str, step_flags: list[str], rule: str = "cxx") -> None:
         target = f"{work}/{name}.o"
         objects.append(target)
+        if rule == "cxx":
+            step_flags = [*step_flags, *own]
         lines.extend([f"build {target}: {rule} {source}", f"  flags = {' '.join(step_flags)}"])
 
     for source in sorted((CSRC / "bindings").glob("*.cpp")):
@@ -214,7 +217,7 @@ def build_graph(library: str, output: Path, work: Path) -> str:
             for isa, isa_flags in ISAS.items():
                 compile_step(source, f"cpu.{source.stem}.{isa}",
                              [*flags, *KERNEL, *isa_flags, f"-DFT_ISA={isa}"])  # fmt: skip
-        link = [f"-L{torch_lib}", "-ltorch_cpu"]
+        link = [f"-L{torch_lib}", "-ltorch_cpu", *os.environ.get("LDFLAGS", "").split()]
     needs = f" | {work}/stub/libtorch_cuda.so" if cuda and stub else ""
     lines.append(f"build {output}: link {' '.join(objects)}{needs}")
     lines.append(f"  linker = {'$nvcc' if cuda else '$cxx'}")

@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: demo test fuzz bench check build lint format clean distclean help
+.PHONY: demo test fuzz sanitize bench check build lint format clean distclean help
 
 demo: build ## swap MiniLM, verify it, time it, draw demo-report/minilm.png (ARGS=--quick)
 	$(BIN)/fasttransformer demo $(ARGS)
@@ -22,6 +22,9 @@ test: build ## the whole test suite (ARGS="-k softmax", WORKERS=2)
 
 fuzz: build ## random calls against float64, three minutes (ARGS="--minutes 60", ARGS="--draw 7")
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py $(ARGS)
+
+sanitize: build ## the C++ kernels under the compiler's sanitizers (ARGS=address, ARGS=thread)
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 check: build ## every operation on every backend against the float64 reference
 	$(BIN)/fasttransformer check $(ARGS)

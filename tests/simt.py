@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cuda_objects
 import launches
@@ -187,11 +188,14 @@ def put_by_default(card: Card) -> None:
 
 
 @contextlib.contextmanager
-def limits(card: Card | None = None, **changes: int) -> Iterator[None]:
+def limits(card: Card | None = None, **changes: Any) -> Iterator[None]:
     """Another card, or the one that stands with some of its limits (``grid``, ``shared``,
     ``multiprocessors``) changed."""
     load()
-    before = put(dataclasses.replace(card or _Current.card, **changes))
+    card = card or _Current.card
+    if changes.get("shared", card.shared) <= CARDS["sm_86"].shared:
+        changes["arch"] = CARDS["sm_86"].arch  # no card with so little runs Hopper's code
+    before = put(dataclasses.replace(card, **changes))
     try:
         yield
     finally:

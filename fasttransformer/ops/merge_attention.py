@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ._front import (
 )
 from ._function import differentiable, vmap_rule
 
-#: Of one call of a kernel (csrc/params/merge_attention.h); more are merged in turns.
+#: Of one call of a kernel (csrc/params/merge_attention.h); more are merged in groups of as many.
 _MOST_PARTS = 16
 
 
@@ -100,19 +100,59 @@ def merge_attention(
         shape = first.shape[:-1]
         out, lse = _merge([o.flatten(0, -2) for o in outs], [l.flatten() for l in lses], kernel)
         return out.unflatten(0, shape), lse.unflatten(0, shape)
-    if stacked is not None and grad and len(outs) <= _MOST_PARTS and stacked[0].stride(-1) == 1:
+    if stacked is not None and grad and stacked[0].stride(-1) == 1:
         return _differentiable(kernel, True, *stacked)
     return _merge(outs, lses, kernel)
 
 
 def _merge(outs: list[Tensor], lses: list[Tensor], kernel: Kernel) -> tuple[Tensor, Tensor]:
-    while len(outs) > _MOST_PARTS:
-        first = _merge(outs[:_MOST_PARTS], lses[:_MOST_PARTS], kernel)
-        outs, lses = [first[0], *outs[_MOST_PARTS:]], [first[1], *lses[_MOST_PARTS:]]
     outs = [last_stride_one(out) for out in outs]
     if needs_grad(*outs, *lses):
         return _differentiable(kernel, False, *outs, *lses)
-    return kernel.forward(outs, lses)
+    return _forward(kernel, outs, lses)
+
+
+# More parts than a kernel takes are merged in groups, and what comes of the groups again. What a
+# group hands on is float32, both ways: only what the caller gets is rounded to his dtype.
+
+
+def _forward(
+    kernel: Kernel, outs: Sequence[Tensor], lses: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    if len(outs) <= _MOST_PARTS:
+        return kernel.forward(outs, lses)
+    merged = [kernel.forward(*group) for group in _groups(outs, lses)]
+    out, lse = _forward(kernel, *zip(*merged))
+    return out.to(outs[0].dtype), lse
+
+
+def _backward(
+    kernel: Kernel,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    outs: Sequence[Tensor],
+    lses: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of all parts, (parts, …); the groups are merged again."""
+    if len(outs) <= _MOST_PARTS:
+        return kernel.backward(grad_out, grad_lse, outs, lses)
+    merged = [kernel.forward(*group) for group in _groups(outs, lses)]
+    of_groups = _backward(kernel, last_stride_one(grad_out.float()), grad_lse, *zip(*merged))
+    d_outs, d_lses = [], []
+    for d_out, d_lse, group in zip(*of_groups, _groups(outs, lses)):
+        d_group = kernel.backward(d_out, d_lse, *group)
+        d_outs.append(d_group[0].to(outs[0].dtype))
+        d_lses.append(d_group[1])
+    return torch.cat(d_outs), torch.cat(d_lses)
+
+
+def _groups(
+    outs: Sequence[Tensor], lses: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
+    """As many parts as a kernel takes at once, in float32."""
+    for first in range(0, len(outs), _MOST_PARTS):
+        group = slice(first, first + _MOST_PARTS)
+        yield [last_stride_one(out.float()) for out in outs[group]], lses[group]
 
 
 class _MergeAttention:
@@ -120,7 +160,7 @@ class _MergeAttention:
 
     @staticmethod
     def forward(kernel, stacked, *parts):
-        return kernel.forward(*_outs_and_lses(stacked, parts))
+        return _forward(kernel, *_outs_and_lses(stacked, parts))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -141,7 +181,8 @@ class _MergeAttention:
                 return (None,) * (2 + len(ctx.saved_tensors))
             grad_out = torch.zeros_like(outs[0])
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        grads = ctx.kernel.backward(last_stride_one(grad_out), grad_lse, outs, lses)
+        grad_out = last_stride_one(grad_out)
+        grads: tuple[Tensor, ...] = _backward(ctx.kernel, grad_out, grad_lse, outs, lses)
         if not ctx.stacked:
             grads = (*grads[0].unbind(), *grads[1].unbind())
         return None, None, *grads

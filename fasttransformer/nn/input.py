@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops._activation import dropout
 from ..ops._derivatives import lasting, transforms_active
+from ..ops._front import recorded_as_graph
 from ..ops.embedding import embedding
 from ..ops.rotary_embedding import rotary_embedding
 from ..reference.embedding import sinusoid
@@ -232,9 +233,4 @@ class RotaryEmbedding(nn.Module):
 
 def _traced() -> bool:
     """Whether a tensor's numbers can't be looked at: torch.compile, export, vmap, jit.trace."""
-    return (
-        torch.compiler.is_compiling()
-        or transforms_active()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return recorded_as_graph() or transforms_active()

@@ -132,6 +132,16 @@ def last_stride_one(x: Tensor) -> Tensor:
     return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def recorded_as_graph() -> bool:
+    """Whether the call is recorded to be run again with other numbers: by torch.compile, export,
+    make_fx, jit.trace. (Other dispatch modes, which only look on, can't be told from make_fx's.)"""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def new_seed(device: torch.device) -> Tensor:
     """A dropout seed drawn from torch's generator of the device: one int64."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)

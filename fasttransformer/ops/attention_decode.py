@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose
-from ..reference.attention_decode import KVCache
+from ..reference.attention_decode import KVCache, check_apart, check_not_expanded, write_at
 from ..reference.rotary_embedding import rotate
 from ._attention_checks import check_flag, check_number, check_window, scores_shape, window_of
 from ._attention_options import (
@@ -31,9 +31,11 @@ from ._front import (
     is_float_if_given,
     last_stride_one,
     needs_grad,
+    recorded_as_graph,
     same_device,
     same_dtype,
 )
+from ._index import checked_index
 from .rotary_embedding import check_tables
 
 
@@ -88,7 +90,10 @@ def attention_decode(
     Raises:
         TypeError: not floating point, dtypes that differ, a cache of another kind.
         ValueError: shapes that don't fit, a full cache, a position outside the rotary tables, a
-            value out of range. Nothing is written then.
+            value out of range. Nothing is written then. In graphs (torch.compile, export,
+            torch.jit.trace), too, the lengths are looked at in each run, with an error of another
+            wording; on a GPU a device-side assertion fails there instead, for no graph waits for
+            the GPU.
 
     Source: Shazeer, Fast Transformer Decoding, 2019 (arXiv:1911.02150).
 
@@ -127,16 +132,13 @@ def attention_decode(
     scale = kernel_scale(scale, query.shape[3])
     count = 0 if new_key is None else new_key.shape[2]
     tokens = query.shape[2]
-    shortest, longest = cache.extremes(layer)
-    if longest + count > keys.shape[2]:
-        raise ValueError(
-            f"{op}: the cache holds {longest} tokens of a sample; {count} new ones exceed "
-            f"its capacity {keys.shape[2]}"
-        )
     if rotary is not None:
-        _check_rotary(
-            op, query, rotary, rotary_interleaved, shortest + count - tokens, longest + count
-        )
+        _check_rotary(op, query, rotary, rotary_interleaved)
+    in_graph = recorded_as_graph()
+    if in_graph:
+        start = _start_in_graph(op, keys, values, lengths, count, tokens, rotary)
+    else:
+        _check_lengths(op, cache.extremes(layer), count, tokens, keys.shape[2], rotary)
     options = GRAD_OPTIONS[needs_grad(query, bias, sinks, alibi_slopes)] | option_names(
         mask=mask,
         bias=bias,
@@ -150,12 +152,18 @@ def attention_decode(
     sizes = (("head_dim", max(query.shape[3], values.shape[3])),)
     kernel = choose(op, query.device.type, query.dtype, options, sizes, backend)
     if rotary is not None:
-        start = lengths[:, None].long()
-        query = _turned(query, rotary, rotary_interleaved, start + (count - tokens))
+        first = (start if in_graph else lengths.long())[:, None]
+        query = _turned(query, rotary, rotary_interleaved, first + (count - tokens))
         if new_key is not None:
-            new_key = _turned(new_key, rotary, rotary_interleaved, start)
+            new_key = _turned(new_key, rotary, rotary_interleaved, first)
     if new_key is not None and new_value is not None:
-        cache.append(layer, new_key, new_value)
+        if in_graph:
+            _append_in_graph(cache, layer, start, new_key, new_value)
+        else:
+            cache.append(layer, new_key, new_value)
+    if in_graph:  # by the lengths that were checked, or no check would stay in the graph
+        keys, values, _ = cache.layer(layer)
+        cache, layer = KVCache(keys[None], values[None], (start + count).int()[None]), 0
     if kernel.forward is None:
         return reference.attention_decode(
             query,
@@ -250,15 +258,7 @@ def _check_shapes(
         )
 
 
-def _check_rotary(
-    op: str,
-    query: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    interleaved: bool,
-    first: int,
-    end: int,
-) -> None:
-    """``first`` … ``end`` − 1 are the positions that will be looked up."""
+def _check_rotary(op: str, query: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> None:
     try:
         cos, sin = rotary
     except (TypeError, ValueError):
@@ -266,8 +266,102 @@ def _check_rotary(
     is_float(op, cos=cos, sin=sin)
     same_device(op, query, cos=cos, sin=sin)
     check_tables(op, cos, sin, query.shape[0], query.shape[3], interleaved)
-    if first < 0 or end > cos.shape[-2]:
+
+
+def _check_lengths(
+    op: str,
+    extremes: tuple[int, int],
+    count: int,
+    tokens: int,
+    capacity: int,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Of a layer that holds from ``extremes[0]`` to ``extremes[1]`` tokens of its samples."""
+    shortest, longest = extremes
+    if longest + count > capacity:
+        raise ValueError(
+            f"{op}: the cache holds {longest} tokens of a sample; {count} new ones exceed "
+            f"its capacity {capacity}"
+        )
+    if rotary is None:
+        return
+    first, end, positions = shortest + count - tokens, longest + count, rotary[0].shape[-2]
+    if first < 0 or end > positions:
         raise ValueError(
             f"{op}: the tokens stand at positions {first} to {end - 1}; rotary's tables "
-            f"have 0 to {cos.shape[-2] - 1}"
+            f"have 0 to {positions - 1}"
         )
+
+
+# ---- in graphs ----------------------------------------------------------------------------------
+
+# A graph that is run again with other numbers can't take its way by them, nor remember them as a
+# cache's ``extremes`` do. There, an operator looks at the lengths each time the graph is run, and
+# all that is written or read stands at the positions that it returns, so that no optimization can
+# drop it or put it behind what it protects. The append is an operator, too: of torch's own
+# indexing, compilers make copies of a whole cache.
+
+_LIBRARY = torch.library.Library("fasttransformer", "FRAGMENT")
+_LIBRARY.define(
+    "append_to_cache(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, SymInt layer, "
+    "Tensor start, Tensor new_key, Tensor new_value) -> ()"
+)
+
+
+def _append_to_cache(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    layer: int,
+    start: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+) -> None:
+    keys, values = keys[layer], values[layer]
+    check_apart(keys, values)
+    write_at(start, keys, values, new_key, new_value)
+    lengths[layer] = start + new_key.shape[2]
+
+
+_LIBRARY.impl("append_to_cache", _append_to_cache, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fasttransformer::append_to_cache")
+def _(keys, values, lengths, layer, start, new_key, new_value):
+    pass
+
+
+def _start_in_graph(
+    op: str,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    count: int,
+    tokens: int,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Each sample's length, (batch,) int64, known to be what :func:`_check_lengths` asks for.
+
+    Raises:
+        ValueError: it is not, when the graph is run; on a GPU a device-side assertion fails.
+    """
+    if count:
+        check_not_expanded(keys, values, lengths)
+    what = "cache.lengths, before the new tokens,"
+    start = checked_index(op, what, lengths, keys.shape[2] - count + 1)
+    if rotary is not None:
+        ahead, positions = count - tokens, rotary[0].shape[-2]
+        what = "the tensor of the queries' first positions in rotary's tables"
+        start = checked_index(op, what, start + ahead, positions - tokens + 1) - ahead
+    return start
+
+
+@torch.no_grad()
+def _append_in_graph(
+    cache: KVCache, layer: int, start: Tensor, new_key: Tensor, new_value: Tensor
+) -> None:
+    if type(cache).append is not KVCache.append:
+        return cache.append(layer, new_key, new_value)
+    fields = cache.keys, cache.values, cache.lengths
+    torch.ops.fasttransformer.append_to_cache(*fields, layer, start, new_key, new_value)
+    cache._read_from = None  # what it remembers of the lengths is out of date

@@ -76,6 +76,31 @@ def check_fields(keys: Tensor, values: Tensor, lengths: Tensor, layers: str = ""
         raise ValueError(f"KVCache: lengths has strides {lengths.stride()}; the last one must be 1")
 
 
+def check_not_expanded(keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+    """Raises where one number in memory stands for several of a layer that is written to."""
+    for name, written in (("keys", keys), ("values", values), ("lengths", lengths)):
+        if 0 in written.stride() and written.numel() and any(
+            step == 0 and size > 1 for step, size in zip(written.stride(), written.shape)
+        ):  # fmt: skip
+            raise ValueError(f"KVCache: {name} is expanded, so nothing can be appended to it")
+
+
+def check_apart(keys: Tensor, values: Tensor) -> None:
+    if keys.data_ptr() == values.data_ptr() and keys.numel() and values.numel():
+        raise ValueError("KVCache: keys and values share memory, so nothing can be appended")
+
+
+def write_at(
+    start: Tensor, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor
+) -> None:
+    """Write new_key (B,G,n,D) and new_value (B,G,n,E) from position start (B,) int64 on."""
+    sample = torch.arange(new_key.shape[0], device=new_key.device)[:, None]
+    position = start[:, None] + torch.arange(new_key.shape[2], device=new_key.device)
+    # Indexed dimensions come first: (B, n, G, D).
+    keys[sample, :, position] = new_key.transpose(1, 2).to(keys.dtype)
+    values[sample, :, position] = new_value.transpose(1, 2).to(values.dtype)
+
+
 @dataclass(repr=False)
 class KVCache:
     """Keys and values of all layers in one contiguous block each.
@@ -171,22 +196,13 @@ class KVCache:
                 f"{self.capacity}"
             )
         keys, values = self.keys[layer], self.values[layer]
-        for name, written in (("keys", keys), ("values", values), ("lengths", lengths)):
-            if 0 in written.stride() and written.numel() and any(
-                step == 0 and size > 1 for step, size in zip(written.stride(), written.shape)
-            ):  # fmt: skip
-                raise ValueError(f"KVCache: {name} is expanded, so nothing can be appended to it")
-        if keys.data_ptr() == values.data_ptr() and keys.numel() and values.numel():
-            raise ValueError("KVCache: keys and values share memory, so nothing can be appended")
+        check_not_expanded(keys, values, lengths)
+        check_apart(keys, values)
         if shortest == longest:
             keys[:, :, longest : longest + count].copy_(new_key)
             values[:, :, longest : longest + count].copy_(new_value)
         else:
-            sample = torch.arange(new_key.shape[0], device=new_key.device)[:, None]
-            position = lengths[:, None].long() + torch.arange(count, device=new_key.device)
-            # Indexed dimensions come first: (B, n, G, D).
-            keys[sample, :, position] = new_key.transpose(1, 2).to(keys.dtype)
-            values[sample, :, position] = new_value.transpose(1, 2).to(values.dtype)
+            write_at(lengths.long(), keys, values, new_key, new_value)
         lengths += count
         if not self.lengths.is_inference():
             self._extremes[layer] = (shortest + count, longest + count)

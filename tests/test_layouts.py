@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import itertools
+import math
 import mmap
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from operation_cases import CASES, Case, missing
+from operation_cases import CASES, Case, evaluated, missing
 from torch import Tensor
 
 import fasttransformer as ft
@@ -347,6 +348,45 @@ def test_some_equal_to_contiguous_copies(case: Case, backend: On, request):
         for layout in LAYOUTS if backend == "torch" else ():
             comparison.all_in(layout)
     assert not comparison.wrong, "\n".join(comparison.wrong)
+
+
+#: Strides 0 and 1, of whole rows, and of columns: where there is nothing, any of them may stand.
+OF_ZERO = ["one number", "expanded in 0", "transposed", "rows apart", "every second element"]
+
+
+@pairs("torch", *CPU[-1:])
+def test_sizes_of_zero_in_other_layouts(case: Case, backend: On):
+    """Each size in turn at 0: the same shapes and numbers as contiguous copies, or the same
+    refusal."""
+
+    def outcome(n: Mapping[str, int], tensors: Mapping[str, Tensor]) -> Run | str:
+        try:
+            return Run(case, backend, n, tensors)
+        except ValueError as error:
+            return type(error).__name__
+
+    wrong, ran = [], 0
+    for name in case.n:
+        n = {**case.n, name: 0, **dict.fromkeys(case.bound.get(name, "").split(), 0)}
+        if any(a.below and not evaluated(a.below, n) and a.kind == "ids" and math.prod(a.sizes(n))
+               for a in case.arguments.values()):  # fmt: skip
+            continue  # there are no such ids
+        for layout in OF_ZERO:
+            views = {}
+            for path, x in case.tensors(n).items():
+                able = layouts_of(x, case.arguments[path].kind, case.arguments[path].written)
+                views[path] = LAYOUTS[layout](x) if layout in able else x
+            with running_on(backend, launched=None):
+                want = outcome(n, {path: contiguous(x) for path, x in views.items()})
+                got = outcome(n, views)
+            ran += isinstance(want, Run)
+            if isinstance(got, str) or isinstance(want, str):
+                differ = [] if got == want else [f"{got} for {want}"]
+            else:
+                differ = differences(got, want, 1e-5)
+            wrong += [f"{name} 0, {layout}: {w}" for w in differ]
+    assert ran > 4
+    assert not wrong, "\n".join(wrong)
 
 
 def shared(case: Case, on: str, n: Mapping[str, int]) -> list[list[str]]:

@@ -120,11 +120,14 @@ def test_no_leak(op):
         if outs:
             sum(out.sum() for out in outs).backward()
 
-    for _ in range(50):
-        call()
-    gc.collect()
-    before = allocated()
-    for _ in range(1000):
-        call()
-    gc.collect()
-    assert (allocated() - before) / 1000 < 4
+    def growth_per_call(calls: int) -> float:
+        gc.collect()
+        before = allocated()
+        for _ in range(calls):
+            call()
+        gc.collect()
+        return (allocated() - before) / calls
+
+    growth_per_call(50)
+    # A leak is in every round; a table of Python's that grows once is in one.
+    assert min(growth_per_call(400) for _ in range(3)) < 4

@@ -117,7 +117,7 @@ def test_bad_use_is_2_and_says_so_in_a_line(arguments, err):
         (("explain", "softmax", "--shape", "2,3", "--backend", "cup"), "cpu"),
         (("check", "atention"), "attention"),
         (("check", "--backend", "tritn"), "triton"),
-        (("check", "--backend", "cpu:avx-512"), "cpu:avx512"),
+        (("check", "--backend", "cpu:portabel"), "cpu:portable"),
         (("bench", "linear_ad"), "linear_add"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
@@ -288,12 +288,12 @@ def test_check_runs_every_operation_on_every_backend_of_its_row(monkeypatch):
 
 
 def test_check_says_what_it_can_not_run_here(out, monkeypatch):
-    monkeypatch.setattr(check, "runnable", lambda: ["torch", "cpu:avx2"])
+    monkeypatch.setattr(check, "runnable", lambda: ["torch", "cpu:portable"])
     monkeypatch.setattr(check, "backends", lambda: {**dict.fromkeys(NAMES), "cuda": "no GPU"})
     assert run("check", "rms_norm", "--json") == 0
     missing = json.loads(out())["missing"]
     assert missing.keys() == {
-        "cuda", "triton", "cpu:portable", "cpu:avx512", "cpu:avx512_bf16", "cpu:amx"
+        "cuda", "triton", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16", "cpu:amx"
     }  # fmt: skip
     assert missing["cuda"] == "no GPU" and "lacks it" in missing["cpu:amx"]
     assert run("check", "rms_norm") == 0

@@ -61,8 +61,9 @@ def test_dtypes(on, dtype):
 # of the very same scores, and not only of the same numbers added up in another order.
 @pytest.mark.parametrize("on", KERNELS)
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("queries", [3, 33], ids=["few", "many"])
-@pytest.mark.parametrize("deviation", [32, 60])
+@pytest.mark.parametrize(
+    ("queries", "deviation"), [(3, 32), (33, 32), (33, 60)], ids=["few-32", "many-32", "many-60"]
+)
 def test_f10_large_scores(on, deviation, queries, sinks):
     """Gradients at scores of standard deviation 60: errors were up to 17 times torch's."""
     keys = 40 if on in slow_interpreter else 400

@@ -55,7 +55,8 @@ LONG = (
 def pytest_addoption(parser):
     parser.addoption(
         "--all", action="store_true",
-        help="leave nothing out: every case on interpreted Triton, every CUDA file compiled anew",
+        help="leave nothing out: every case on interpreted Triton, every CUDA file compiled anew, "
+        "every lower instruction set",
     )  # fmt: skip
     parser.addoption(
         "--full-size", action="store_true", help="run cases past 2^31 elements at their full size"

@@ -7,8 +7,8 @@ GPUs; Hopper's own code is sm_90a. ``python tests/cuda_objects.py`` writes the t
 
 The table says which sources it was made of, by their content. Where those are the sources at hand,
 and the compiler is the same, to compile them all again (eight minutes on two cores) would tell
-nothing new: :func:`resources` is the table then, and one file is compiled to see that the table can
-be believed. ``pytest --all`` compiles every file.
+nothing new: test_cuda_build.py reads the table then, and compiles one file to see that it can be
+believed. ``pytest --all`` compiles every file.
 """
 
 from __future__ import annotations

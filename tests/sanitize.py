@@ -21,9 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build/sanitize"
-PACKAGES = ("fasttransformer", "kernels", "benchmarks")
 
-#: No -Wmaybe-uninitialized and its like: instrumented code makes them up.
 FLAGS = {
     "address": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined "
     "-fno-sanitize-recover=undefined",
@@ -73,7 +71,7 @@ def build(name: str) -> Path:
     for path in (ROOT / "fasttransformer").iterdir():
         if path.suffix != ".so" and path.name != "__pycache__":
             (folder / "fasttransformer" / path.name).symlink_to(path)
-    for package in PACKAGES[1:]:
+    for package in ("kernels", "benchmarks"):  # installed inside the package
         (folder / "fasttransformer" / package).symlink_to(ROOT / package)
     flags = {"CXXFLAGS": FLAGS[name], "LDFLAGS": f"{FLAGS[name]} -pthread"}
     subprocess.run(
